@@ -1,0 +1,38 @@
+// The small module that is not an operator: build facts, the instruction set in use, and the laws' counters.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../cpu/backend.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native core of pddm_ext; importing it registers torch.ops.pddm.";
+
+  m.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = PDDM_COMPILER;
+    info["built_with_torch"] = PDDM_TORCH_VERSION;
+    info["stable_abi"] = PDDM_STABLE_ABI;
+    info["cuda"] = false;
+    return info;
+  });
+  m.def("cpu_capabilities", [] {
+    py::dict all;
+    for (const auto& set : pddm::cpu::capabilities()) all[py::str(set.name)] = set.supported;
+    return all;
+  }, "Compiled instruction sets, lowest first, and whether this machine has them.");
+  m.def("cpu_capability", &pddm::cpu::capability, "The instruction set in use.");
+  m.def("set_cpu_capability", &pddm::cpu::set_capability, py::arg("name"),
+        "Use this set from now on; an empty name is the best one. Raises ValueError.");
+  m.def("multiplies_bfloat16", [] { return pddm::cpu::effective(pddm::Precision::bfloat16) == pddm::Precision::bfloat16; },
+        "Whether bfloat16 products run as such; otherwise they run in float32.");
+  m.def("counters", [] {
+    const pddm::Counters c = pddm::read_counters();
+    py::dict counters;
+    counters["pairs_scored"] = c.pairs_scored;
+    counters["bytes_peak"] = c.bytes_peak;
+    return counters;
+  }, "Pairs scored, and the peak of native scratch in bytes, since the last reset.");
+  m.def("reset_counters", &pddm::reset_counters);
+}

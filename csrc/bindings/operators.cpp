@@ -1,0 +1,257 @@
+// The operators: torch tensors in, the problem of problem.h out. Everything here is LibTorch's stable ABI, so that one
+// build serves later torch releases. Shapes, dtypes and devices are checked in Python, where a message can name the
+// caller's argument; what is checked again here keeps a direct call of the operator memory-safe.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../cpu/backend.h"
+
+namespace pddm {
+namespace {
+
+using torch::stable::Tensor;
+using ScalarType = torch::headeronly::ScalarType;
+
+Precision precision_of(const Tensor& feats) {
+  switch (feats.scalar_type()) {
+    case ScalarType::Double: return Precision::float64;
+    case ScalarType::BFloat16: return Precision::bfloat16;
+    case ScalarType::Float:
+    case ScalarType::Half: return Precision::float32;
+    default: STD_TORCH_CHECK(false, "pddm: features must be float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType storage_of(Precision precision) {
+  return precision == Precision::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor dense(const Tensor& t, ScalarType dtype) {
+  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+void run_in_parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) body(context, index);
+  });
+}
+
+Parallel torch_threads() { return {static_cast<int>(torch::stable::get_num_threads()), run_in_parallel}; }
+
+// The eight parameters, dense and in the arrays' type, kept alive with the pointers into them.
+class UnitTensors {
+ public:
+  UnitTensors(const Tensor& w_u, const Tensor& b_u, const Tensor& w_v, const Tensor& b_v, const Tensor& w_c,
+              const Tensor& b_c, const Tensor& w_s, const Tensor& b_s, bool normalize_input, int64_t dim,
+              ScalarType dtype)
+      : given_{w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s} {
+    STD_TORCH_CHECK(w_u.dim() == 2 && w_c.dim() == 2, "pddm: the unit's weights must be matrices");
+    const int64_t hidden = w_u.size(0), combined = w_c.size(0);
+    const int64_t expected[8] = {hidden * dim, hidden,   hidden * dim, hidden, combined * 2 * hidden,
+                                 combined,     combined, 1};
+    STD_TORCH_CHECK(w_u.size(1) == dim && hidden > 0 && combined > 0 && dim > 0,
+                    "pddm: the unit scores features of dimension ", w_u.size(1), ", not ", dim);
+    for (int k = 0; k < 8; ++k) {
+      STD_TORCH_CHECK(given_[k].numel() == expected[k] && given_[k].is_cpu(),
+                      "pddm: parameter ", k, " of the unit has the wrong size or device");
+      dense_[k] = dense(given_[k], dtype);
+    }
+    unit = {dim,    hidden, combined, normalize_input, at(0), at(1), at(2),
+            at(3), at(4),  at(5),    at(6),           at(7)};
+  }
+
+  Unit unit;
+
+  // Zeroed gradients in the arrays' type; `cast` gives them the parameters' own.
+  UnitGradient make_gradient() {
+    for (int k = 0; k < 8; ++k) gradient_[k] = torch::stable::new_zeros(dense_[k], dense_[k].sizes());
+    void* to[8];
+    for (int k = 0; k < 8; ++k) to[k] = gradient_[k]->mutable_data_ptr();
+    return {to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]};
+  }
+  Tensor gradient(int k) const {
+    const ScalarType own = given_[k].scalar_type();
+    return gradient_[k]->scalar_type() == own ? *gradient_[k] : torch::stable::to(*gradient_[k], own);
+  }
+
+ private:
+  const void* at(int k) const { return dense_[k].const_data_ptr(); }
+
+  Tensor given_[8], dense_[8];
+  std::optional<Tensor> gradient_[8];
+};
+
+struct Call {
+  Precision precision;
+  ScalarType dtype;
+  Parallel parallel;
+  std::unique_ptr<const Backend> backend;
+
+  explicit Call(const Tensor& feats)
+      : precision(precision_of(feats)),
+        dtype(storage_of(precision)),
+        parallel(torch_threads()),
+        backend(cpu::make_backend(precision, parallel)) {
+    STD_TORCH_CHECK(feats.dim() == 2, "pddm: features must be a matrix");
+  }
+  Call(const Call&) = delete;
+
+  static Rows rows(const Tensor& dense) { return {dense.const_data_ptr(), dense.size(0)}; }
+};
+
+Pairs checked_pairs(const Tensor& i, const Tensor& j, int64_t n, bool skip_negative) {
+  STD_TORCH_CHECK(i.numel() == j.numel(), "pddm: i and j must be of one length");
+  const Pairs pairs{static_cast<const int64_t*>(i.const_data_ptr()), static_cast<const int64_t*>(j.const_data_ptr()),
+                    i.numel()};
+  for (int64_t t = 0; t < pairs.count; ++t) {
+    const int64_t lowest = skip_negative ? -1 : 0;
+    STD_TORCH_CHECK(pairs.i[t] >= lowest && pairs.i[t] < n && pairs.j[t] >= lowest && pairs.j[t] < n, "pddm: pair ", t,
+                    " is (", pairs.i[t], ", ", pairs.j[t], "), out of range for ", n, " rows");
+  }
+  return pairs;
+}
+
+#define PDDM_UNIT                                                                                                \
+  const Tensor &w_u, const Tensor &b_u, const Tensor &w_v, const Tensor &b_v, const Tensor &w_c, const Tensor &b_c, \
+      const Tensor &w_s, const Tensor &b_s, bool normalize_input
+#define PDDM_UNIT_ARGUMENTS w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s, normalize_input
+
+using Mined = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Mined mine(const Tensor& feats, const Tensor& labels, PDDM_UNIT, int64_t mode) {
+  STD_TORCH_CHECK(mode >= 0 && mode <= 2, "pddm: unknown mode ", mode);
+  const Call call(feats);
+  const Tensor rows = dense(feats, call.dtype), y = dense(labels, ScalarType::Long);
+  const int64_t n = rows.size(0);
+  STD_TORCH_CHECK(y.numel() == n, "pddm: one label per row");
+  const UnitTensors tensors(PDDM_UNIT_ARGUMENTS, rows.size(1), call.dtype);
+  const auto* label = static_cast<const int64_t*>(y.const_data_ptr());
+  const Mode wanted = static_cast<Mode>(mode);
+  const int64_t slots = wanted == Mode::batch ? 1 : wanted == Mode::anchor ? n : count_positive_pairs(label, n);
+
+  const auto indices = [&] { return torch::stable::new_empty(rows, {slots}, ScalarType::Long); };
+  const auto scores = [&] { return torch::stable::new_empty(rows, {slots}, call.dtype); };
+  Tensor i = indices(), j = indices(), k = indices(), l = indices(), s_ij = scores(), s_ik = scores(), s_jl = scores();
+  Tensor valid = torch::stable::new_empty(rows, {slots}, ScalarType::Bool);
+  const auto index = [](const Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); };
+  call.backend->mine(Call::rows(rows), label, tensors.unit, wanted,
+                     {slots, index(i), index(j), index(k), index(l), s_ij.mutable_data_ptr(), s_ik.mutable_data_ptr(),
+                      s_jl.mutable_data_ptr(), static_cast<bool*>(valid.mutable_data_ptr())});
+  return {i, j, k, l, s_ij, s_ik, s_jl, valid};
+}
+
+Tensor score_pairs(const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_UNIT) {
+  const Call call(feats);
+  const Tensor rows = dense(feats, call.dtype), a = dense(i, ScalarType::Long), b = dense(j, ScalarType::Long);
+  const UnitTensors tensors(PDDM_UNIT_ARGUMENTS, rows.size(1), call.dtype);
+  const Pairs pairs = checked_pairs(a, b, rows.size(0), false);
+  Tensor scores = torch::stable::new_empty(rows, {pairs.count}, call.dtype);
+  call.backend->score_pairs(Call::rows(rows), pairs, tensors.unit, scores.mutable_data_ptr());
+  return scores;
+}
+
+// split < 0: all rows against all rows. Otherwise rows[:split] against rows[split:].
+Tensor score_matrix(const Tensor& feats, int64_t split, PDDM_UNIT) {
+  const Call call(feats);
+  const Tensor rows = dense(feats, call.dtype);
+  const UnitTensors tensors(PDDM_UNIT_ARGUMENTS, rows.size(1), call.dtype);
+  const int64_t n = rows.size(0);
+  STD_TORCH_CHECK(split <= n, "pddm: split is ", split, " of ", n, " rows");
+  Tensor scores = torch::stable::new_empty(rows, {split < 0 ? n : split, split < 0 ? n : n - split}, call.dtype);
+  call.backend->score_matrix(Call::rows(rows), split, tensors.unit, scores.mutable_data_ptr());
+  return scores;
+}
+
+std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, int64_t k, PDDM_UNIT) {
+  const Call call(queries);
+  const Tensor q = dense(queries, call.dtype), g = dense(gallery, call.dtype);
+  STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == q.size(1), "pddm: queries and gallery differ in dimension");
+  STD_TORCH_CHECK(k >= 0 && k <= g.size(0), "pddm: k is ", k, " and the gallery has ", g.size(0), " rows");
+  const UnitTensors tensors(PDDM_UNIT_ARGUMENTS, q.size(1), call.dtype);
+  Tensor scores = torch::stable::new_empty(q, {q.size(0), k}, call.dtype);
+  Tensor indices = torch::stable::new_empty(q, {q.size(0), k}, ScalarType::Long);
+  call.backend->topk(Call::rows(q), Call::rows(g), k, tensors.unit, scores.mutable_data_ptr(),
+                     static_cast<int64_t*>(indices.mutable_data_ptr()));
+  return {scores, indices};
+}
+
+// Gradients of the rows and of the eight parameters, each in its own dtype.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Run>
+Gradients backward(const Tensor& weight, const Tensor& feats, PDDM_UNIT, const Run& run) {
+  const Call call(feats);
+  const Tensor rows = dense(feats, call.dtype), upstream = dense(weight, call.dtype);
+  UnitTensors tensors(PDDM_UNIT_ARGUMENTS, rows.size(1), call.dtype);
+  Tensor d_rows = torch::stable::new_zeros(rows, rows.sizes());
+  const UnitGradient gradient = tensors.make_gradient();
+  run(call, Call::rows(rows), upstream, tensors.unit, d_rows.mutable_data_ptr(), gradient);
+  if (feats.scalar_type() != call.dtype) d_rows = torch::stable::to(d_rows, feats.scalar_type());
+  return {d_rows,
+          tensors.gradient(0),
+          tensors.gradient(1),
+          tensors.gradient(2),
+          tensors.gradient(3),
+          tensors.gradient(4),
+          tensors.gradient(5),
+          tensors.gradient(6),
+          tensors.gradient(7)};
+}
+
+Gradients score_pairs_backward(const Tensor& weight, const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_UNIT) {
+  const Tensor a = dense(i, ScalarType::Long), b = dense(j, ScalarType::Long);
+  return backward(weight, feats, PDDM_UNIT_ARGUMENTS,
+                  [&](const Call& call, const Rows& rows, const Tensor& upstream, const Unit& unit, void* d_rows,
+                      const UnitGradient& gradient) {
+                    const Pairs pairs = checked_pairs(a, b, rows.count, true);
+                    STD_TORCH_CHECK(upstream.numel() == pairs.count, "pddm: one weight per pair");
+                    call.backend->score_pairs_backward(rows, pairs, upstream.const_data_ptr(), unit, d_rows, gradient);
+                  });
+}
+
+Gradients score_matrix_backward(const Tensor& weight, const Tensor& feats, int64_t split, PDDM_UNIT) {
+  return backward(weight, feats, PDDM_UNIT_ARGUMENTS,
+                  [&](const Call& call, const Rows& rows, const Tensor& upstream, const Unit& unit, void* d_rows,
+                      const UnitGradient& gradient) {
+                    const int64_t n = rows.count;
+                    STD_TORCH_CHECK(split <= n && upstream.numel() == (split < 0 ? n * n : split * (n - split)),
+                                    "pddm: one weight per score");
+                    call.backend->score_matrix_backward(rows, split, upstream.const_data_ptr(), unit, d_rows, gradient);
+                  });
+}
+
+}  // namespace
+}  // namespace pddm
+
+// In every schema the unit is its eight parameters as nn.Linear holds them.
+#define PDDM_UNIT_SCHEMA                                                                                   \
+  "Tensor w_u, Tensor b_u, Tensor w_v, Tensor b_v, Tensor w_c, Tensor b_c, Tensor w_s, Tensor b_s, bool " \
+  "normalize_input"
+#define PDDM_GRADIENTS_SCHEMA "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+STABLE_TORCH_LIBRARY(pddm, m) {
+  m.def("mine(Tensor feats, Tensor labels, " PDDM_UNIT_SCHEMA
+        ", int mode) -> (Tensor i, Tensor j, Tensor k, Tensor l, Tensor s_ij, Tensor s_ik, Tensor s_jl, Tensor valid)");
+  m.def("score_pairs(Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA ") -> Tensor");
+  m.def("score_matrix(Tensor feats, int split, " PDDM_UNIT_SCHEMA ") -> Tensor");
+  m.def("topk(Tensor queries, Tensor gallery, int k, " PDDM_UNIT_SCHEMA ") -> (Tensor scores, Tensor indices)");
+  m.def("score_pairs_backward(Tensor weight, Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA
+        ") -> " PDDM_GRADIENTS_SCHEMA);
+  m.def("score_matrix_backward(Tensor weight, Tensor feats, int split, " PDDM_UNIT_SCHEMA
+        ") -> " PDDM_GRADIENTS_SCHEMA);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m) {
+  m.impl("mine", TORCH_BOX(&pddm::mine));
+  m.impl("score_pairs", TORCH_BOX(&pddm::score_pairs));
+  m.impl("score_matrix", TORCH_BOX(&pddm::score_matrix));
+  m.impl("topk", TORCH_BOX(&pddm::topk));
+  m.impl("score_pairs_backward", TORCH_BOX(&pddm::score_pairs_backward));
+  m.impl("score_matrix_backward", TORCH_BOX(&pddm::score_matrix_backward));
+}

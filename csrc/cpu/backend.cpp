@@ -1,0 +1,139 @@
+#include "backend.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <unordered_map>
+
+#include "dense.h"
+#include "gradient.h"
+#include "mine.h"
+
+namespace pddm {
+
+int64_t count_positive_pairs(const int64_t* labels, int64_t n) {
+  std::unordered_map<int64_t, int64_t> seen;
+  int64_t pairs = 0;
+  for (int64_t r = 0; r < n; ++r) pairs += seen[labels[r]]++;
+  return pairs;
+}
+
+namespace cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  const Engine<float>* (*float32)();
+  const Engine<double>* (*float64)();
+  const Engine<float>* (*bfloat16)();
+};
+
+#define PDDM_SET(isa, supported) \
+  { #isa, [] { return bool(supported); }, isa::float32_engine, isa::float64_engine, isa::bfloat16_engine }
+
+const InstructionSet kSets[] = {
+    PDDM_SET(portable, true),
+#if defined(PDDM_X86)
+    PDDM_SET(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+    PDDM_SET(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
+#if defined(PDDM_AVX512_BF16)
+    PDDM_SET(avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
+#endif
+#endif
+};
+
+std::atomic<const InstructionSet*>& current() {
+  static std::atomic<const InstructionSet*> set{nullptr};
+  return set;
+}
+
+const InstructionSet* chosen() {
+  if (!current().load()) {
+    const char* forced = std::getenv("PDDM_CPU_CAPABILITY");
+    set_capability(forced ? forced : "");
+  }
+  return current().load();
+}
+
+template <class T>
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const Engine<T>& engine, const Parallel& parallel) : engine_(engine), parallel_(parallel) {}
+
+  void mine(const Rows& rows, const int64_t* labels, const Unit& unit, Mode mode,
+            const Quadruplets& out) const override {
+    cpu::mine<T>(engine_, parallel_, rows, labels, unit, mode, out);
+  }
+  void score_pairs(const Rows& rows, const Pairs& pairs, const Unit& unit, void* scores) const override {
+    cpu::score_pairs<T>(engine_, parallel_, rows, pairs, unit, static_cast<T*>(scores));
+  }
+  void score_matrix(const Rows& rows, int64_t split, const Unit& unit, void* scores) const override {
+    cpu::score_matrix<T>(engine_, parallel_, rows, split, unit, static_cast<T*>(scores));
+  }
+  void topk(const Rows& queries, const Rows& gallery, int64_t k, const Unit& unit, void* scores,
+            int64_t* indices) const override {
+    cpu::topk<T>(engine_, parallel_, queries, gallery, k, unit, static_cast<T*>(scores), indices);
+  }
+  void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,
+                            void* rows_gradient, const UnitGradient& gradient) const override {
+    cpu::score_pairs_backward<T>(engine_, parallel_, rows, pairs, static_cast<const T*>(weight), unit,
+                                 static_cast<T*>(rows_gradient), gradient);
+  }
+  void score_matrix_backward(const Rows& rows, int64_t split, const void* weight, const Unit& unit,
+                             void* rows_gradient, const UnitGradient& gradient) const override {
+    cpu::score_matrix_backward<T>(engine_, parallel_, rows, split, static_cast<const T*>(weight), unit,
+                                  static_cast<T*>(rows_gradient), gradient);
+  }
+
+ private:
+  const Engine<T>& engine_;
+  const Parallel& parallel_;
+};
+
+template <class T>
+std::unique_ptr<const Backend> made(const Engine<T>* engine, const Parallel& parallel) {
+  return std::make_unique<CpuBackend<T>>(*engine, parallel);
+}
+
+}  // namespace
+
+std::vector<Capability> capabilities() {
+  std::vector<Capability> all;
+  for (const InstructionSet& set : kSets) all.push_back({set.name, set.supported()});
+  return all;
+}
+
+std::string capability() { return chosen()->name; }
+
+void set_capability(const std::string& name) {
+  const InstructionSet* found = nullptr;
+  std::string usable;
+  for (const InstructionSet& set : kSets) {
+    if (!set.supported()) continue;
+    usable += std::string(usable.empty() ? "" : ", ") + set.name;
+    if (name.empty() || name == set.name) found = &set;
+  }
+  if (!found)
+    throw std::invalid_argument("PDDM_CPU_CAPABILITY is '" + name + "'; this build on this machine has " + usable);
+  current() = found;
+}
+
+Precision effective(Precision precision) {
+  return precision == Precision::bfloat16 && !chosen()->bfloat16() ? Precision::float32 : precision;
+}
+
+std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel& parallel) {
+  const InstructionSet* set = chosen();
+  switch (effective(precision)) {
+    case Precision::float64: return made(set->float64(), parallel);
+    case Precision::bfloat16: return made(set->bfloat16(), parallel);
+    default: return made(set->float32(), parallel);
+  }
+}
+
+}  // namespace cpu
+}  // namespace pddm

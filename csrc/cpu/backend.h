@@ -1,0 +1,29 @@
+// The CPU backend: which instruction set runs, and the Backend of a precision on it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../problem.h"
+
+namespace pddm::cpu {
+
+struct Capability {
+  std::string name;
+  bool supported;  // by this machine; what was not compiled is not listed
+};
+
+std::vector<Capability> capabilities();  // lowest first
+std::string capability();                // the one in use
+
+// Uses a lower set from now on, or the best with an empty name. Throws std::invalid_argument.
+void set_capability(const std::string& name);
+
+// The products that a precision really runs in: bfloat16 falls back on float32 where there is no instruction for it.
+Precision effective(Precision precision);
+
+// Refers to `parallel`.
+std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel& parallel);
+
+}  // namespace pddm::cpu

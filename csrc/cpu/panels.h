@@ -1,0 +1,150 @@
+// Operand panels: what the register tile eats, made on the way in.
+//
+// A panel is (steps, kLanes): step k of pair `lane` lies at k · kLanes + lane. |f_i − f_j| and a_i + a_j exist nowhere
+// else. A row against a panel of rows needs one broadcast per step; listed pairs are read row by row, combined, and
+// transposed in registers.
+#pragma once
+
+#include "engine.h"
+#include "tile.h"
+
+namespace pddm::PDDM_ISA {
+
+using cpu::Group;
+
+template <class T>
+struct Difference {
+  static PDDM_INLINE Vec<T> of(Vec<T> a, Vec<T> b) { return absolute<T>(a - b); }
+};
+
+template <class T>
+struct Sum {
+  static PDDM_INLINE Vec<T> of(Vec<T> a, Vec<T> b) { return a + b; }
+};
+
+// emit(k, x): x[p][half] is Combine(i, j) at step k + p, for p < Fold. Runs over `steps` (a multiple of Fold) steps of
+// rows that are `stride` long.
+template <class T, int Fold, template <class> class Combine, class Emit>
+PDDM_INLINE void for_each_step(const T* rows, const T* panels, int64_t stride, const Group& g, int64_t steps,
+                               const Emit& emit) {
+  constexpr int width = kWidth<T>;
+  if (g.panel >= 0) {
+    const T* row = rows + g.row * stride;
+    const T* panel = panels + g.panel * stride * kLanes<T>;
+    for (int64_t k = 0; k < steps; k += Fold) {
+      Vec<T> x[Fold][2];
+      PDDM_UNROLL
+      for (int p = 0; p < Fold; ++p) {
+        const Vec<T> own = broadcast(row[k + p]);
+        x[p][0] = Combine<T>::of(own, load(panel + (k + p) * kLanes<T>));
+        x[p][1] = Combine<T>::of(own, load(panel + (k + p) * kLanes<T> + width));
+      }
+      emit(k, x);
+    }
+    return;
+  }
+  for (int64_t k0 = 0; k0 < steps; k0 += width) {
+    Vec<T> x[width][2];
+    for (int half = 0; half < 2; ++half) {
+      Vec<T> v[width];
+      PDDM_UNROLL
+      for (int r = 0; r < width; ++r) {
+        const int lane = half * width + r;
+        v[r] = Combine<T>::of(load(rows + g.i[lane] * stride + k0), load(rows + g.j[lane] * stride + k0));
+      }
+      transpose<T>(v);
+      PDDM_UNROLL
+      for (int r = 0; r < width; ++r) x[r][half] = v[r];
+    }
+    const int64_t left = steps - k0 < width ? steps - k0 : width;
+    for (int64_t k = 0; k < left; k += Fold) emit(k0 + k, x + k);
+  }
+}
+
+// Stores Fold steps as the product wants them.
+template <class Op>
+PDDM_INLINE void store_steps(typename Op::Element* panel, int64_t k, const Vec<typename Op::Scalar> (*x)[2]) {
+  using T = typename Op::Scalar;
+  auto* out = panel + k / Op::kFold * kLanes<T>;
+  PDDM_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    Vec<T> column[Op::kFold];
+    PDDM_UNROLL
+    for (int p = 0; p < Op::kFold; ++p) column[p] = x[p][half];
+    store(out + half * kWidth<T>, Op::fold(column));
+  }
+}
+
+// emit(lane, k0, v): v is steps k0 … k0 + kWidth − 1 of that lane. The panel has `stride` steps.
+template <class T, class Emit>
+PDDM_INLINE void for_each_lane(const T* panel, int64_t stride, const Emit& emit) {
+  constexpr int width = kWidth<T>;
+  for (int64_t k0 = 0; k0 < stride; k0 += width) {
+    for (int half = 0; half < 2; ++half) {
+      Vec<T> v[width];
+      PDDM_UNROLL
+      for (int r = 0; r < width; ++r) v[r] = load(panel + (k0 + r) * kLanes<T> + half * width);
+      transpose<T>(v);
+      PDDM_UNROLL
+      for (int r = 0; r < width; ++r) emit(half * width + r, k0, v[r]);
+    }
+  }
+}
+
+template <class T>
+PDDM_INLINE void zero_steps(T* panel, int64_t from, int64_t to) {
+  if (to > from) std::memset(static_cast<void*>(panel + from * kLanes<T>), 0, sizeof(T) * (to - from) * kLanes<T>);
+}
+
+template <class T>
+PDDM_INLINE T sum_lanes(Vec<T> a, Vec<T> b) {
+  const Vec<T> v = a + b;
+  T lane[kWidth<T>];
+  store(lane, v);
+  for (int n = kWidth<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+  return lane[0];
+}
+
+// Packing of weights: strip by strip of kStrip outputs, (step, output) within a strip.
+
+PDDM_INLINE float fold_weights(const float* x, const Plain<float>*) { return x[0]; }
+PDDM_INLINE double fold_weights(const double* x, const Plain<double>*) { return x[0]; }
+#if defined(PDDM_HAS_BF16)
+PDDM_INLINE uint32_t fold_weights(const float* x, const Bf16*) {
+  uint32_t out = 0;
+  for (int p = 0; p < 2; ++p) {
+    uint32_t bits;
+    std::memcpy(&bits, x + p, sizeof bits);
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    out |= rounded << (16 * p);
+  }
+  return out;
+}
+#endif
+
+// Where weight (output, input) of a matrix lies, so that a transposed or partial matrix packs the same way.
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t outputs, inputs, output_stride, input_stride;
+};
+
+// The strip of outputs [c, c + C) over padded(inputs, kUnit) steps where `Padded`, or inputs rounded up to a fold.
+template <class Op, int C>
+PDDM_INLINE void pack_strip(typename Op::Element* strip, const Matrix<typename Op::Scalar>& m, int64_t c,
+                            int64_t steps) {
+  for (int64_t s = 0; s < steps; ++s)
+    for (int column = 0; column < C; ++column) {
+      typename Op::Scalar x[Op::kFold] = {};
+      for (int p = 0; p < Op::kFold; ++p) {
+        const int64_t k = s * Op::kFold + p;
+        if (k < m.inputs && c + column < m.outputs)
+          x[p] = m.data[(c + column) * m.output_stride + k * m.input_stride];
+      }
+      strip[s * C + column] = fold_weights(x, static_cast<const Op*>(nullptr));
+    }
+}
+
+}  // namespace pddm::PDDM_ISA

@@ -1,0 +1,213 @@
+// Vectors of the instruction set this translation unit is compiled for.
+//
+// PDDM_ISA names the set and the namespace; PDDM_VECTOR_BYTES is its register width. On GCC and Clang a vector is a
+// vector-extension type, which both lower to the set's own registers; on any other compiler (or with
+// PDDM_PLAIN_VECTORS) it is an array with loops of constant length, left to the compiler's vectoriser.
+//
+// Only the code of one instruction set may live in such a unit: nothing here, and nothing that includes this, may
+// instantiate a template or inline function that another unit could share, or the linker might keep the wrong copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512BF16__) && !defined(PDDM_EMULATE_BF16)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__)
+#define PDDM_INLINE inline __attribute__((always_inline))
+#else
+#define PDDM_INLINE inline
+#endif
+
+#if defined(__clang__)
+#define PDDM_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define PDDM_UNROLL _Pragma("GCC unroll 32")
+#else
+#define PDDM_UNROLL
+#endif
+
+namespace pddm::PDDM_ISA {
+
+template <class T>
+constexpr int kWidth = PDDM_VECTOR_BYTES / int(sizeof(T));
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using type = uint32_t;
+};
+template <>
+struct BitsOf<double> {
+  using type = uint64_t;
+};
+
+#if defined(__GNUC__) && !defined(PDDM_PLAIN_VECTORS)
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(PDDM_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+
+template <class T>
+PDDM_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+template <class T>
+PDDM_INLINE Vec<T> absolute(Vec<T> x) {
+  using Bits = Vec<typename BitsOf<T>::type>;
+  const auto sign = typename BitsOf<T>::type(1) << (8 * sizeof(T) - 1);
+  return Vec<T>(Bits(x) & ~broadcast(sign));
+}
+
+// NaN passes, as in torch.
+template <class T>
+PDDM_INLINE Vec<T> relu(Vec<T> x) {
+  return x < Vec<T>{} ? Vec<T>{} : x;
+}
+
+// x where gate > 0 (or is NaN), 0 elsewhere: the gradient of relu.
+template <class T>
+PDDM_INLINE Vec<T> where_alive(Vec<T> gate, Vec<T> x) {
+  return gate <= Vec<T>{} ? Vec<T>{} : x;
+}
+
+template <class T, int High, size_t... I>
+PDDM_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+  constexpr int n = kWidth<T>;
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, (int(I % 2) * n + int(I / 2) + High * n / 2)...);
+#else
+  using Index = Vec<typename BitsOf<T>::type>;
+  return __builtin_shuffle(a, b, Index{(I % 2) * n + I / 2 + High * n / 2 ...});
+#endif
+}
+
+#else
+
+template <class T>
+struct Vec {
+  T lane[kWidth<T>];
+  PDDM_INLINE T& operator[](int i) { return lane[i]; }
+  PDDM_INLINE T operator[](int i) const { return lane[i]; }
+};
+
+#define PDDM_LANEWISE(name, expression)                         \
+  template <class T>                                            \
+  PDDM_INLINE Vec<T> name(const Vec<T>& a, const Vec<T>& b) {   \
+    Vec<T> r;                                                   \
+    for (int i = 0; i < kWidth<T>; ++i) r.lane[i] = expression; \
+    return r;                                                   \
+  }
+PDDM_LANEWISE(operator+, a.lane[i] + b.lane[i])
+PDDM_LANEWISE(operator-, a.lane[i] - b.lane[i])
+PDDM_LANEWISE(operator*, a.lane[i] * b.lane[i])
+PDDM_LANEWISE(where_alive_lanes, a.lane[i] <= T(0) ? T(0) : b.lane[i])
+#undef PDDM_LANEWISE
+
+template <class T>
+PDDM_INLINE Vec<T>& operator+=(Vec<T>& a, const Vec<T>& b) {
+  return a = a + b;
+}
+template <class T>
+PDDM_INLINE Vec<T>& operator*=(Vec<T>& a, const Vec<T>& b) {
+  return a = a * b;
+}
+template <class T>
+PDDM_INLINE Vec<T> broadcast(T x) {
+  Vec<T> r;
+  for (int i = 0; i < kWidth<T>; ++i) r.lane[i] = x;
+  return r;
+}
+template <class T>
+PDDM_INLINE Vec<T> absolute(Vec<T> x) {
+  for (int i = 0; i < kWidth<T>; ++i) x.lane[i] = x.lane[i] < T(0) ? -x.lane[i] : x.lane[i];
+  return x;
+}
+template <class T>
+PDDM_INLINE Vec<T> relu(Vec<T> x) {
+  for (int i = 0; i < kWidth<T>; ++i) x.lane[i] = x.lane[i] < T(0) ? T(0) : x.lane[i];
+  return x;
+}
+template <class T>
+PDDM_INLINE Vec<T> where_alive(Vec<T> gate, Vec<T> x) {
+  return where_alive_lanes(gate, x);
+}
+template <class T, int High, size_t... I>
+PDDM_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+  constexpr int n = kWidth<T>;
+  return Vec<T>{{(I % 2 ? b : a).lane[I / 2 + High * n / 2]...}};
+}
+
+#endif
+
+template <class T>
+PDDM_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+PDDM_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// Rows become columns; the width's log2 rounds of a perfect shuffle.
+template <class T>
+PDDM_INLINE void transpose(Vec<T>* v) {
+  constexpr int n = kWidth<T>;
+  using Lanes = std::make_index_sequence<n>;
+  PDDM_UNROLL
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> w[n];
+    PDDM_UNROLL
+    for (int r = 0; r < n / 2; ++r) {
+      w[2 * r] = interleave<T, 0>(v[r], v[r + n / 2], Lanes{});
+      w[2 * r + 1] = interleave<T, 1>(v[r], v[r + n / 2], Lanes{});
+    }
+    PDDM_UNROLL
+    for (int r = 0; r < n; ++r) v[r] = w[r];
+  }
+}
+
+#if defined(PDDM_HAS_BF16)
+
+// Two floats, rounded to the nearest even bfloat16, in one 32-bit lane: the even index of the product in the low half.
+PDDM_INLINE Vec<uint32_t> pack_bf16(Vec<float> even, Vec<float> odd) {
+#if defined(PDDM_EMULATE_BF16)
+  const auto round = [](Vec<float> x) {
+    const auto bits = Vec<uint32_t>(x);
+    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return x == x ? rounded : (bits >> 16) | 0x40u;
+  };
+  return round(even) | (round(odd) << 16);
+#else
+  const __m512bh both = _mm512_cvtne2ps_pbh(__m512(odd), __m512(even));
+  const auto words = (__m512i)both;  // low half: the sixteen even ones, high half: the odd ones
+  const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return Vec<uint32_t>(_mm512_permutexvar_epi16(lanes, words));
+#endif
+}
+
+PDDM_INLINE Vec<float> dot_bf16(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
+#if defined(PDDM_EMULATE_BF16)
+  const auto low = [](Vec<uint32_t> x) { return Vec<float>(x << 16); };
+  const auto high = [](Vec<uint32_t> x) { return Vec<float>(x & 0xffff0000u); };
+  return sum + high(a) * high(b) + low(a) * low(b);
+#else
+  return Vec<float>(_mm512_dpbf16_ps(__m512(sum), (__m512bh)__m512i(a), (__m512bh)__m512i(b)));
+#endif
+}
+
+#endif
+
+}  // namespace pddm::PDDM_ISA

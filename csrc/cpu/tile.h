@@ -1,0 +1,122 @@
+// The register tile: every product of this backend is this loop.
+//
+//            x: 2 vectors = kLanes columns, contiguous per step
+//            ┌────────────┬────────────┐
+//   w: C   ──┤ acc[0][0]  │ acc[0][1]  │   one step:  2 loads of x, C broadcasts of w, 2·C multiply-adds
+//   scalars  │    …       │     …      │   AVX-512:   C = 12, 24 accumulators + 2 + 1 of 32 registers
+//   per    ──┤ acc[C-1]…  │            │   AVX2, SSE: C = 6, 12 + 2 + 1 of 16
+//   step     └────────────┴────────────┘
+//
+// In the scoring products a column is a pair and a w is a weight, so that norms, biases, relu and the last product are
+// lane-wise, nothing is ever shuffled, and the value of a pair depends neither on its lane nor on its neighbours. In the
+// products over pairs (weight gradients) a step is a pair and a column is an input feature.
+#pragma once
+
+#include "simd.h"
+
+namespace pddm::PDDM_ISA {
+
+constexpr int kUnit = PDDM_VECTOR_BYTES == 64 ? 4 : 2;  // weights are packed in strips of 3, 2 or 1 units of columns
+constexpr int kStrip = 3 * kUnit;
+
+// How operands are stored and multiplied. `kFold` steps of the mathematical product share one stored element.
+template <class T>
+struct Plain {
+  using Scalar = T;
+  using Element = T;
+  static constexpr int kFold = 1;
+  static PDDM_INLINE Vec<T> multiply_add(Vec<T> sum, Vec<T> a, Vec<T> b) { return sum + a * b; }
+  static PDDM_INLINE Vec<T> fold(const Vec<T>* x) { return x[0]; }
+};
+
+#if defined(PDDM_HAS_BF16)
+struct Bf16 {
+  using Scalar = float;
+  using Element = uint32_t;
+  static constexpr int kFold = 2;
+  static PDDM_INLINE Vec<float> multiply_add(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
+    return dot_bf16(sum, a, b);
+  }
+  static PDDM_INLINE Vec<uint32_t> fold(const Vec<float>* x) { return pack_bf16(x[0], x[1]); }
+};
+#endif
+
+template <class T>
+constexpr int kLanes = 2 * kWidth<T>;
+
+template <class T, int C>
+struct Tile {
+  static constexpr int kColumns = C;
+  Vec<T> acc[C][2];
+
+  PDDM_INLINE void clear() {
+    PDDM_UNROLL
+    for (int c = 0; c < C; ++c) acc[c][0] = acc[c][1] = Vec<T>{};
+  }
+  PDDM_INLINE void scale(const T* factor) {
+    const Vec<T> f0 = load(factor), f1 = load(factor + kWidth<T>);
+    PDDM_UNROLL
+    for (int c = 0; c < C; ++c) acc[c][0] *= f0, acc[c][1] *= f1;
+  }
+};
+
+// Strides of w: between steps, and between the C values of one step.
+struct Strides {
+  int64_t step, column;
+};
+
+// acc += Σ_s w[s] ⊗ x[s].
+template <class Op, int C>
+PDDM_INLINE void multiply(Tile<typename Op::Scalar, C>& tile, const typename Op::Element* w, Strides w_stride,
+                          const typename Op::Element* x, int64_t x_step, int64_t steps) {
+  using T = typename Op::Scalar;
+  using Element = typename Op::Element;
+  Tile<T, C> t = tile;
+  for (int64_t s = 0; s < steps; ++s, w += w_stride.step, x += x_step) {
+    const Vec<Element> x0 = load(x), x1 = load(x + kWidth<T>);
+    PDDM_UNROLL
+    for (int c = 0; c < C; ++c) {
+      const Vec<Element> b = broadcast(w[c * w_stride.column]);
+      t.acc[c][0] = Op::multiply_add(t.acc[c][0], b, x0);
+      t.acc[c][1] = Op::multiply_add(t.acc[c][1], b, x1);
+    }
+  }
+  tile = t;
+}
+
+// Weights in strips against one panel of pairs.
+template <class Op, int C>
+PDDM_INLINE void multiply_strip(Tile<typename Op::Scalar, C>& tile, const typename Op::Element* strip,
+                                const typename Op::Element* panel, int64_t steps) {
+  multiply<Op, C>(tile, strip, {C, 1}, panel, kLanes<typename Op::Scalar>, steps);
+}
+
+template <int C>
+struct Columns {
+  static constexpr int value = C;
+};
+
+constexpr int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// body(Columns<C>, first column) over ⌈n / kUnit⌉ units of columns, full strips first. The strip that starts at column c
+// starts at element c · steps of its packed array.
+template <class Body>
+PDDM_INLINE void for_strips(int64_t n, const Body& body) {
+  int64_t c = 0;
+  for (; c + kStrip <= padded(n, kUnit); c += kStrip) body(Columns<kStrip>{}, c);
+  if (padded(n, kUnit) - c == 2 * kUnit) body(Columns<2 * kUnit>{}, c);
+  if (padded(n, kUnit) - c == kUnit) body(Columns<kUnit>{}, c);
+}
+
+// One strip of the above by its number, for work that is shared out strip by strip.
+constexpr int64_t strip_count(int64_t n) { return (padded(n, kUnit) + kStrip - 1) / kStrip; }
+
+template <class Body>
+PDDM_INLINE void for_strip(int64_t n, int64_t index, const Body& body) {
+  const int64_t c = index * kStrip, left = padded(n, kUnit) - c;
+  if (left >= kStrip) return body(Columns<kStrip>{}, c);
+  if (left == 2 * kUnit) return body(Columns<2 * kUnit>{}, c);
+  body(Columns<kUnit>{}, c);
+}
+
+}  // namespace pddm::PDDM_ISA

@@ -1,0 +1,63 @@
+// Everything one call computes before the first pair: packed weights, unit rows, and a = W_v f. O(n · (dim + hidden)).
+#pragma once
+
+#include <vector>
+
+#include "engine.h"
+#include "memory.h"
+
+namespace pddm::cpu {
+
+template <class T>
+class Prepared {
+ public:
+  const Engine<T>& engine;
+  const Parallel& parallel;
+  Workspace<T> work;
+
+  // Room for `capacity` rows; `set_rows` fills them.
+  Prepared(const Engine<T>& engine, const Parallel& parallel, const Unit& unit, int64_t capacity, bool backward)
+      : engine(engine), parallel(parallel), work{} {
+    Workspace<T>& w = work;
+    w.dim = unit.dim, w.hidden = unit.hidden, w.combined = unit.combined;
+    w.normalize_input = unit.normalize_input;
+    w.rows = engine.stride(capacity);
+    w.f_stride = engine.stride(unit.dim), w.a_stride = engine.stride(unit.hidden);
+    w.f = arena_.take<T>(w.rows * w.f_stride), w.f_panels = arena_.take<T>(w.rows * w.f_stride);
+    w.a = arena_.take<T>(w.rows * w.a_stride), w.a_panels = arena_.take<T>(w.rows * w.a_stride);
+    w.inverse_norm = arena_.take<T>(w.rows);
+    const PackedSizes sizes = engine.packed_sizes(w);
+    w.w_u = arena_.take_bytes(sizes.w_u), w.w_c = arena_.take_bytes(sizes.w_c);
+    w.w_v = static_cast<T*>(arena_.take_bytes(sizes.w_v));
+    if (backward) {
+      w.w_c_t = static_cast<T*>(arena_.take_bytes(sizes.w_c_t));
+      w.w_u_t = static_cast<T*>(arena_.take_bytes(sizes.w_u_t));
+      w.w_v_rows = arena_.take<T>(w.hidden * w.f_stride);
+    }
+    w.b_u = arena_.take<T>(w.a_stride), w.b_v = arena_.take<T>(w.a_stride);
+    w.b_c = arena_.take<T>(engine.stride(w.combined)), w.w_s = arena_.take<T>(engine.stride(w.combined));
+    w.b_s = *static_cast<const T*>(unit.b_s);
+    share(parallel, engine.pack_parts(w), [&](int64_t, int64_t part) { engine.pack(w, unit, part); });
+  }
+
+  // Row first + r becomes rows.data[source[r]], or rows.data[r]. `first` is a multiple of lanes; the last panel is
+  // filled up with zero rows.
+  void set_rows(const Rows& rows, const int64_t* source, int64_t first = 0) {
+    const int64_t lanes = engine.lanes;
+    share(parallel, engine.stride(rows.count) / lanes, [&](int64_t, int64_t panel) {
+      const T* from[64];
+      for (int64_t r = 0; r < lanes; ++r) {
+        const int64_t row = panel * lanes + r;
+        from[r] = row >= rows.count
+                      ? nullptr
+                      : static_cast<const T*>(rows.data) + (source ? source[row] : row) * work.dim;
+      }
+      engine.prepare_panel(work, from, first / lanes + panel);
+    });
+  }
+
+ private:
+  Arena arena_;
+};
+
+}  // namespace pddm::cpu

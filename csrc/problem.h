@@ -1,0 +1,103 @@
+// The problem, stated once and without torch: what is asked, of which arrays, and what every backend must answer.
+//
+// Score of a pair (i, j) of unit rows f, with relu for σ and x / max(‖x‖, 1e-12) for every norm:
+//
+//     u  = |f_i − f_j|            v  = (f_i + f_j) / 2                       (dim)
+//     u' = σ(W_u u + b_u)         v' = σ(W_v v + b_v)                        (hidden)
+//     c  = σ(W_c [u'/‖u'‖ ; v'/‖v'‖] + b_c)                                  (combined)
+//     S  = w_s · c + b_s
+//
+// Source: Huang, Loy, Tang, "Local Similarity-Aware Deep Feature Embedding", NIPS 2016, section 3.
+#pragma once
+
+#include <cstdint>
+
+namespace pddm {
+
+constexpr double kNormFloor = 1e-12;  // F.normalize's eps
+
+// Of the two matrix products. Arrays are float32 for `bfloat16` (operands are rounded on their way into the product,
+// sums are float32), and of the named type otherwise.
+enum class Precision { float32, float64, bfloat16 };
+
+// What to mine. `batch`: the hardest positive pair of the batch; `anchor`: every row with its own hardest positive;
+// `pair`: every positive pair.
+enum class Mode { batch = 0, anchor = 1, pair = 2 };
+
+// Dense row-major feature rows; they need not be normalised.
+struct Rows {
+  const void* data;
+  int64_t count;
+};
+
+// The eight parameters, dense and row-major, laid out as nn.Linear keeps them. `w_c` is (combined, 2 * hidden).
+struct Unit {
+  int64_t dim, hidden, combined;
+  bool normalize_input;  // feed u/‖u‖ and v/‖v‖ instead of u and v
+  const void *w_u, *b_u, *w_v, *b_v, *w_c, *b_c, *w_s, *b_s;
+};
+
+struct UnitGradient {
+  void *w_u, *b_u, *w_v, *b_v, *w_c, *b_c, *w_s, *b_s;
+};
+
+// A list of pairs of rows.
+struct Pairs {
+  const int64_t *i, *j;
+  int64_t count;
+};
+
+// Outputs of mining, `slots` long each: 1 for `batch`, n for `anchor`, the number of positive pairs for `pair`.
+// A slot that is not valid has indices −1 and scores 0.
+struct Quadruplets {
+  int64_t slots;
+  int64_t *i, *j, *k, *l;
+  void *s_ij, *s_ik, *s_jl;
+  bool* valid;
+};
+
+// Calls body(context, 0..count-1) from the host framework's threads and returns when all have returned.
+struct Parallel {
+  int threads;
+  void (*run)(int64_t count, void (*body)(void* context, int64_t index), void* context);
+};
+
+// What a backend does. Every call is complete in itself: nothing is kept from one to the next.
+class Backend {
+ public:
+  virtual void mine(const Rows& rows, const int64_t* labels, const Unit& unit, Mode mode,
+                    const Quadruplets& out) const = 0;
+
+  // scores[p] = S(i[p], j[p]).
+  virtual void score_pairs(const Rows& rows, const Pairs& pairs, const Unit& unit, void* scores) const = 0;
+
+  // split < 0: scores is (n, n) over all rows. Otherwise rows[:split] against rows[split:].
+  virtual void score_matrix(const Rows& rows, int64_t split, const Unit& unit, void* scores) const = 0;
+
+  // For every query the k best gallery rows, best first, ties to the lowest index, NaN after everything else.
+  virtual void topk(const Rows& queries, const Rows& gallery, int64_t k, const Unit& unit, void* scores,
+                    int64_t* indices) const = 0;
+
+  // Gradients of Σ_p weight[p] · S(i[p], j[p]). Pairs with a negative index or a zero weight are skipped.
+  virtual void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,
+                                    void* rows_gradient, const UnitGradient& gradient) const = 0;
+
+  // The same for every entry of score_matrix's output.
+  virtual void score_matrix_backward(const Rows& rows, int64_t split, const void* weight, const Unit& unit,
+                                     void* rows_gradient, const UnitGradient& gradient) const = 0;
+
+  virtual ~Backend() = default;
+};
+
+// Number of pairs i < j with equal labels: how many slots `Mode::pair` has.
+int64_t count_positive_pairs(const int64_t* labels, int64_t n);
+
+// Kept since the last reset, over all threads: what the laws of speed are checked with.
+struct Counters {
+  int64_t pairs_scored;  // pairs whose score a forward or backward kernel computed
+  int64_t bytes_peak;    // most native scratch alive at once
+};
+Counters read_counters();
+void reset_counters();
+
+}  // namespace pddm

@@ -1,0 +1,27 @@
+"""Deep metric learning with a learned, position-dependent similarity (PDDM).
+
+Source: Huang, Loy, Tang, *Local Similarity-Aware Deep Feature Embedding*, NIPS 2016.
+"""
+
+from importlib.metadata import version as _version
+
+from . import reference
+from .losses import QuadrupletLoss
+from .mining import mine_and_score
+from .quadruplets import Quadruplets
+from .scoring import score_matrix, score_pairs, topk
+from .unit import PDDM, default_unit
+
+__version__ = _version("pddm-ext")
+
+__all__ = [
+    "PDDM",
+    "QuadrupletLoss",
+    "Quadruplets",
+    "default_unit",
+    "mine_and_score",
+    "reference",
+    "score_matrix",
+    "score_pairs",
+    "topk",
+]

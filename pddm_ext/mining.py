@@ -1,0 +1,41 @@
+"""Hard-quadruplet mining."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _checks
+from .quadruplets import Mode, Quadruplets
+from .unit import PDDM, default_unit
+
+
+def mine_and_score(feats: Tensor, labels: Tensor, unit: PDDM | None = None, *, mode: Mode = "batch") -> Quadruplets:
+    """Find the hard quadruplets of a batch under the unit's score, and the scores of their pairs.
+
+    Over the positive pairs (same label) and the negatives (another label)::
+
+        (i, j) = argmin S over the positive pairs    k = argmax S_i· over i's negatives    l = argmax S_j· over j's
+
+    Ties go to the lowest index; a NaN score never wins. The indices are constants; the scores carry gradient to
+    ``feats`` and to the unit's eight parameters.
+
+    Args:
+        feats: (n, d) features, float32, float64, bfloat16 or float16, any strides. Rows are L2-normalised inside.
+        labels: (n,) class ids of any integer dtype.
+        unit: the scoring unit; without one, ``default_unit(d, feats.device)``, whose parameters your optimizer needs.
+        mode: ``"batch"`` (the paper): one quadruplet, from the hardest positive pair of the batch, P + 2n scores.
+            ``"anchor"``: one per row, with its own hardest positive, n²/2 scores.
+            ``"pair"``: one per positive pair, n²/2 scores.
+
+    Returns:
+        :class:`Quadruplets` of (Q,) tensors; see there for Q and for slots that are not valid.
+
+    Raises:
+        ValueError: a shape, length, mode or feature dimension that does not fit.
+        TypeError: a dtype that is not accepted.
+        RuntimeError: tensors on different devices, or on one this build has no kernels for.
+
+    Source: Huang, Loy, Tang, NIPS 2016, section 3.2.
+    """
+    unit = _checks.mining(feats, labels, unit, mode, default_unit)
+    return unit.mine(feats, labels, mode=mode)

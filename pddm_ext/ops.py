@@ -1,0 +1,169 @@
+"""The operators ``torch.ops.pddm``: loading, shapes for the compiler, and gradients.
+
+The kernels' schemas are in ``csrc/bindings/operators.cpp``. Every operator takes a unit as its eight parameters and its
+switch, in the order of :func:`unit_arguments`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import PDDM
+
+try:
+    from . import _C
+except ImportError as error:  # pragma: no cover - a broken installation
+    raise ImportError(
+        f"pddm_ext's native module does not load ({error}). Install the package with 'pip install .' from its "
+        "repository; running from the source folder without building it is not enough."
+    ) from error
+
+NO_CUDA = (
+    "pddm_ext was built without CUDA and its tensors must be on the CPU: move them there, or rebuild with "
+    "'PDDM_CUDA=on pip install --no-build-isolation .' where torch has CUDA and nvcc is on the PATH"
+)
+
+UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool]
+
+
+def unit_arguments(unit: PDDM) -> UnitArguments:
+    return (
+        unit.u.weight,
+        unit.u.bias,
+        unit.v.weight,
+        unit.v.bias,
+        unit.c.weight,
+        unit.c.bias,
+        unit.s.weight,
+        unit.s.bias,
+        unit.normalize_input,
+    )
+
+
+def autocast(feats: Tensor) -> Tensor:
+    """Features in autocast's dtype where it is on; float64 is left alone, as autocast does."""
+    device = feats.device.type
+    if feats.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return feats.to(torch.get_autocast_dtype(device))
+    return feats
+
+
+def _score_dtype(feats: Tensor) -> torch.dtype:
+    return torch.float64 if feats.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("pddm::mine")
+def _(feats: Tensor, labels: Tensor, *unit_and_mode: Any) -> tuple[Tensor, ...]:
+    mode = unit_and_mode[-1]
+    if mode == 0:
+        slots: Any = 1
+    elif mode == 1:
+        slots = feats.shape[0]
+    else:
+        slots = torch.library.get_ctx().new_dynamic_size()
+    indices = [feats.new_empty(slots, dtype=torch.int64) for _ in range(4)]
+    scores = [feats.new_empty(slots, dtype=_score_dtype(feats)) for _ in range(3)]
+    return (*indices, *scores, feats.new_empty(slots, dtype=torch.bool))
+
+
+@torch.library.register_fake("pddm::score_pairs")
+def _(feats: Tensor, i: Tensor, j: Tensor, *unit: Any) -> Tensor:
+    return feats.new_empty(i.shape[0], dtype=_score_dtype(feats))
+
+
+@torch.library.register_fake("pddm::score_matrix")
+def _(feats: Tensor, split: int, *unit: Any) -> Tensor:
+    n = feats.shape[0]
+    shape = (n, n) if split < 0 else (split, n - split)
+    return feats.new_empty(shape, dtype=_score_dtype(feats))
+
+
+@torch.library.register_fake("pddm::topk")
+def _(queries: Tensor, gallery: Tensor, k: int, *unit: Any) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape, dtype=_score_dtype(queries)), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _gradients_like(feats: Tensor, unit: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (feats, *unit[:8]))
+
+
+@torch.library.register_fake("pddm::score_pairs_backward")
+def _(weight: Tensor, feats: Tensor, i: Tensor, j: Tensor, *unit: Any) -> tuple[Tensor, ...]:
+    return _gradients_like(feats, unit)
+
+
+@torch.library.register_fake("pddm::score_matrix_backward")
+def _(weight: Tensor, feats: Tensor, split: int, *unit: Any) -> tuple[Tensor, ...]:
+    return _gradients_like(feats, unit)
+
+
+def _keep_mined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    feats, _, *unit, _ = inputs
+    ctx.mark_non_differentiable(*output[:4], output[7])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(feats, *unit[:8], *output[:4])
+    ctx.normalize_input = unit[8]
+
+
+def _mine_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    feats, *unit, i, j, k, l = ctx.saved_tensors  # noqa: E741
+    # Slots that are not valid have negative indices, which the kernel skips.
+    given = [(g, a, b) for g, a, b in zip(upstream[4:7], (i, i, j), (j, k, l), strict=True) if g is not None]
+    if not given:
+        return (None,) * 12
+    weight, first, second = (torch.cat(parts) for parts in zip(*given, strict=True))
+    d_feats, *d_unit = torch.ops.pddm.score_pairs_backward(weight, feats, first, second, *unit, ctx.normalize_input)
+    return d_feats, None, *d_unit, None, None
+
+
+def _keep_pairs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    feats, i, j, *unit = inputs
+    ctx.save_for_backward(feats, i, j, *unit[:8])
+    ctx.normalize_input = unit[8]
+
+
+def _score_pairs_backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
+    d_feats, *d_unit = torch.ops.pddm.score_pairs_backward(weight, *ctx.saved_tensors, ctx.normalize_input)
+    return d_feats, None, None, *d_unit, None
+
+
+def _keep_matrix(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    feats, ctx.split, *unit = inputs
+    ctx.save_for_backward(feats, *unit[:8])
+    ctx.normalize_input = unit[8]
+
+
+def _score_matrix_backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
+    feats, *unit = ctx.saved_tensors
+    d_feats, *d_unit = torch.ops.pddm.score_matrix_backward(weight, feats, ctx.split, *unit, ctx.normalize_input)
+    return d_feats, None, *d_unit, None
+
+
+def _no_second_derivative(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+    raise NotImplementedError(
+        "pddm_ext has first derivatives only; pddm_ext.reference can be differentiated any number of times"
+    )
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+torch.library.register_autograd("pddm::mine", _mine_backward, setup_context=_keep_mined)
+torch.library.register_autograd("pddm::score_pairs", _score_pairs_backward, setup_context=_keep_pairs)
+torch.library.register_autograd("pddm::score_matrix", _score_matrix_backward, setup_context=_keep_matrix)
+for _name in ("score_pairs_backward", "score_matrix_backward"):
+    torch.library.register_autograd(f"pddm::{_name}", _no_second_derivative, setup_context=_keep_nothing)
+
+
+def _refuse_cuda(*_: Any) -> Any:
+    raise RuntimeError(NO_CUDA)
+
+
+if not _C.build_info()["cuda"]:
+    for _name in ("mine", "score_pairs", "score_matrix", "topk", "score_pairs_backward", "score_matrix_backward"):
+        torch.library.impl(f"pddm::{_name}", "cuda", _refuse_cuda)

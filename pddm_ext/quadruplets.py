@@ -1,0 +1,33 @@
+"""What mining returns."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple
+
+from torch import Tensor
+
+Mode = Literal["batch", "anchor", "pair"]
+
+#: The modes in the order the native core numbers them.
+MODES: Final[tuple[Mode, ...]] = ("batch", "anchor", "pair")
+
+
+class Quadruplets(NamedTuple):
+    """Hard quadruplets (i, j, k, l) of a batch and the scores of their three pairs, each field of shape (Q,).
+
+    (i, j) is a positive pair, k the hardest negative of i, l the hardest negative of j. Q is 1 in mode ``"batch"``,
+    n in ``"anchor"`` (slot r belongs to row r) and the number of positive pairs in ``"pair"``. A slot that is not
+    ``valid`` has indices −1 and scores 0 and carries no gradient.
+    """
+
+    #: int64 row numbers.
+    i: Tensor
+    j: Tensor
+    k: Tensor
+    l: Tensor  # noqa: E741 - the paper's name
+    #: float32 (float64 for float64 features), differentiable.
+    s_ij: Tensor
+    s_ik: Tensor
+    s_jl: Tensor
+    #: bool.
+    valid: Tensor

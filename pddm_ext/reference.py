@@ -1,0 +1,195 @@
+"""The whole contract in plain PyTorch: the truth that the kernels are compared with.
+
+Written to be read beside the paper (Huang, Loy, Tang, *Local Similarity-Aware Deep Feature Embedding*, NIPS 2016,
+section 3), not to be fast: every pair's u and v is a tensor of its own. The names, arguments, results and errors are
+those of the package; only the arithmetic is spelled out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _checks
+from .losses import QuadrupletLoss
+from .quadruplets import Mode, Quadruplets
+
+__all__ = [
+    "PDDM",
+    "QuadrupletLoss",
+    "Quadruplets",
+    "default_unit",
+    "mine_and_score",
+    "score_matrix",
+    "score_pairs",
+    "select_quadruplets",
+    "topk",
+]
+
+
+class PDDM(nn.Module):
+    """Position-dependent deep metric unit: the score of a pair of features, learned.
+
+    With f the L2-normalised rows of x and y, σ the relu::
+
+        u  = |f_x − f_y|            v  = (f_x + f_y) / 2
+        u' = σ(W_u u + b_u)         v' = σ(W_v v + b_v)
+        c  = σ(W_c [u'/‖u'‖ ; v'/‖v'‖] + b_c)
+        S  = w_s · c + b_s
+
+    Args:
+        dim: length d of a feature.
+        hidden: length h of u' and v'; ``dim`` by default.
+        combined: length m of c; ``dim`` by default.
+        normalize_input: feed u/‖u‖ and v/‖v‖ to W_u and W_v.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int | None = None, combined: int | None = None, *, normalize_input: bool = False
+    ) -> None:
+        super().__init__()
+        hidden = dim if hidden is None else hidden
+        combined = dim if combined is None else combined
+        for name, size in (("dim", dim), ("hidden", hidden), ("combined", combined)):
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
+        self.dim, self.hidden, self.combined = dim, hidden, combined
+        self.normalize_input = normalize_input
+        self.u = nn.Linear(dim, hidden)
+        self.v = nn.Linear(dim, hidden)
+        self.c = nn.Linear(2 * hidden, combined)
+        self.s = nn.Linear(combined, 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, hidden={self.hidden}, combined={self.combined}, normalize_input={self.normalize_input}"
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Scores of matched rows: (…, d) and (…, d) to (…)."""
+        _checks.matched_rows(x, y, self)
+        return _score(_unit_rows(x), _unit_rows(y), self)
+
+    def mine(self, feats: Tensor, labels: Tensor, *, mode: Mode = "batch") -> Quadruplets:
+        """:func:`mine_and_score` with this unit."""
+        return mine_and_score(feats, labels, self, mode=mode)
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def _score(f_i: Tensor, f_j: Tensor, unit: PDDM) -> Tensor:
+    def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+    u = (f_i - f_j).abs()
+    v = (f_i + f_j) / 2
+    if unit.normalize_input:
+        u, v = F.normalize(u, dim=-1), F.normalize(v, dim=-1)
+    u = F.relu(linear(unit.u, u))
+    v = F.relu(linear(unit.v, v))
+    c = F.relu(linear(unit.c, torch.cat([F.normalize(u, dim=-1), F.normalize(v, dim=-1)], dim=-1)))
+    return linear(unit.s, c).squeeze(-1)
+
+
+_default_units: dict[tuple[int, torch.device], PDDM] = {}
+
+
+def default_unit(dim: int, device: torch.device | str | None = None) -> PDDM:
+    """The process-wide unit for features of length ``dim``, made on first use."""
+    key = (dim, torch.device(device or "cpu"))
+    if key not in _default_units:
+        _default_units[key] = PDDM(dim).to(key[1])
+    return _default_units[key]
+
+
+def score_pairs(feats: Tensor, i: Tensor, j: Tensor, unit: PDDM) -> Tensor:
+    """Scores of the listed pairs: feats (n, d), i and j (P,) to (P,)."""
+    _checks.pairs(feats, i, j, unit)
+    f = _unit_rows(feats)
+    return _score(f[i.long()], f[j.long()], unit)
+
+
+def score_matrix(x: Tensor, unit: PDDM, y: Tensor | None = None) -> Tensor:
+    """Scores of every row of x (n, d) with every row of y (m, d), or of x itself: (n, m)."""
+    _checks.matrix(x, unit, y)
+    f = _unit_rows(x)
+    g = f if y is None else _unit_rows(y)
+    return _score(f[:, None, :], g[None, :, :], unit)
+
+
+def _first_best(scores: Tensor, allowed: Tensor, smallest: bool) -> tuple[Tensor, Tensor]:
+    """Along the last dimension: the first index of the best allowed score that is no NaN, and whether there is one."""
+    allowed = allowed & ~scores.isnan()
+    if scores.shape[-1] == 0:
+        none = scores.new_zeros(scores.shape[:-1], dtype=torch.bool)
+        return none.long(), none
+    worst = torch.inf if smallest else -torch.inf
+    candidates = scores.masked_fill(~allowed, worst)
+    best = candidates.amin(-1, keepdim=True) if smallest else candidates.amax(-1, keepdim=True)
+    return (allowed & (scores == best)).byte().argmax(-1), allowed.any(-1)
+
+
+def select_quadruplets(scores: Tensor, labels: Tensor, mode: Mode = "batch") -> Quadruplets:
+    """Hard quadruplets by any (n, n) matrix of similarities, which need not come from a unit.
+
+    (i, j) is the positive pair of smallest score, k and l the negatives of largest score to i and to j.
+    """
+    _checks.mode(mode)
+    n = len(labels)
+    rows = torch.arange(n, device=labels.device)
+    same = labels[:, None] == labels[None, :]
+    positive = same & (rows[:, None] != rows[None, :])
+    detached = scores.detach()
+
+    k_of, has_negative = _first_best(detached, ~same, smallest=False)
+    if mode == "batch":
+        flat, found = _first_best(detached.flatten(), positive.triu().flatten(), smallest=True)
+        i, j = flat.reshape(1) // max(n, 1), flat.reshape(1) % max(n, 1)
+        found = found.reshape(1)
+    elif mode == "anchor":
+        i = rows
+        j, found = _first_best(detached, positive, smallest=True)
+    else:
+        i, j = positive.triu().nonzero(as_tuple=True)
+        found = torch.ones_like(i, dtype=torch.bool)
+    if n == 0:
+        k = l = i  # noqa: E741
+        valid = found
+    else:
+        k, l = k_of[i], k_of[j]  # noqa: E741
+        valid = found & has_negative[i] & has_negative[j]
+
+    def score(a: Tensor, b: Tensor) -> Tensor:
+        if n == 0:
+            return scores.new_zeros(a.shape)
+        return torch.where(valid, scores[a, b], 0.0)
+
+    def index(a: Tensor) -> Tensor:
+        return torch.where(valid, a, -1)
+
+    return Quadruplets(
+        index(i), index(j), index(k), index(l), score(i, j), score(i, k), score(j, l), valid
+    )
+
+
+def mine_and_score(feats: Tensor, labels: Tensor, unit: PDDM | None = None, *, mode: Mode = "batch") -> Quadruplets:
+    """Hard quadruplets of feats (n, d) with labels (n,) under the unit's score, and the scores of their pairs."""
+    unit = _checks.mining(feats, labels, unit, mode, default_unit)
+    return select_quadruplets(score_matrix(feats, unit), labels, mode)
+
+
+def topk(queries: Tensor, gallery: Tensor, k: int, unit: PDDM) -> tuple[Tensor, Tensor]:
+    """The k best gallery rows of every query, best first: scores (q, k) and int64 indices (q, k). No gradient."""
+    _checks.ranking(queries, gallery, k, unit)
+    with torch.no_grad():
+        scores = score_matrix(queries, unit, gallery)
+        # A stable sort keeps the lowest index first among equals; NaN goes last.
+        order = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        first = order.sort(dim=-1, descending=True, stable=True).indices
+        last = scores.isnan().gather(-1, first).byte().sort(dim=-1, stable=True).indices
+        indices = first.gather(-1, last)[:, :k]
+        return scores.gather(-1, indices), indices
