@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "../cpu/backend.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -27,6 +28,14 @@ PYBIND11_MODULE(_C, m) {
         "Use this set from now on; an empty name is the best one. Raises ValueError.");
   m.def("multiplies_bfloat16", [] { return pddm::cpu::effective(pddm::Precision::bfloat16) == pddm::Precision::bfloat16; },
         "Whether bfloat16 products run as such; otherwise they run in float32.");
+  m.def("multiply_add_peak", [](const std::string& dtype, double seconds) {
+    const auto precision = dtype == "float64"    ? pddm::Precision::float64
+                           : dtype == "bfloat16" ? pddm::Precision::bfloat16
+                           : dtype == "float32"  ? pddm::Precision::float32
+                                                 : throw py::value_error("dtype is '" + dtype + "'");
+    return pddm::cpu::multiply_add_peak(precision, pddm::torch_threads(), seconds);
+  }, py::arg("dtype") = "float32", py::arg("seconds") = 0.05, py::call_guard<py::gil_scoped_release>(),
+        "Measured multiply-add ceiling of torch's threads together, in floating-point operations per second.");
   m.def("counters", [] {
     const pddm::Counters c = pddm::read_counters();
     py::dict counters;

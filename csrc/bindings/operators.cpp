@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "../cpu/backend.h"
+#include "threads.h"
 
 namespace pddm {
 namespace {
@@ -42,7 +43,11 @@ void run_in_parallel(int64_t count, void (*body)(void*, int64_t), void* context)
   });
 }
 
+}  // namespace
+
 Parallel torch_threads() { return {static_cast<int>(torch::stable::get_num_threads()), run_in_parallel}; }
+
+namespace {
 
 // The eight parameters, dense and in the arrays' type, kept alive with the pointers into them.
 class UnitTensors {
@@ -68,9 +73,9 @@ class UnitTensors {
 
   Unit unit;
 
-  // Zeroed gradients in the arrays' type; `cast` gives them the parameters' own.
+  // Gradients in the arrays' type, to be filled; `cast` gives them the parameters' own.
   UnitGradient make_gradient() {
-    for (int k = 0; k < 8; ++k) gradient_[k] = torch::stable::new_zeros(dense_[k], dense_[k].sizes());
+    for (int k = 0; k < 8; ++k) gradient_[k] = torch::stable::new_empty(dense_[k], dense_[k].sizes());
     void* to[8];
     for (int k = 0; k < 8; ++k) to[k] = gradient_[k]->mutable_data_ptr();
     return {to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]};

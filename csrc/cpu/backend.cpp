@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
+#include <numeric>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -132,6 +134,40 @@ std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel&
     case Precision::float64: return made(set->float64(), parallel);
     case Precision::bfloat16: return made(set->bfloat16(), parallel);
     default: return made(set->float32(), parallel);
+  }
+}
+
+namespace {
+
+template <class T>
+double measure_peak(const Engine<T>* engine, const Parallel& parallel, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> rate(static_cast<size_t>(parallel.threads), 0.0);
+  std::atomic<int> ready{0};
+  share(parallel, parallel.threads, [&](int64_t, int64_t index) {
+    // Every thread spins while the others do; a pool that gives fewer threads than it promised must not hang this.
+    const auto patience = Clock::now() + std::chrono::milliseconds(20);
+    for (++ready; ready < parallel.threads && Clock::now() < patience;) {
+    }
+    const auto start = Clock::now();
+    double operations = 0, elapsed = 0;
+    for (T sink; elapsed < seconds;) {
+      operations += double(engine->spin(20000, &sink));
+      elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+    }
+    rate[static_cast<size_t>(index)] = operations / elapsed;
+  });
+  return std::accumulate(rate.begin(), rate.end(), 0.0);
+}
+
+}  // namespace
+
+double multiply_add_peak(Precision precision, const Parallel& parallel, double seconds) {
+  const InstructionSet* set = chosen();
+  switch (effective(precision)) {
+    case Precision::float64: return measure_peak(set->float64(), parallel, seconds);
+    case Precision::bfloat16: return measure_peak(set->bfloat16(), parallel, seconds);
+    default: return measure_peak(set->float32(), parallel, seconds);
   }
 }
 

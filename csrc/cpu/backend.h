@@ -26,4 +26,8 @@ Precision effective(Precision precision);
 // Refers to `parallel`.
 std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel& parallel);
 
+// Floating-point operations per second of multiply-adds on registers, on all of `parallel`'s threads at once, measured
+// for about `seconds`: the ceiling of this backend in that precision.
+double multiply_add_peak(Precision precision, const Parallel& parallel, double seconds);
+
 }  // namespace pddm::cpu

@@ -17,6 +17,7 @@ namespace pddm::PDDM_ISA {
 
 using cpu::Chunk;
 using cpu::Gradient;
+using cpu::Strided;
 using cpu::kMaxBackwardGroups;
 using cpu::SumOffsets;
 
@@ -223,15 +224,19 @@ PDDM_INLINE void backward_groups(const Workspace<T>& w, const Chunk<T>& chunk, i
 // dW[c …][:] += Σ_pairs d[c …] ⊗ x, for the strip of outputs c. `d` is (group, outputs, lane).
 template <class T, int C>
 PDDM_INLINE void add_weight_strip(const Chunk<T>& chunk, const T* d, int64_t outputs, int64_t c, const T* x,
-                                  int64_t strips, T* gradient, int64_t stride) {
+                                  int64_t strips, const Strided<T>& gradient) {
   constexpr int lanes = kLanes<T>, width = kWidth<T>;
   for (int64_t s = 0; s < strips; ++s) {
     Tile<T, C> tile;
-    T* out = gradient + c * stride + s * lanes;
-    PDDM_UNROLL
-    for (int k = 0; k < C; ++k) {
-      tile.acc[k][0] = load(out + k * stride);
-      tile.acc[k][1] = load(out + k * stride + width);
+    const int64_t stride = gradient.stride;
+    T* out = gradient.data + c * stride + s * lanes;
+    tile.clear();
+    if (!chunk.first) {
+      PDDM_UNROLL
+      for (int k = 0; k < C; ++k) {
+        tile.acc[k][0] = load(out + k * stride);
+        tile.acc[k][1] = load(out + k * stride + width);
+      }
     }
     for (int64_t g = 0; g < chunk.groups; ++g) {
       const int64_t left = chunk.pairs - g * lanes;
@@ -267,16 +272,15 @@ PDDM_INLINE void reduce_part(const Workspace<T>& w, const Chunk<T>& chunk, const
     const int64_t strips = w.a_stride / lanes, outputs = padded(w.combined, kUnit);
     return for_strip(w.combined, part, [&](auto columns, int64_t c) {
       constexpr int C = decltype(columns)::value;
-      add_weight_strip<T, C>(chunk, chunk.d_c, outputs, c, chunk.uv, strips, g.w_c_u, w.a_stride);
-      add_weight_strip<T, C>(chunk, chunk.d_c, outputs, c, chunk.uv + strips * chunk.capacity * lanes, strips, g.w_c_v,
-                             w.a_stride);
+      add_weight_strip<T, C>(chunk, chunk.d_c, outputs, c, chunk.uv, strips, g.w_c_u);
+      add_weight_strip<T, C>(chunk, chunk.d_c, outputs, c, chunk.uv + strips * chunk.capacity * lanes, strips, g.w_c_v);
     });
   }
   part -= strip_count(w.combined);
   if (part < strip_count(w.hidden))
     return for_strip(w.hidden, part, [&](auto columns, int64_t c) {
       add_weight_strip<T, decltype(columns)::value>(chunk, chunk.d_u, padded(w.hidden, kUnit), c, chunk.u,
-                                                    w.f_stride / lanes, g.w_u, w.f_stride);
+                                                    w.f_stride / lanes, g.w_u);
     });
   part -= strip_count(w.hidden);
   if (part < slices<T>(w.f_stride)) {
@@ -314,7 +318,7 @@ PDDM_INLINE void reduce_part(const Workspace<T>& w, const Chunk<T>& chunk, const
 
 template <class T>
 PDDM_INLINE int64_t finish_part_count(const Workspace<T>& w) {
-  return strip_count(w.hidden) + strip_count(w.rows);
+  return strip_count(w.hidden) + strip_count(w.used);
 }
 
 template <class T>
@@ -326,14 +330,14 @@ PDDM_INLINE void finish_part(const Workspace<T>& w, const Gradient<T>& g, int64_
       for (int64_t k = 0; k < w.f_stride; k += lanes) {
         Tile<T, C> tile;
         tile.clear();
-        multiply<Plain<T>>(tile, g.a + c, {w.a_stride, 1}, w.f + k, w.f_stride, w.rows);
+        multiply<Plain<T>>(tile, g.a + c, {w.a_stride, 1}, w.f + k, w.f_stride, w.used);
         for (int r = 0; r < C; ++r) {
-          store(g.w_v + (c + r) * w.f_stride + k, tile.acc[r][0]);
-          store(g.w_v + (c + r) * w.f_stride + k + width, tile.acc[r][1]);
+          store(g.w_v.data + (c + r) * g.w_v.stride + k, tile.acc[r][0]);
+          store(g.w_v.data + (c + r) * g.w_v.stride + k + width, tile.acc[r][1]);
         }
       }
     });
-  for_strip(w.rows, part - strip_count(w.hidden), [&](auto columns, int64_t row) {
+  for_strip(w.used, part - strip_count(w.hidden), [&](auto columns, int64_t row) {
     constexpr int C = decltype(columns)::value;
     for (int64_t k = 0; k < w.f_stride; k += lanes) {
       Tile<T, C> tile;

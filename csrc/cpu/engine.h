@@ -23,7 +23,8 @@ template <class T>
 struct Workspace {
   int64_t dim, hidden, combined;
   bool normalize_input;
-  int64_t rows, f_stride, a_stride;
+  int64_t rows, used;  // room, a multiple of lanes, and how many of them a backward call has filled
+  int64_t f_stride, a_stride;
 
   T *f, *f_panels;  // unit rows
   T *a, *a_panels;  // their W_v f
@@ -41,21 +42,29 @@ struct Workspace {
 template <class T>
 struct Chunk {
   int64_t pairs, groups, capacity;  // capacity: pairs the buffers were made for
+  bool first;                       // the weights' gradients hold nothing yet
   const int64_t *i, *j;             // groups · lanes long
   const T* weight;                  // upstream gradient, 0 in the lanes past `pairs`
   T *d_c, *d_u;                     // at W_c's and W_u's outputs; d_u is scaled for W_u's gradient
   T *u, *uv;                        // inputs of W_u and W_c, in strips of `lanes` columns: (strip, pair, column)
   T *row_f, *row_a;                 // (pair, stride): to add to row i (and, signed, to row j)
   T* pull;                          // (pair): normalize_input's pull on ‖v‖
-  T* sums;                          // (group, sum_stride): lane sums of d_u, d_v, d_c, g·c and g
+  T* sums;                          // (group, SumOffsets::stride): sums over the lanes
 };
 
-// Gradient accumulators of a backward call; `rows` long ones are over the workspace's rows.
+// A gradient of (padded_outputs, a multiple of lanes) somewhere in memory.
+template <class T>
+struct Strided {
+  T* data;
+  int64_t stride;
+};
+
+// Gradient accumulators of a backward call.
 template <class T>
 struct Gradient {
-  T *f, *a;                     // (rows, stride)
-  T *w_u, *w_v, *w_c_u, *w_c_v;  // (outputs, stride of the inputs)
-  T* sums;                      // (sum_stride): b_u, b_v, b_c, w_s, b_s
+  T *f, *a;                             // (rows of the workspace, their stride)
+  Strided<T> w_u, w_v, w_c_u, w_c_v;    // W_c's two halves apart
+  T* sums;                              // see SumOffsets
 };
 
 // Bytes of the packed weights: the forward ones, then those that only a backward call needs.
@@ -69,6 +78,7 @@ struct SumOffsets {
 };
 
 constexpr int64_t kMaxBackwardGroups = 4;
+constexpr int64_t kMaxLanes = 32;
 
 template <class T>
 class Engine {
@@ -88,8 +98,8 @@ class Engine {
   virtual int64_t pack_parts(const Workspace<T>& w) const = 0;
   virtual void pack(const Workspace<T>& w, const Unit& unit, int64_t part) const = 0;
 
-  // Unit rows and W_v f of one panel of `lanes` rows as they came; a null row is zero.
-  virtual void prepare_panel(const Workspace<T>& w, const T* const* rows, int64_t panel) const = 0;
+  // Unit rows and W_v f of `count` panels of `lanes` rows as they came; a null row is zero.
+  virtual void prepare_panels(const Workspace<T>& w, const T* const* rows, int64_t first, int64_t count) const = 0;
 
   // out[g · lanes + lane] = S of that pair.
   virtual void score(const Workspace<T>& w, const Group* groups, int64_t count, void* scratch, T* out) const = 0;
@@ -104,6 +114,10 @@ class Engine {
   // After the last chunk: W_v's gradient, and the rows' through W_v and the normalisation, left in g.f.
   virtual int64_t finish_parts(const Workspace<T>& w) const = 0;
   virtual void finish(const Workspace<T>& w, const Gradient<T>& g, int64_t part) const = 0;
+
+  // The register tile's multiply-adds on registers alone, `rounds` times: the ceiling of every kernel. Returns the
+  // floating-point operations; `sink` takes a number that depends on all of them.
+  virtual int64_t spin(int64_t rounds, T* sink) const = 0;
 
  protected:
   explicit constexpr Engine(int lanes) : lanes(lanes) {}

@@ -199,48 +199,55 @@ PDDM_INLINE void score_groups(const Workspace<typename Op::Scalar>& w, const Gro
   });
 }
 
-// Rows to unit rows, their panel, and a = W_v f both ways.
+// Rows to unit rows, their panels, and a = W_v f both ways, for panels [first, first + count).
 template <class T>
-PDDM_INLINE void prepare_rows(const Workspace<T>& w, const T* const* rows, int64_t panel) {
+PDDM_INLINE void prepare_rows(const Workspace<T>& w, const T* const* rows, int64_t first, int64_t count) {
   using Op = Plain<T>;
   constexpr int width = kWidth<T>, lanes = kLanes<T>;
-  T* f_panel = w.f_panels + panel * w.f_stride * lanes;
-  T* a_panel = w.a_panels + panel * w.a_stride * lanes;
-  for (int r = 0; r < lanes; ++r) {
-    T* f = w.f + (panel * lanes + r) * w.f_stride;
+  const auto f_panel = [&](int64_t panel) { return w.f_panels + panel * w.f_stride * lanes; };
+  const auto a_panel = [&](int64_t panel) { return w.a_panels + panel * w.a_stride * lanes; };
+  for (int64_t r = 0; r < count * lanes; ++r) {
+    const int64_t row = first * lanes + r;
+    T* f = w.f + row * w.f_stride;
     std::memset(static_cast<void*>(f), 0, sizeof(T) * w.f_stride);
     if (rows[r]) std::memcpy(f, rows[r], sizeof(T) * w.dim);
     Vec<T> square{};
     for (int64_t k = 0; k < w.f_stride; k += width) square += load(f + k) * load(f + k);
     const T norm = clamped(root(sum_lanes<T>(square, Vec<T>{})));
-    w.inverse_norm[panel * lanes + r] = T(1) / norm;
+    w.inverse_norm[row] = T(1) / norm;
     for (int64_t k = 0; k < w.dim; ++k) f[k] /= norm;
   }
-  const T* f_rows = w.f + panel * lanes * w.f_stride;
-  for (int64_t k0 = 0; k0 < w.f_stride; k0 += width)
-    for (int half = 0; half < 2; ++half) {
-      Vec<T> v[width];
-      PDDM_UNROLL
-      for (int r = 0; r < width; ++r) v[r] = load(f_rows + (half * width + r) * w.f_stride + k0);
-      transpose<T>(v);
-      PDDM_UNROLL
-      for (int r = 0; r < width; ++r) store(f_panel + (k0 + r) * lanes + half * width, v[r]);
-    }
+  for (int64_t panel = first; panel < first + count; ++panel) {
+    const T* f = w.f + panel * lanes * w.f_stride;
+    for (int64_t k0 = 0; k0 < w.f_stride; k0 += width)
+      for (int half = 0; half < 2; ++half) {
+        Vec<T> v[width];
+        PDDM_UNROLL
+        for (int r = 0; r < width; ++r) v[r] = load(f + (half * width + r) * w.f_stride + k0);
+        transpose<T>(v);
+        PDDM_UNROLL
+        for (int r = 0; r < width; ++r) store(f_panel(panel) + (k0 + r) * lanes + half * width, v[r]);
+      }
+  }
   for_strips(w.hidden, [&](auto columns, int64_t c) {
     constexpr int C = decltype(columns)::value;
-    Tile<T, C> tile;
-    tile.clear();
-    multiply_strip<Op>(tile, w.w_v + c * w.dim, f_panel, w.dim);
-    PDDM_UNROLL
-    for (int k = 0; k < C; ++k) {
-      store(a_panel + (c + k) * lanes, tile.acc[k][0]);
-      store(a_panel + (c + k) * lanes + width, tile.acc[k][1]);
+    for (int64_t panel = first; panel < first + count; ++panel) {
+      Tile<T, C> tile;
+      tile.clear();
+      multiply_strip<Op>(tile, w.w_v + c * w.dim, f_panel(panel), w.dim);
+      PDDM_UNROLL
+      for (int k = 0; k < C; ++k) {
+        store(a_panel(panel) + (c + k) * lanes, tile.acc[k][0]);
+        store(a_panel(panel) + (c + k) * lanes + width, tile.acc[k][1]);
+      }
     }
   });
-  zero_steps(a_panel, padded(w.hidden, kUnit), w.a_stride);
-  T* a_rows = w.a + panel * lanes * w.a_stride;
-  for_each_lane<T>(a_panel, w.a_stride,
-                   [&](int lane, int64_t k, Vec<T> v) { store(a_rows + lane * w.a_stride + k, v); });
+  for (int64_t panel = first; panel < first + count; ++panel) {
+    zero_steps(a_panel(panel), padded(w.hidden, kUnit), w.a_stride);
+    T* a = w.a + panel * lanes * w.a_stride;
+    for_each_lane<T>(a_panel(panel), w.a_stride,
+                     [&](int lane, int64_t k, Vec<T> v) { store(a + lane * w.a_stride + k, v); });
+  }
 }
 
 }  // namespace pddm::PDDM_ISA

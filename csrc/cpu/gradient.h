@@ -23,8 +23,22 @@ void backward(Prepared<T>& p, int64_t most, const Next& next, T* const* d_rows, 
   Arena arena;
   Gradient<T> g{};
   g.f = arena.take_zeroed<T>(w.rows * w.f_stride), g.a = arena.take_zeroed<T>(w.rows * w.a_stride);
-  g.w_u = arena.take_zeroed<T>(hidden * w.f_stride), g.w_v = arena.take_zeroed<T>(hidden * w.f_stride);
-  g.w_c_u = arena.take_zeroed<T>(combined * w.a_stride), g.w_c_v = arena.take_zeroed<T>(combined * w.a_stride);
+  // Weight gradients grow where they are wanted if whole strips fit there, and are copied there otherwise.
+  struct Part {
+    T* to;
+    int64_t to_stride, outputs, inputs;
+    Strided<T>* at;
+  };
+  T* w_c = static_cast<T*>(out.w_c);
+  const Part parts[] = {{static_cast<T*>(out.w_u), w.dim, w.hidden, w.dim, &g.w_u},
+                        {static_cast<T*>(out.w_v), w.dim, w.hidden, w.dim, &g.w_v},
+                        {w_c, 2 * w.hidden, w.combined, w.hidden, &g.w_c_u},
+                        {w_c + w.hidden, 2 * w.hidden, w.combined, w.hidden, &g.w_c_v}};
+  for (const Part& part : parts) {
+    const int64_t stride = engine.stride(part.inputs), outputs = engine.padded_outputs(part.outputs);
+    const bool fits = stride == part.inputs && outputs == part.outputs;
+    *part.at = fits ? Strided<T>{part.to, part.to_stride} : Strided<T>{arena.take<T>(outputs * stride), stride};
+  }
   g.sums = arena.take_zeroed<T>(at.stride);
 
   const int64_t per_pair = combined + hidden + w.f_stride + 2 * w.a_stride + w.f_stride + w.a_stride;
@@ -45,11 +59,12 @@ void backward(Prepared<T>& p, int64_t most, const Next& next, T* const* d_rows, 
   std::vector<void*> scratch(static_cast<size_t>(workers(p.parallel, capacity / lanes)));
   for (void*& s : scratch) s = arena.take_bytes(engine.backward_scratch_bytes(w, kMaxBackwardGroups));
 
-  for (bool more = true; more;) {
+  chunk.first = true;
+  for (bool more = true; more; chunk.first = false) {
     chunk.pairs = 0;
     while (chunk.pairs < capacity && (more = next(i + chunk.pairs, j + chunk.pairs, weight + chunk.pairs)))
       ++chunk.pairs;
-    if (chunk.pairs == 0) break;
+    if (chunk.pairs == 0 && !chunk.first) break;
     count_pairs(chunk.pairs);
     chunk.groups = (chunk.pairs + lanes - 1) / lanes;
     for (int64_t t = chunk.pairs; t < chunk.groups * lanes; ++t) i[t] = i[0], j[t] = j[0], weight[t] = T(0);
@@ -65,16 +80,10 @@ void backward(Prepared<T>& p, int64_t most, const Next& next, T* const* d_rows, 
   share(p.parallel, w.rows, [&](int64_t, int64_t r) {
     if (d_rows[r]) std::copy_n(g.f + r * w.f_stride, w.dim, d_rows[r]);
   });
-  const auto matrix = [&](void* to, int64_t columns, const T* from, int64_t outputs, int64_t stride, int64_t offset,
-                          int64_t inputs) {
-    share(p.parallel, outputs, [&](int64_t, int64_t r) {
-      std::copy_n(from + r * stride, inputs, static_cast<T*>(to) + r * columns + offset);
-    });
-  };
-  matrix(out.w_u, w.dim, g.w_u, w.hidden, w.f_stride, 0, w.dim);
-  matrix(out.w_v, w.dim, g.w_v, w.hidden, w.f_stride, 0, w.dim);
-  matrix(out.w_c, 2 * w.hidden, g.w_c_u, w.combined, w.a_stride, 0, w.hidden);
-  matrix(out.w_c, 2 * w.hidden, g.w_c_v, w.combined, w.a_stride, w.hidden, w.hidden);
+  for (const Part& part : parts)
+    if (part.at->data != part.to)
+      for (int64_t r = 0; r < part.outputs; ++r)
+        std::copy_n(part.at->data + r * part.at->stride, part.inputs, part.to + r * part.to_stride);
   std::copy_n(g.sums + at.b_u, w.hidden, static_cast<T*>(out.b_u));
   std::copy_n(g.sums + at.b_v, w.hidden, static_cast<T*>(out.b_v));
   std::copy_n(g.sums + at.b_c, w.combined, static_cast<T*>(out.b_c));
@@ -82,7 +91,7 @@ void backward(Prepared<T>& p, int64_t most, const Next& next, T* const* d_rows, 
   *static_cast<T*>(out.b_s) = g.sums[at.b_s];
 }
 
-// d_rows and the gradient arrive zeroed.
+// d_rows arrives zeroed; the gradient is overwritten.
 template <class T>
 void score_pairs_backward(const Engine<T>& engine, const Parallel& parallel, const Rows& rows, const Pairs& pairs,
                           const T* weight, const Unit& unit, T* d_rows, const UnitGradient& out) {
@@ -92,10 +101,10 @@ void score_pairs_backward(const Engine<T>& engine, const Parallel& parallel, con
     if (pairs.i[t] >= 0 && pairs.j[t] >= 0 && weight[t] != T(0))
       i.push_back(pairs.i[t]), j.push_back(pairs.j[t]), kept.push_back(weight[t]);
   const int64_t count = int64_t(i.size());
-  if (count == 0) return;
   const Touched touched({i.data(), j.data(), count}, rows.count);
   const int64_t n = int64_t(touched.rows.size());
   Prepared<T> p(engine, parallel, unit, n, true);
+  p.work.used = n;
   p.set_rows({rows.data, n}, touched.rows.data());
   std::vector<T*> to(static_cast<size_t>(p.work.rows), nullptr);
   for (int64_t r = 0; r < n; ++r) to[r] = d_rows + touched.rows[r] * unit.dim;
@@ -113,8 +122,8 @@ void score_matrix_backward(const Engine<T>& engine, const Parallel& parallel, co
                            const T* weight, const Unit& unit, T* d_rows, const UnitGradient& out) {
   const bool symmetric = split < 0;
   const int64_t n = symmetric ? rows.count : split, m = symmetric ? n : rows.count - split;
-  if (n == 0 || m == 0) return;
   Prepared<T> p(engine, parallel, unit, rows.count, true);
+  p.work.used = rows.count;
   p.set_rows(rows, nullptr);
   std::vector<T*> to(static_cast<size_t>(p.work.rows), nullptr);
   for (int64_t r = 0; r < rows.count; ++r) to[r] = d_rows + r * unit.dim;
@@ -122,7 +131,7 @@ void score_matrix_backward(const Engine<T>& engine, const Parallel& parallel, co
   const auto next = [&](int64_t* a, int64_t* b, T* w) {
     do {
       if (++j == m) j = symmetric ? ++i : (++i, 0);
-      if (i == n) return false;
+      if (m == 0 || i >= n) return false;
       *w = weight[i * m + j];
       if (symmetric && i != j) *w += weight[j * m + i];
     } while (*w == T(0));

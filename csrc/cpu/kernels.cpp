@@ -6,7 +6,7 @@ namespace pddm::PDDM_ISA {
 namespace {
 
 // Of the second-level cache, for the panels of one block of groups; the rest is for the weights passing through.
-constexpr int64_t kBlockBytes = 512 << 10;
+constexpr int64_t kBlockBytes = 768 << 10;
 constexpr int64_t kMaxBlockGroups = 16;
 
 template <class Op>
@@ -95,8 +95,8 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
     }
   }
 
-  void prepare_panel(const Workspace<T>& w, const T* const* rows, int64_t panel) const override {
-    prepare_rows<T>(w, rows, panel);
+  void prepare_panels(const Workspace<T>& w, const T* const* rows, int64_t first, int64_t count) const override {
+    prepare_rows<T>(w, rows, first, count);
   }
   void score(const Workspace<T>& w, const Group* groups, int64_t count, void* scratch, T* out) const override {
     score_groups<Op>(w, groups, count, scratch, out);
@@ -116,6 +116,23 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
   }
   int64_t finish_parts(const Workspace<T>& w) const override { return finish_part_count<T>(w); }
   void finish(const Workspace<T>& w, const Gradient<T>& g, int64_t part) const override { finish_part<T>(w, g, part); }
+
+  int64_t spin(int64_t rounds, T* sink) const override {
+    Tile<T, kStrip> tile;
+    for (int c = 0; c < kStrip; ++c) tile.acc[c][0] = broadcast(T(c)), tile.acc[c][1] = broadcast(T(c) / T(2));
+    Element zeros[kLanes<T>] = {};
+    const Vec<Element> x = load(zeros);
+    for (int64_t r = 0; r < rounds; ++r) {
+      Vec<Element> b = x;
+      PDDM_OPAQUE(b);  // so that no round can be folded into the next
+      PDDM_UNROLL
+      for (int c = 0; c < kStrip; ++c)
+        for (int half = 0; half < 2; ++half) tile.acc[c][half] = Op::multiply_add(tile.acc[c][half], b, x);
+    }
+    *sink = T(0);
+    for (int c = 0; c < kStrip; ++c) *sink += sum_lanes<T>(tile.acc[c][0], tile.acc[c][1]);
+    return rounds * kStrip * 2 * kWidth<T> * Op::kFold * 2;
+  }
 };
 
 constexpr Kernels<Plain<float>> kFloat32;

@@ -3,8 +3,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "../problem.h"
@@ -32,7 +30,11 @@ class Arena {
  private:
   static void* zeroed(void* memory, int64_t bytes);
 
-  std::vector<std::pair<void*, int64_t>> blocks_;
+  struct Taken {
+    void* memory;
+    int64_t size, bytes;  // of the block, and asked for
+  };
+  std::vector<Taken> blocks_;
 };
 
 void count_pairs(int64_t pairs);

@@ -131,20 +131,42 @@ struct Matrix {
   int64_t outputs, inputs, output_stride, input_stride;
 };
 
-// The strip of outputs [c, c + C) over padded(inputs, kUnit) steps where `Padded`, or inputs rounded up to a fold.
+// The strip of outputs [c, c + C), zero where the matrix has ended. Reads along whichever index lies dense in memory.
 template <class Op, int C>
 PDDM_INLINE void pack_strip(typename Op::Element* strip, const Matrix<typename Op::Scalar>& m, int64_t c,
                             int64_t steps) {
-  for (int64_t s = 0; s < steps; ++s)
-    for (int column = 0; column < C; ++column) {
-      typename Op::Scalar x[Op::kFold] = {};
-      for (int p = 0; p < Op::kFold; ++p) {
-        const int64_t k = s * Op::kFold + p;
-        if (k < m.inputs && c + column < m.outputs)
-          x[p] = m.data[(c + column) * m.output_stride + k * m.input_stride];
-      }
-      strip[s * C + column] = fold_weights(x, static_cast<const Op*>(nullptr));
+  using T = typename Op::Scalar;
+  const auto* op = static_cast<const Op*>(nullptr);
+  const int64_t columns = m.outputs - c < C ? m.outputs - c : C, whole = m.inputs / Op::kFold;
+  if (columns < C || whole < steps) std::memset(static_cast<void*>(strip), 0, sizeof(*strip) * size_t(steps * C));
+  const T* from = m.data + c * m.output_stride;
+  const auto pack = [&](int64_t s, int64_t column, int fold) {
+    T x[Op::kFold] = {};
+    for (int p = 0; p < fold; ++p) x[p] = from[column * m.output_stride + (s * Op::kFold + p) * m.input_stride];
+    strip[s * C + column] = fold_weights(x, op);
+  };
+  int64_t s = 0;
+  if (m.output_stride == 1 && columns == C) {
+    for (; s < whole; ++s)
+      for (int column = 0; column < C; ++column) pack(s, column, Op::kFold);
+  }
+  if constexpr (C <= kWidth<T>) {
+    // kWidth inputs of C outputs at a time, transposed. A store runs over into the next step, which is yet to come; the
+    // last block is left to the loop below, for what comes after it is another thread's strip.
+    constexpr int width = kWidth<T>, block = width / Op::kFold;
+    for (; m.input_stride == 1 && columns == C && (s + 2 * block) * Op::kFold <= m.inputs; s += block) {
+      Vec<T> v[width] = {};
+      PDDM_UNROLL
+      for (int column = 0; column < C; ++column) v[column] = load(from + column * m.output_stride + s * Op::kFold);
+      transpose<T>(v);
+      PDDM_UNROLL
+      for (int t = 0; t < block; ++t) store(strip + (s + t) * C, Op::fold(v + t * Op::kFold));
     }
+  }
+  for (int64_t column = 0; column < columns; ++column)
+    for (int64_t t = s; t < whole; ++t) pack(t, column, Op::kFold);
+  if (whole * Op::kFold < m.inputs)
+    for (int64_t column = 0; column < columns; ++column) pack(whole, column, int(m.inputs % Op::kFold));
 }
 
 }  // namespace pddm::PDDM_ISA

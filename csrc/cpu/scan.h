@@ -127,9 +127,10 @@ void scan(const Prepared<T>& p, const Plan<Single>& plan, const Use& use) {
   const int64_t panel_groups = walk.size();
   const int64_t groups = panel_groups + (plan.singles.size() + lanes - 1) / lanes;
   if (groups == 0) return;
-  // Blocks small enough that the threads finish together.
-  const int64_t fair = (groups + 2 * p.parallel.threads - 1) / (2 * p.parallel.threads);
-  const int64_t block = std::max<int64_t>(1, std::min(p.engine.block_groups(p.work), fair));
+  // Equal blocks, as few as fit the cache, and as many for each thread.
+  const int64_t most = p.parallel.threads * p.engine.block_groups(p.work);
+  const int64_t rounds = p.parallel.threads * ((groups + most - 1) / most);
+  const int64_t block = (groups + rounds - 1) / rounds;
   const int64_t blocks = (groups + block - 1) / block, threads = workers(p.parallel, blocks);
 
   struct Own {

@@ -30,6 +30,13 @@
 #define PDDM_UNROLL
 #endif
 
+// The compiler may assume nothing of this vector's value from here on.
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(PDDM_PLAIN_VECTORS)
+#define PDDM_OPAQUE(vector) __asm__ volatile("" : "+v"(vector))
+#else
+#define PDDM_OPAQUE(vector) (void)(vector)
+#endif
+
 namespace pddm::PDDM_ISA {
 
 template <class T>

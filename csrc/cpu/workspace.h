@@ -1,12 +1,14 @@
 // Everything one call computes before the first pair: packed weights, unit rows, and a = W_v f. O(n · (dim + hidden)).
 #pragma once
 
-#include <vector>
+#include <algorithm>
 
 #include "engine.h"
 #include "memory.h"
 
 namespace pddm::cpu {
+
+constexpr int64_t kPanelBlock = 4;  // panels that share one pass of W_v through the caches
 
 template <class T>
 class Prepared {
@@ -43,16 +45,18 @@ class Prepared {
   // Row first + r becomes rows.data[source[r]], or rows.data[r]. `first` is a multiple of lanes; the last panel is
   // filled up with zero rows.
   void set_rows(const Rows& rows, const int64_t* source, int64_t first = 0) {
-    const int64_t lanes = engine.lanes;
-    share(parallel, engine.stride(rows.count) / lanes, [&](int64_t, int64_t panel) {
-      const T* from[64];
-      for (int64_t r = 0; r < lanes; ++r) {
-        const int64_t row = panel * lanes + r;
+    const int64_t lanes = engine.lanes, panels = engine.stride(rows.count) / lanes;
+    const int64_t block = std::min(kPanelBlock, (panels + parallel.threads - 1) / parallel.threads);
+    share(parallel, block ? (panels + block - 1) / block : 0, [&](int64_t, int64_t b) {
+      const int64_t begin = b * block, count = std::min(block, panels - begin);
+      const T* from[kPanelBlock * kMaxLanes];
+      for (int64_t r = 0; r < count * lanes; ++r) {
+        const int64_t row = begin * lanes + r;
         from[r] = row >= rows.count
                       ? nullptr
                       : static_cast<const T*>(rows.data) + (source ? source[row] : row) * work.dim;
       }
-      engine.prepare_panel(work, from, first / lanes + panel);
+      engine.prepare_panels(work, from, first / lanes + begin, count);
     });
   }
 
