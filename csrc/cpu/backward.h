@@ -9,6 +9,8 @@
 //                     same whoever does it: dW_c += d_cᵀ [û ; v̂], dW_u += d_uᵀ u, and the rows' df and da.
 //
 // W_v is linear before its relu, so its gradient waits until all pairs are in: finish_* has dW_v = daᵀ f, df += da W_v.
+// With normalize_input a pair of nearly opposite rows has a da of 1/‖v‖, which cancels in dW_v but would take all other
+// pairs' digits with it; there dW_v is summed by pairs, as dW_u is.
 #pragma once
 
 #include "forward.h"
@@ -167,12 +169,13 @@ PDDM_INLINE void backward_groups(const Workspace<T>& w, const Chunk<T>& chunk, i
     }
 
     // d_u as W_u's gradient wants it, d_v as a's does, then everything that is needed pair by pair.
-    T* kept = chunk.d_u + (first + g) * hidden * lanes;
+    T *kept = chunk.d_u + (first + g) * hidden * lanes, *kept_v = chunk.d_v + (first + g) * hidden * lanes;
     for (int64_t k = 0; k < hidden; ++k)
       for (int half = 0; half < 2; ++half) {
         const int64_t e = k * lanes + half * width;
         store(kept + e, load(d_u + e) * load(lane.scale_u + half * width));
         store(d_v + e, load(d_v + e) * load(lane.scale_v + half * width));
+        if (w.normalize_input) store(kept_v + e, load(d_v + e));
         store(hidden_panel + e, load(hidden_panel + e) * load(lane.inverse_u + half * width));
         store(x_panel + e, load(x_panel + e) * load(lane.inverse_v + half * width));
       }
@@ -211,11 +214,15 @@ PDDM_INLINE void backward_groups(const Workspace<T>& w, const Chunk<T>& chunk, i
     zero_steps(d_dim, dim, w.f_stride);
     for_each_lane<T>(d_dim, w.f_stride, [&](int l, int64_t k, Vec<T> d) {
       const int64_t pair = (first + g) * lanes + l;
-      const Vec<T> e = load(w.f + chunk.i[pair] * w.f_stride + k) - load(w.f + chunk.j[pair] * w.f_stride + k);
-      const Vec<T> u = absolute<T>(e);
-      store(chunk.u + (k / lanes * chunk.capacity + pair) * lanes + k % lanes, u);
+      const Vec<T> f_i = load(w.f + chunk.i[pair] * w.f_stride + k), f_j = load(w.f + chunk.j[pair] * w.f_stride + k);
+      const Vec<T> e = f_i - f_j;
+      const int64_t at = (k / lanes * chunk.capacity + pair) * lanes + k % lanes;
+      store(chunk.u + at, absolute<T>(e));
       Vec<T> signed_d = where_alive<T>(e, d) - where_alive<T>(Vec<T>{} - e, d);
-      if (w.normalize_input) signed_d = signed_d - e * broadcast(pull_u[l]);
+      if (w.normalize_input) {
+        store(chunk.v + at, f_i + f_j);
+        signed_d = signed_d - e * broadcast(pull_u[l]);
+      }
       store(chunk.row_f + pair * w.f_stride + k, signed_d);
     });
   }
@@ -262,7 +269,7 @@ PDDM_INLINE int64_t slices(int64_t stride) {
 
 template <class T>
 PDDM_INLINE int64_t reduce_part_count(const Workspace<T>& w) {
-  return strip_count(w.combined) + strip_count(w.hidden) + slices<T>(w.f_stride) + slices<T>(w.a_stride) + 1;
+  return strip_count(w.combined) + (w.normalize_input ? 2 : 1) * strip_count(w.hidden) + slices<T>(w.f_stride) + slices<T>(w.a_stride) + 1;
 }
 
 template <class T>
@@ -283,6 +290,14 @@ PDDM_INLINE void reduce_part(const Workspace<T>& w, const Chunk<T>& chunk, const
                                                     w.f_stride / lanes, g.w_u);
     });
   part -= strip_count(w.hidden);
+  if (w.normalize_input) {
+    if (part < strip_count(w.hidden))
+      return for_strip(w.hidden, part, [&](auto columns, int64_t c) {
+        add_weight_strip<T, decltype(columns)::value>(chunk, chunk.d_v, padded(w.hidden, kUnit), c, chunk.v,
+                                                      w.f_stride / lanes, g.w_v);
+      });
+    part -= strip_count(w.hidden);
+  }
   if (part < slices<T>(w.f_stride)) {
     const int64_t from = part * kSlice<T>, to = from + kSlice<T> < w.f_stride ? from + kSlice<T> : w.f_stride;
     for (int64_t p = 0; p < chunk.pairs; ++p) {
@@ -318,13 +333,14 @@ PDDM_INLINE void reduce_part(const Workspace<T>& w, const Chunk<T>& chunk, const
 
 template <class T>
 PDDM_INLINE int64_t finish_part_count(const Workspace<T>& w) {
-  return strip_count(w.hidden) + strip_count(w.used);
+  return (w.normalize_input ? 0 : strip_count(w.hidden)) + strip_count(w.used);
 }
 
 template <class T>
 PDDM_INLINE void finish_part(const Workspace<T>& w, const Gradient<T>& g, int64_t part) {
   constexpr int width = kWidth<T>, lanes = kLanes<T>;
-  if (part < strip_count(w.hidden))
+  const int64_t weights = w.normalize_input ? 0 : strip_count(w.hidden);
+  if (part < weights)
     return for_strip(w.hidden, part, [&](auto columns, int64_t c) {
       constexpr int C = decltype(columns)::value;
       for (int64_t k = 0; k < w.f_stride; k += lanes) {
@@ -337,7 +353,7 @@ PDDM_INLINE void finish_part(const Workspace<T>& w, const Gradient<T>& g, int64_
         }
       }
     });
-  for_strip(w.used, part - strip_count(w.hidden), [&](auto columns, int64_t row) {
+  for_strip(w.used, part - weights, [&](auto columns, int64_t row) {
     constexpr int C = decltype(columns)::value;
     for (int64_t k = 0; k < w.f_stride; k += lanes) {
       Tile<T, C> tile;

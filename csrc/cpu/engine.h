@@ -45,10 +45,10 @@ struct Chunk {
   bool first;                       // the weights' gradients hold nothing yet
   const int64_t *i, *j;             // groups · lanes long
   const T* weight;                  // upstream gradient, 0 in the lanes past `pairs`
-  T *d_c, *d_u;                     // at W_c's and W_u's outputs; d_u is scaled for W_u's gradient
-  T *u, *uv;                        // inputs of W_u and W_c, in strips of `lanes` columns: (strip, pair, column)
+  T *d_c, *d_u, *d_v;               // at W_c's, W_u's and W_v's outputs, the latter two scaled as their inputs are
+  T *u, *v, *uv;                    // inputs of W_u, W_v and W_c, in strips of `lanes` columns: (strip, pair, column)
   T *row_f, *row_a;                 // (pair, stride): to add to row i (and, signed, to row j)
-  T* pull;                          // (pair): normalize_input's pull on ‖v‖
+  T* pull;                          // (pair): the pull on ‖v‖; with d_v and v, for normalize_input only
   T* sums;                          // (group, SumOffsets::stride): sums over the lanes
 };
 

@@ -41,7 +41,8 @@ void backward(Prepared<T>& p, int64_t most, const Next& next, T* const* d_rows, 
   }
   g.sums = arena.take_zeroed<T>(at.stride);
 
-  const int64_t per_pair = combined + hidden + w.f_stride + 2 * w.a_stride + w.f_stride + w.a_stride;
+  const int64_t by_pairs = w.normalize_input ? 2 : 1;  // W_u's gradient, and W_v's
+  const int64_t per_pair = combined + by_pairs * (hidden + w.f_stride) + 3 * w.a_stride + w.f_stride;
   int64_t capacity = std::min({kChunkBytes / (per_pair * int64_t(sizeof(T))), kMaxChunkPairs, most});
   capacity = engine.stride(std::max<int64_t>(capacity, 1));
   Chunk<T> chunk{};
@@ -52,7 +53,10 @@ void backward(Prepared<T>& p, int64_t most, const Next& next, T* const* d_rows, 
   chunk.d_c = arena.take<T>(capacity * combined), chunk.d_u = arena.take<T>(capacity * hidden);
   chunk.u = arena.take<T>(capacity * w.f_stride), chunk.uv = arena.take<T>(capacity * 2 * w.a_stride);
   chunk.row_f = arena.take<T>(capacity * w.f_stride), chunk.row_a = arena.take<T>(capacity * w.a_stride);
-  chunk.pull = arena.take<T>(capacity);
+  if (w.normalize_input) {
+    chunk.d_v = arena.take<T>(capacity * hidden), chunk.v = arena.take<T>(capacity * w.f_stride);
+    chunk.pull = arena.take<T>(capacity);
+  }
   chunk.sums = arena.take_zeroed<T>(capacity / lanes * at.stride);
 
   const int64_t threads = p.parallel.threads;
