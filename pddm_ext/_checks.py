@@ -70,7 +70,8 @@ def _devices(*tensors: Tensor) -> None:
     for t in tensors[1:]:
         if t.device != first:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, {first} and {t.device}!"
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{first} and {t.device}!"
             )
 
 

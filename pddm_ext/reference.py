@@ -171,9 +171,7 @@ def select_quadruplets(scores: Tensor, labels: Tensor, mode: Mode = "batch") -> 
     def index(a: Tensor) -> Tensor:
         return torch.where(valid, a, -1)
 
-    return Quadruplets(
-        index(i), index(j), index(k), index(l), score(i, j), score(i, k), score(j, l), valid
-    )
+    return Quadruplets(index(i), index(j), index(k), index(l), score(i, j), score(i, k), score(j, l), valid)
 
 
 def mine_and_score(feats: Tensor, labels: Tensor, unit: PDDM | None = None, *, mode: Mode = "batch") -> Quadruplets:

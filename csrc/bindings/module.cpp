@@ -18,30 +18,41 @@ PYBIND11_MODULE(_C, m) {
     info["cuda"] = false;
     return info;
   });
-  m.def("cpu_capabilities", [] {
-    py::dict all;
-    for (const auto& set : pddm::cpu::capabilities()) all[py::str(set.name)] = set.supported;
-    return all;
-  }, "Compiled instruction sets, lowest first, and whether this machine has them.");
+  m.def(
+      "cpu_capabilities",
+      [] {
+        py::dict all;
+        for (const auto& set : pddm::cpu::capabilities()) all[py::str(set.name)] = set.supported;
+        return all;
+      },
+      "Compiled instruction sets, lowest first, and whether this machine has them.");
   m.def("cpu_capability", &pddm::cpu::capability, "The instruction set in use.");
   m.def("set_cpu_capability", &pddm::cpu::set_capability, py::arg("name"),
         "Use this set from now on; an empty name is the best one. Raises ValueError.");
-  m.def("multiplies_bfloat16", [] { return pddm::cpu::effective(pddm::Precision::bfloat16) == pddm::Precision::bfloat16; },
-        "Whether bfloat16 products run as such; otherwise they run in float32.");
-  m.def("multiply_add_peak", [](const std::string& dtype, double seconds) {
-    const auto precision = dtype == "float64"    ? pddm::Precision::float64
-                           : dtype == "bfloat16" ? pddm::Precision::bfloat16
-                           : dtype == "float32"  ? pddm::Precision::float32
-                                                 : throw py::value_error("dtype is '" + dtype + "'");
-    return pddm::cpu::multiply_add_peak(precision, pddm::torch_threads(), seconds);
-  }, py::arg("dtype") = "float32", py::arg("seconds") = 0.05, py::call_guard<py::gil_scoped_release>(),
-        "Measured multiply-add ceiling of torch's threads together, in floating-point operations per second.");
-  m.def("counters", [] {
-    const pddm::Counters c = pddm::read_counters();
-    py::dict counters;
-    counters["pairs_scored"] = c.pairs_scored;
-    counters["bytes_peak"] = c.bytes_peak;
-    return counters;
-  }, "Pairs scored, and the peak of native scratch in bytes, since the last reset.");
+  m.def(
+      "multiplies_bfloat16",
+      [] { return pddm::cpu::effective(pddm::Precision::bfloat16) == pddm::Precision::bfloat16; },
+      "Whether bfloat16 products run as such; otherwise they run in float32.");
+  m.def(
+      "multiply_add_peak",
+      [](const std::string& dtype, double seconds) {
+        const auto precision = dtype == "float64"    ? pddm::Precision::float64
+                               : dtype == "bfloat16" ? pddm::Precision::bfloat16
+                               : dtype == "float32"  ? pddm::Precision::float32
+                                                     : throw py::value_error("dtype is '" + dtype + "'");
+        return pddm::cpu::multiply_add_peak(precision, pddm::torch_threads(), seconds);
+      },
+      py::arg("dtype") = "float32", py::arg("seconds") = 0.05, py::call_guard<py::gil_scoped_release>(),
+      "Measured multiply-add ceiling of torch's threads together, in floating-point operations per second.");
+  m.def(
+      "counters",
+      [] {
+        const pddm::Counters c = pddm::read_counters();
+        py::dict counters;
+        counters["pairs_scored"] = c.pairs_scored;
+        counters["bytes_peak"] = c.bytes_peak;
+        return counters;
+      },
+      "Pairs scored, and the peak of native scratch in bytes, since the last reset.");
   m.def("reset_counters", &pddm::reset_counters);
 }

@@ -58,17 +58,16 @@ class UnitTensors {
       : given_{w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s} {
     STD_TORCH_CHECK(w_u.dim() == 2 && w_c.dim() == 2, "pddm: the unit's weights must be matrices");
     const int64_t hidden = w_u.size(0), combined = w_c.size(0);
-    const int64_t expected[8] = {hidden * dim, hidden,   hidden * dim, hidden, combined * 2 * hidden,
-                                 combined,     combined, 1};
+    const int64_t expected[8] = {hidden * dim,          hidden,   hidden * dim, hidden,
+                                 combined * 2 * hidden, combined, combined,     1};
     STD_TORCH_CHECK(w_u.size(1) == dim && hidden > 0 && combined > 0 && dim > 0,
                     "pddm: the unit scores features of dimension ", w_u.size(1), ", not ", dim);
     for (int k = 0; k < 8; ++k) {
-      STD_TORCH_CHECK(given_[k].numel() == expected[k] && given_[k].is_cpu(),
-                      "pddm: parameter ", k, " of the unit has the wrong size or device");
+      STD_TORCH_CHECK(given_[k].numel() == expected[k] && given_[k].is_cpu(), "pddm: parameter ", k,
+                      " of the unit has the wrong size or device");
       dense_[k] = dense(given_[k], dtype);
     }
-    unit = {dim,    hidden, combined, normalize_input, at(0), at(1), at(2),
-            at(3), at(4),  at(5),    at(6),           at(7)};
+    unit = {dim, hidden, combined, normalize_input, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
   }
 
   Unit unit;
@@ -122,7 +121,7 @@ Pairs checked_pairs(const Tensor& i, const Tensor& j, int64_t n, bool skip_negat
   return pairs;
 }
 
-#define PDDM_UNIT                                                                                                \
+#define PDDM_UNIT                                                                                                   \
   const Tensor &w_u, const Tensor &b_u, const Tensor &w_v, const Tensor &b_v, const Tensor &w_c, const Tensor &b_c, \
       const Tensor &w_s, const Tensor &b_s, bool normalize_input
 #define PDDM_UNIT_ARGUMENTS w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s, normalize_input
@@ -235,7 +234,7 @@ Gradients score_matrix_backward(const Tensor& weight, const Tensor& feats, int64
 }  // namespace pddm
 
 // In every schema the unit is its eight parameters as nn.Linear holds them.
-#define PDDM_UNIT_SCHEMA                                                                                   \
+#define PDDM_UNIT_SCHEMA                                                                                  \
   "Tensor w_u, Tensor b_u, Tensor w_v, Tensor b_v, Tensor w_c, Tensor b_c, Tensor w_s, Tensor b_s, bool " \
   "normalize_input"
 #define PDDM_GRADIENTS_SCHEMA "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"

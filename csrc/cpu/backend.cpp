@@ -33,7 +33,7 @@ struct InstructionSet {
 };
 
 #define PDDM_SET(isa, supported) \
-  { #isa, [] { return bool(supported); }, isa::float32_engine, isa::float64_engine, isa::bfloat16_engine }
+  {#isa, [] { return bool(supported); }, isa::float32_engine, isa::float64_engine, isa::bfloat16_engine}
 
 const InstructionSet kSets[] = {
     PDDM_SET(portable, true),
@@ -85,8 +85,8 @@ class CpuBackend final : public Backend {
     cpu::score_pairs_backward<T>(engine_, parallel_, rows, pairs, static_cast<const T*>(weight), unit,
                                  static_cast<T*>(rows_gradient), gradient);
   }
-  void score_matrix_backward(const Rows& rows, int64_t split, const void* weight, const Unit& unit,
-                             void* rows_gradient, const UnitGradient& gradient) const override {
+  void score_matrix_backward(const Rows& rows, int64_t split, const void* weight, const Unit& unit, void* rows_gradient,
+                             const UnitGradient& gradient) const override {
     cpu::score_matrix_backward<T>(engine_, parallel_, rows, split, static_cast<const T*>(weight), unit,
                                   static_cast<T*>(rows_gradient), gradient);
   }

@@ -19,8 +19,8 @@ namespace pddm::PDDM_ISA {
 
 using cpu::Chunk;
 using cpu::Gradient;
-using cpu::Strided;
 using cpu::kMaxBackwardGroups;
+using cpu::Strided;
 using cpu::SumOffsets;
 
 template <class T>
@@ -188,9 +188,8 @@ PDDM_INLINE void backward_groups(const Workspace<T>& w, const Chunk<T>& chunk, i
         const int64_t strip = (which * w.a_stride + k) / lanes;
         store(chunk.uv + (strip * chunk.capacity + pair + l) * lanes + k % lanes, v);
       });
-    for_each_lane<T>(d_v, w.a_stride, [&](int l, int64_t k, Vec<T> v) {
-      store(chunk.row_a + (pair + l) * w.a_stride + k, v);
-    });
+    for_each_lane<T>(d_v, w.a_stride,
+                     [&](int l, int64_t k, Vec<T> v) { store(chunk.row_a + (pair + l) * w.a_stride + k, v); });
   }
 
   for_strips(w.dim, [&](auto columns, int64_t c) {
@@ -269,7 +268,8 @@ PDDM_INLINE int64_t slices(int64_t stride) {
 
 template <class T>
 PDDM_INLINE int64_t reduce_part_count(const Workspace<T>& w) {
-  return strip_count(w.combined) + (w.normalize_input ? 2 : 1) * strip_count(w.hidden) + slices<T>(w.f_stride) + slices<T>(w.a_stride) + 1;
+  return strip_count(w.combined) + (w.normalize_input ? 2 : 1) * strip_count(w.hidden) + slices<T>(w.f_stride) +
+         slices<T>(w.a_stride) + 1;
 }
 
 template <class T>

@@ -11,10 +11,10 @@
 namespace pddm::cpu {
 
 struct Group {
-  int64_t row;          // the row set against a panel, or
-  int64_t panel;        // −1: the pairs are listed
+  int64_t row;           // the row set against a panel, or
+  int64_t panel;         // −1: the pairs are listed
   const int64_t *i, *j;  // listed pairs, `lanes` of each; those past `count` repeat a valid pair
-  int count;            // of scores somebody wants
+  int count;             // of scores somebody wants
 };
 
 // Where everything of one call lies. T is float or double, `Element` what the products eat (see the engine's sizes).
@@ -62,9 +62,9 @@ struct Strided {
 // Gradient accumulators of a backward call.
 template <class T>
 struct Gradient {
-  T *f, *a;                             // (rows of the workspace, their stride)
-  Strided<T> w_u, w_v, w_c_u, w_c_v;    // W_c's two halves apart
-  T* sums;                              // see SumOffsets
+  T *f, *a;                           // (rows of the workspace, their stride)
+  Strided<T> w_u, w_v, w_c_u, w_c_v;  // W_c's two halves apart
+  T* sums;                            // see SumOffsets
 };
 
 // Bytes of the packed weights: the forward ones, then those that only a backward call needs.

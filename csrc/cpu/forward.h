@@ -33,8 +33,8 @@ constexpr int64_t folded(int64_t steps) {
 // Lane-wise numbers of one group.
 template <class T>
 struct Lanes {
-  T scale_u[kLanes<T>];  // 1, or 1/‖u‖ with normalize_input
-  T scale_v[kLanes<T>];  // 1/2, or 1/(2‖v‖)
+  T scale_u[kLanes<T>];                    // 1, or 1/‖u‖ with normalize_input
+  T scale_v[kLanes<T>];                    // 1/2, or 1/(2‖v‖)
   T norm_u[kLanes<T>], norm_v[kLanes<T>];  // of u' and v', clamped
   T ratio[kLanes<T>];                      // ‖v'‖/‖u'‖
   T inverse_u[kLanes<T>], inverse_v[kLanes<T>];
@@ -78,7 +78,8 @@ PDDM_INLINE void hidden_layer(const Workspace<typename Op::Scalar>& w, const Blo
                                          store_steps<Op>(b.x + g * b.x_size, k, u);
                                          if (w.normalize_input)
                                            for (int p = 0; p < fold; ++p)
-                                             for (int half = 0; half < 2; ++half) square[half] += u[p][half] * u[p][half];
+                                             for (int half = 0; half < 2; ++half)
+                                               square[half] += u[p][half] * u[p][half];
                                        });
     T* scale = b.lanes[g].scale_u;
     store(scale, square[0]), store(scale + width, square[1]);
@@ -180,8 +181,8 @@ PDDM_INLINE void combined_layer(const Workspace<typename Op::Scalar>& w, const B
 }
 
 template <class Op>
-PDDM_INLINE void score_groups(const Workspace<typename Op::Scalar>& w, const Group* groups, int64_t count, void* scratch,
-                              typename Op::Scalar* out) {
+PDDM_INLINE void score_groups(const Workspace<typename Op::Scalar>& w, const Group* groups, int64_t count,
+                              void* scratch, typename Op::Scalar* out) {
   using T = typename Op::Scalar;
   constexpr int width = kWidth<T>, lanes = kLanes<T>;
   const Block<Op> b(w, count, scratch);

@@ -1,5 +1,5 @@
-// The way back: pairs with a gradient are recomputed in chunks of fixed size, and each chunk is added to the parameters'
-// gradients in order, so that no sum depends on the number of threads.
+// The way back: pairs with a gradient are recomputed in chunks of fixed size, and each chunk is added to the
+// parameters' gradients in order, so that no sum depends on the number of threads.
 #pragma once
 
 #include "dense.h"

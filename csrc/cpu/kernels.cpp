@@ -21,10 +21,8 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
   cpu::PackedSizes packed_sizes(const Workspace<T>& w) const override {
     const int64_t hidden = padded(w.hidden, kUnit), combined = padded(w.combined, kUnit), dim = padded(w.dim, kUnit);
     return {hidden * folded<Op>(w.dim) * int64_t(sizeof(Element)),
-            combined * 2 * folded<Op>(hidden) * int64_t(sizeof(Element)),
-            hidden * w.dim * int64_t(sizeof(T)),
-            2 * hidden * w.combined * int64_t(sizeof(T)),
-            dim * w.hidden * int64_t(sizeof(T))};
+            combined * 2 * folded<Op>(hidden) * int64_t(sizeof(Element)), hidden * w.dim * int64_t(sizeof(T)),
+            2 * hidden * w.combined * int64_t(sizeof(T)), dim * w.hidden * int64_t(sizeof(T))};
   }
 
   int64_t block_groups(const Workspace<T>& w) const override {
@@ -61,8 +59,8 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
         const int64_t steps = folded<Op>(half);
         Element* strip = static_cast<Element*>(w.w_c) + c * 2 * steps;
         for (int which = 0; which < 2; ++which)
-          pack_strip<Op, C>(strip + which * C * steps,
-                            Matrix<T>{w_c + which * hidden, combined, hidden, 2 * hidden, 1}, c, steps);
+          pack_strip<Op, C>(strip + which * C * steps, Matrix<T>{w_c + which * hidden, combined, hidden, 2 * hidden, 1},
+                            c, steps);
       });
     part -= strip_count(combined);
     if (part == 0) {
@@ -102,9 +100,7 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
     score_groups<Op>(w, groups, count, scratch, out);
   }
 
-  cpu::SumOffsets sum_offsets(const Workspace<T>& w) const override {
-    return sum_layout<T>(w);
-  }
+  cpu::SumOffsets sum_offsets(const Workspace<T>& w) const override { return sum_layout<T>(w); }
   int64_t padded_outputs(int64_t n) const override { return padded(n, kUnit); }
   void backward(const Workspace<T>& w, const Chunk<T>& chunk, int64_t first, int64_t count,
                 void* scratch) const override {

@@ -8,8 +8,8 @@
 //   step     └────────────┴────────────┘
 //
 // In the scoring products a column is a pair and a w is a weight, so that norms, biases, relu and the last product are
-// lane-wise, nothing is ever shuffled, and the value of a pair depends neither on its lane nor on its neighbours. In the
-// products over pairs (weight gradients) a step is a pair and a column is an input feature.
+// lane-wise, nothing is ever shuffled, and the value of a pair depends neither on its lane nor on its neighbours. In
+// the products over pairs (weight gradients) a step is a pair and a column is an input feature.
 #pragma once
 
 #include "simd.h"
@@ -98,8 +98,8 @@ struct Columns {
 
 constexpr int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// body(Columns<C>, first column) over ⌈n / kUnit⌉ units of columns, full strips first. The strip that starts at column c
-// starts at element c · steps of its packed array.
+// body(Columns<C>, first column) over ⌈n / kUnit⌉ units of columns, full strips first. The strip that starts at column
+// c starts at element c · steps of its packed array.
 template <class Body>
 PDDM_INLINE void for_strips(int64_t n, const Body& body) {
   int64_t c = 0;

@@ -52,9 +52,8 @@ class Prepared {
       const T* from[kPanelBlock * kMaxLanes];
       for (int64_t r = 0; r < count * lanes; ++r) {
         const int64_t row = begin * lanes + r;
-        from[r] = row >= rows.count
-                      ? nullptr
-                      : static_cast<const T*>(rows.data) + (source ? source[row] : row) * work.dim;
+        from[r] =
+            row >= rows.count ? nullptr : static_cast<const T*>(rows.data) + (source ? source[row] : row) * work.dim;
       }
       engine.prepare_panels(work, from, first / lanes + begin, count);
     });

@@ -31,14 +31,14 @@ using namespace pddm;
 
 int failures = 0;
 
-#define CHECK(condition, ...)                                 \
-  do {                                                        \
-    if (!(condition)) {                                       \
-      ++failures;                                             \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      ++failures;                                                 \
       std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                               \
-      std::printf("\n");                                      \
-    }                                                         \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (0)
 
 void run_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
@@ -118,8 +118,7 @@ double naive_score(const Case& c, const std::vector<double>& rows, const std::ve
   for (int64_t o = 0; o < z.combined; ++o) {
     double sum = p[5][o];
     for (int which = 0; which < 2; ++which)
-      for (int64_t k = 0; k < z.hidden; ++k)
-        sum += p[4][o * 2 * z.hidden + which * z.hidden + k] * both[which][k];
+      for (int64_t k = 0; k < z.hidden; ++k) sum += p[4][o * 2 * z.hidden + which * z.hidden + k] * both[which][k];
     score += p[6][o] * std::max(sum, 0.0);
   }
   return score;
@@ -351,7 +350,7 @@ void test_counters(const cpu::Engine<float>& engine) {
 template <class T>
 void test_engine(const cpu::Engine<T>& engine, double tolerance, bool gradients) {
   const bool single = sizeof(T) == 4;
-  const Sizes sizes[] = {{1, 1, 1, 1, false},    {5, 3, 2, 4, false},   {37, 7, 5, 3, true},
+  const Sizes sizes[] = {{1, 1, 1, 1, false},     {5, 3, 2, 4, false},    {37, 7, 5, 3, true},
                          {33, 16, 33, 12, false}, {70, 33, 17, 29, true}, {101, 20, 40, 66, false}};
   unsigned seed = 1;
   for (const Sizes& z : sizes) {
