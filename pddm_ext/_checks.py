@@ -60,9 +60,18 @@ def _unit(unit: Any, dim: int) -> None:
         raise TypeError(f"unit is a {type(unit).__name__}; a PDDM is accepted")
     if unit.dim != dim:
         raise ValueError(f"unit scores features of dimension {unit.dim}; these have {dim}")
-    for name, p in unit.named_parameters():
-        if p.dtype not in FLOATS:
-            raise TypeError(f"unit's {name} has dtype {p.dtype}; float32, float64, bfloat16 or float16 is accepted")
+    hidden, combined = unit.hidden, unit.combined
+    layers = {"u": (hidden, dim), "v": (hidden, dim), "c": (combined, 2 * hidden), "s": (1, combined)}
+    for name, shape in layers.items():
+        layer = getattr(unit, name)
+        for kind, p, wanted in (("weight", layer.weight, shape), ("bias", layer.bias, shape[:1])):
+            if not isinstance(p, Tensor) or tuple(p.shape) != wanted:
+                found = f"has shape {tuple(p.shape)}" if isinstance(p, Tensor) else "is missing"
+                raise ValueError(f"unit's {name}.{kind} {found}; {wanted} is accepted")
+            if p.dtype not in FLOATS:
+                raise TypeError(
+                    f"unit's {name}.{kind} has dtype {p.dtype}; float32, float64, bfloat16 or float16 is accepted"
+                )
 
 
 def _devices(*tensors: Tensor) -> None:

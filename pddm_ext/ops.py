@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import score_dtype
 from .reference import PDDM
 
 try:
@@ -43,18 +44,6 @@ def unit_arguments(unit: PDDM) -> UnitArguments:
     )
 
 
-def autocast(feats: Tensor) -> Tensor:
-    """Features in autocast's dtype where it is on; float64 is left alone, as autocast does."""
-    device = feats.device.type
-    if feats.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return feats.to(torch.get_autocast_dtype(device))
-    return feats
-
-
-def _score_dtype(feats: Tensor) -> torch.dtype:
-    return torch.float64 if feats.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("pddm::mine")
 def _(feats: Tensor, labels: Tensor, *unit_and_mode: Any) -> tuple[Tensor, ...]:
     mode = unit_and_mode[-1]
@@ -65,26 +54,26 @@ def _(feats: Tensor, labels: Tensor, *unit_and_mode: Any) -> tuple[Tensor, ...]:
     else:
         slots = torch.library.get_ctx().new_dynamic_size()
     indices = [feats.new_empty(slots, dtype=torch.int64) for _ in range(4)]
-    scores = [feats.new_empty(slots, dtype=_score_dtype(feats)) for _ in range(3)]
-    return (*indices, *scores, feats.new_empty(slots, dtype=torch.bool))
+    scores = [feats.new_empty(slots, dtype=score_dtype(feats)) for _ in range(3)]
+    return (*scores, *indices, feats.new_empty(slots, dtype=torch.bool))
 
 
 @torch.library.register_fake("pddm::score_pairs")
 def _(feats: Tensor, i: Tensor, j: Tensor, *unit: Any) -> Tensor:
-    return feats.new_empty(i.shape[0], dtype=_score_dtype(feats))
+    return feats.new_empty(i.shape[0], dtype=score_dtype(feats))
 
 
 @torch.library.register_fake("pddm::score_matrix")
 def _(feats: Tensor, split: int, *unit: Any) -> Tensor:
     n = feats.shape[0]
     shape = (n, n) if split < 0 else (split, n - split)
-    return feats.new_empty(shape, dtype=_score_dtype(feats))
+    return feats.new_empty(shape, dtype=score_dtype(feats))
 
 
 @torch.library.register_fake("pddm::topk")
 def _(queries: Tensor, gallery: Tensor, k: int, *unit: Any) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
-    return queries.new_empty(shape, dtype=_score_dtype(queries)), queries.new_empty(shape, dtype=torch.int64)
+    return queries.new_empty(shape, dtype=score_dtype(queries)), queries.new_empty(shape, dtype=torch.int64)
 
 
 def _gradients_like(feats: Tensor, unit: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -103,16 +92,16 @@ def _(weight: Tensor, feats: Tensor, split: int, *unit: Any) -> tuple[Tensor, ..
 
 def _keep_mined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     feats, _, *unit, _ = inputs
-    ctx.mark_non_differentiable(*output[:4], output[7])
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(feats, *unit[:8], *output[:4])
+    ctx.save_for_backward(feats, *unit[:8], *output[3:7])
     ctx.normalize_input = unit[8]
 
 
 def _mine_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     feats, *unit, i, j, k, l = ctx.saved_tensors  # noqa: E741
     # Slots that are not valid have negative indices, which the kernel skips.
-    given = [(g, a, b) for g, a, b in zip(upstream[4:7], (i, i, j), (j, k, l), strict=True) if g is not None]
+    given = [(g, a, b) for g, a, b in zip(upstream[:3], (i, i, j), (j, k, l), strict=True) if g is not None]
     if not given:
         return (None,) * 12
     weight, first, second = (torch.cat(parts) for parts in zip(*given, strict=True))

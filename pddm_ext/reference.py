@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import _checks
 from .losses import QuadrupletLoss
+from .precision import autocast, score_dtype
 from .quadruplets import Mode, Quadruplets
 
 __all__ = [
@@ -78,12 +79,13 @@ class PDDM(nn.Module):
 
 
 def _unit_rows(x: Tensor) -> Tensor:
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    return F.normalize(autocast(x).to(score_dtype(x)), dim=-1)
 
 
 def _score(f_i: Tensor, f_j: Tensor, unit: PDDM) -> Tensor:
     def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):  # it has rounded the features; sums are in the scores' dtype
+            return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     u = (f_i - f_j).abs()
     v = (f_i + f_j) / 2
@@ -95,15 +97,11 @@ def _score(f_i: Tensor, f_j: Tensor, unit: PDDM) -> Tensor:
     return linear(unit.s, c).squeeze(-1)
 
 
-_default_units: dict[tuple[int, torch.device], PDDM] = {}
-
-
 def default_unit(dim: int, device: torch.device | str | None = None) -> PDDM:
-    """The process-wide unit for features of length ``dim``, made on first use."""
-    key = (dim, torch.device(device or "cpu"))
-    if key not in _default_units:
-        _default_units[key] = PDDM(dim).to(key[1])
-    return _default_units[key]
+    """:func:`pddm_ext.default_unit`: one unit serves both, and is scored in plain PyTorch here."""
+    from .unit import default_unit
+
+    return default_unit(dim, device)
 
 
 def score_pairs(feats: Tensor, i: Tensor, j: Tensor, unit: PDDM) -> Tensor:

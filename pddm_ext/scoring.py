@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .ops import autocast, unit_arguments
+from .ops import unit_arguments
+from .precision import autocast
 from .unit import PDDM
 
 

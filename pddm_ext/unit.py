@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
 from . import _checks, reference
-from .ops import autocast, unit_arguments
+from .ops import unit_arguments
+from .precision import autocast
 from .quadruplets import MODES, Mode, Quadruplets
 
 
@@ -37,23 +40,31 @@ class PDDM(reference.PDDM):
         """:func:`pddm_ext.mine_and_score` with this unit."""
         _checks.mining(feats, labels, self, mode, default_unit)
         mined = torch.ops.pddm.mine(autocast(feats), labels, *unit_arguments(self), MODES.index(mode))
-        return Quadruplets(*mined)
+        s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
+        return Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid)
 
 
 _default_units: dict[tuple[int, torch.device], PDDM] = {}
+_default_units_lock = threading.Lock()
 
 
 def default_unit(dim: int, device: torch.device | str | None = None) -> PDDM:
     """The process-wide unit for features of length ``dim``, made (with torch's generator) on first use.
 
     :func:`pddm_ext.mine_and_score` uses it where it is given none. Its parameters are trained like any others: hand
-    ``default_unit(dim).parameters()`` to the optimizer.
+    ``default_unit(dim).parameters()`` to the optimizer. Call it before compiling a function that relies on it: modules
+    cannot be made inside ``torch.compile``.
 
     Args:
         dim: length of a feature.
         device: where its parameters live; the CPU by default. Each device has its own.
     """
-    key = (dim, torch.device(device or "cpu"))
-    if key not in _default_units:
-        _default_units[key] = PDDM(dim).to(key[1])
-    return _default_units[key]
+    where = torch.device(device or "cpu")
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    found = _default_units.get((dim, where))
+    if found is None:
+        # Made in ordinary mode even if an evaluation under inference_mode is the first to ask, or it could never train.
+        with _default_units_lock, torch.inference_mode(False):
+            found = _default_units.setdefault((dim, where), _default_units.get((dim, where)) or PDDM(dim).to(where))
+    return found

@@ -147,7 +147,7 @@ Mined mine(const Tensor& feats, const Tensor& labels, PDDM_UNIT, int64_t mode) {
   call.backend->mine(Call::rows(rows), label, tensors.unit, wanted,
                      {slots, index(i), index(j), index(k), index(l), s_ij.mutable_data_ptr(), s_ik.mutable_data_ptr(),
                       s_jl.mutable_data_ptr(), static_cast<bool*>(valid.mutable_data_ptr())});
-  return {i, j, k, l, s_ij, s_ik, s_jl, valid};
+  return {s_ij, s_ik, s_jl, i, j, k, l, valid};
 }
 
 Tensor score_pairs(const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_UNIT) {
@@ -241,7 +241,7 @@ Gradients score_matrix_backward(const Tensor& weight, const Tensor& feats, int64
 
 STABLE_TORCH_LIBRARY(pddm, m) {
   m.def("mine(Tensor feats, Tensor labels, " PDDM_UNIT_SCHEMA
-        ", int mode) -> (Tensor i, Tensor j, Tensor k, Tensor l, Tensor s_ij, Tensor s_ik, Tensor s_jl, Tensor valid)");
+        ", int mode) -> (Tensor s_ij, Tensor s_ik, Tensor s_jl, Tensor i, Tensor j, Tensor k, Tensor l, Tensor valid)");
   m.def("score_pairs(Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA ") -> Tensor");
   m.def("score_matrix(Tensor feats, int split, " PDDM_UNIT_SCHEMA ") -> Tensor");
   m.def("topk(Tensor queries, Tensor gallery, int k, " PDDM_UNIT_SCHEMA ") -> (Tensor scores, Tensor indices)");

@@ -129,12 +129,15 @@ void mine_rows(const Engine<T>& engine, const Parallel& parallel, const Rows& ro
     for (int64_t i = 0, at = 0; i < n; ++i) slot[i] = at, at += later[i];
   }
 
-  std::vector<Best<T>> positive(mode == Mode::anchor ? threads * n : 0, Best<T>::none(true));
-  std::vector<Best<T>> negative(threads * n, Best<T>::none(false));
+  Arena arena;
+  Best<T>* negative = arena.take<Best<T>>(threads * n);
+  Best<T>* positive = mode == Mode::anchor ? arena.take<Best<T>>(threads * n) : nullptr;
+  std::fill_n(negative, threads * n, Best<T>::none(false));
+  if (positive) std::fill_n(positive, threads * n, Best<T>::none(true));
   T* s_ij = static_cast<T*>(slots.out.s_ij);
   scan(p, triangle_plan(n, engine.lanes, false), [&](int64_t worker, const Group& g, int64_t, const T* s) {
-    Best<T>* far = mode == Mode::anchor ? positive.data() + worker * n : nullptr;
-    Best<T>* near = negative.data() + worker * n;
+    Best<T>* far = positive ? positive + worker * n : nullptr;
+    Best<T>* near = negative + worker * n;
     for (int l = 0; l < g.count; ++l) {
       const RowPair at = pair_of(g, engine.lanes, l);  // i < j
       if (labels[at.i] != labels[at.j]) {

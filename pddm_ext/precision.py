@@ -1,0 +1,19 @@
+"""Precision by PyTorch's own switches: the features' dtype and autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def autocast(feats: Tensor) -> Tensor:
+    """Features in autocast's dtype where it is on; float64 is left alone, as autocast does."""
+    device = feats.device.type
+    if feats.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return feats.to(torch.get_autocast_dtype(device))
+    return feats
+
+
+def score_dtype(feats: Tensor) -> torch.dtype:
+    """Of scores, and of all arithmetic that is no matrix product: float64 for float64 features, float32 otherwise."""
+    return torch.float64 if feats.dtype == torch.float64 else torch.float32

@@ -1,0 +1,4 @@
+"""The main job: train an embedding for retrieval on some classes, search among classes never seen.
+
+Needs the extras of ``pip install 'pddm-ext[train]'``; nothing else in the package imports this one.
+"""

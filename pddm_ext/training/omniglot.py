@@ -1,0 +1,100 @@
+"""Handwritten characters: a folder or the public zip of Omniglot (Lake, Salakhutdinov, Tenenbaum, Science 2015)."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import torch
+from PIL import Image, ImageOps
+
+from .data import Dataset, Split, fit
+
+TRAIN_ALPHABETS, TEST_ALPHABETS = 3, 2
+ARCHIVE = "images_background_small1"
+EXPECTED = (
+    f"expected {ARCHIVE}/ALPHABET/characterNN/*.png with at least {TRAIN_ALPHABETS + TEST_ALPHABETS} alphabets, as in "
+    f"python/{ARCHIVE}.zip of https://github.com/brendenlake/omniglot"
+)
+
+Drawing = tuple[str, str, str, bytes]
+"""Alphabet, character, where the file is, its bytes."""
+
+
+def load(root: str | Path) -> Dataset:
+    """The first three alphabets by name to train on, the last two to search among.
+
+    Args:
+        root: the zip, its unpacked folder of alphabets, or the folder that holds either.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a damaged archive or picture, or too few alphabets; the message names the file.
+    """
+    root = Path(root)
+    if (root / f"{ARCHIVE}.zip").is_file():
+        root = root / f"{ARCHIVE}.zip"
+    if root.is_dir():
+        found = _from_folder(root)
+    elif root.is_file():
+        found = _from_zip(root)
+    else:
+        raise FileNotFoundError(f"{root}: no such file or folder; {EXPECTED}")
+
+    alphabets: dict[str, dict[str, list[torch.Tensor]]] = {}
+    for alphabet, character, where, content in found:
+        alphabets.setdefault(alphabet, {}).setdefault(character, []).append(_read(where, content))
+    names = sorted(alphabets)
+    if len(names) < TRAIN_ALPHABETS + TEST_ALPHABETS:
+        raise ValueError(f"{root}: found {len(names)} alphabets ({', '.join(names) or 'none'}); {EXPECTED}")
+    for alphabet, characters in alphabets.items():
+        for character, drawings in characters.items():
+            if len(drawings) < 2:
+                raise ValueError(f"{root}: {alphabet}/{character} has a single drawing; {EXPECTED}")
+
+    def split(chosen: list[str]) -> Split:
+        classes = {f"{a} {c}": drawings for a in chosen for c, drawings in sorted(alphabets[a].items())}
+        return Split(
+            drawings=torch.stack([drawing for drawings in classes.values() for drawing in drawings]),
+            labels=torch.repeat_interleave(torch.tensor([len(drawings) for drawings in classes.values()])),
+            names=tuple(classes),
+            groups=tuple(chosen),
+        )
+
+    return Dataset("omniglot", split(names[:TRAIN_ALPHABETS]), split(names[-TEST_ALPHABETS:]), distort_test=False)
+
+
+def _from_folder(root: Path) -> Iterator[Drawing]:
+    if (root / ARCHIVE).is_dir():
+        root = root / ARCHIVE
+    for path in sorted(root.glob("*/character*/*")):
+        if _is_drawing(path.name):
+            yield path.parts[-3], path.parts[-2], str(path), path.read_bytes()
+
+
+def _is_drawing(name: str) -> bool:
+    # Archivers leave files like ._0108_01.png beside the drawings.
+    return name.endswith(".png") and not name.startswith(".")
+
+
+def _from_zip(path: Path) -> Iterator[Drawing]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(archive.namelist()):
+                parts = PurePosixPath(name).parts
+                if len(parts) >= 3 and parts[-2].startswith("character") and _is_drawing(parts[-1]):
+                    yield parts[-3], parts[-2], f"{path}/{name}", archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a readable zip archive ({error}); {EXPECTED}") from error
+
+
+def _read(where: str, content: bytes) -> torch.Tensor:
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            # Ink is black in the files and bright here.
+            return fit(ImageOps.invert(picture.convert("L")))
+    except (OSError, ValueError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: not a readable drawing ({error}); {EXPECTED}") from error

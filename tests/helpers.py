@@ -1,0 +1,290 @@
+"""Inputs, the truth and its rounding bounds, shared by the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+import pddm_ext
+from pddm_ext import _C, reference
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MODES = ("batch", "anchor", "pair")
+CAPABILITIES = [name for name, supported in _C.cpu_capabilities().items() if supported]
+PARAMETERS = [f"{layer}.{kind}" for layer in "uvcs" for kind in ("weight", "bias")]
+
+# (n, d, h, m). A tile is 32, 16 or 8 lanes of 12 or 6 outputs: one of everything, ragged ends, and whole tiles.
+SIZES = [(1, 1, 1, 1), (2, 3, 1, 2), (9, 7, 5, 11), (33, 17, 13, 25), (70, 33, 29, 7), (96, 32, 24, 48)]
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    _C.set_cpu_capability(name)
+    try:
+        yield
+    finally:
+        _C.set_cpu_capability("")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def on_one_thread(function: Callable[P, R]) -> Callable[P, R]:
+    """Many small tensor operations, whose threads would only get in the way of the other test processes."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with threads(1):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def make_unit(
+    dim: int, hidden: int | None = None, combined: int | None = None, *, normalize_input: bool = False, seed: int = 0
+) -> pddm_ext.PDDM:
+    """A unit whose layers all matter: what enters W_u, W_v and W_c has unit norm, so their outputs are of order 1."""
+    unit = pddm_ext.PDDM(dim, hidden, combined, normalize_input=normalize_input)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in (unit.u, unit.v, unit.c, unit.s):
+            layer.weight.normal_(generator=generator)
+            layer.bias.normal_(generator=generator).mul_(0.3)
+        unit.s.weight.mul_(unit.combined**-0.5)
+    return unit
+
+
+def make_features(n: int, d: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64).to(dtype)
+
+
+def make_labels(n: int, *, per_class: int = 4, seed: int = 0) -> Tensor:
+    """About `per_class` rows of each class, in no order, with ids that are no row numbers."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + 2000))
+    return 7 * (order // per_class) - 3
+
+
+def in_double(unit: reference.PDDM) -> reference.PDDM:
+    """The same parameters in float64, on the plain-PyTorch unit."""
+    plain = reference.PDDM(unit.dim, unit.hidden, unit.combined, normalize_input=unit.normalize_input).double()
+    plain.load_state_dict(unit.state_dict())
+    return plain
+
+
+@on_one_thread
+def truth(x: Tensor, unit: reference.PDDM, y: Tensor | None = None) -> Tensor:
+    """score_matrix by `reference` in float64."""
+    with torch.no_grad():
+        return reference.score_matrix(x.double(), in_double(unit), None if y is None else y.double())
+
+
+def rounding_unit(dtype: torch.dtype) -> float:
+    """Half a unit in the last place of the precision that features of this dtype are scored in."""
+    return 2.0**-53 if dtype == torch.float64 else 2.0**-24
+
+
+@on_one_thread
+def rounding_bound(x: Tensor, unit: reference.PDDM, y: Tensor | None = None, *, operand: float = 0.0) -> Tensor:
+    """How far a score of x's rows with y's may lie from the truth, whatever the order of the sums: (n, m), float64.
+
+    A running error analysis, layer by layer. A sum of k products errs by at most γ_k = k·ε/(1 − k·ε) times the sum of
+    their magnitudes (Higham, *Accuracy and Stability*, section 3.1); errors of the inputs pass through |W|, a relu
+    passes them on where it may be alive, and a division by a norm divides them by it. ``operand`` is the relative
+    rounding of what enters the products of W_u and W_c, for bfloat16.
+    """
+    eps = rounding_unit(x.dtype)
+
+    def gamma(k: int) -> float:
+        return k * eps / (1 - k * eps)
+
+    parameter = {name: value.detach().double() for name, value in unit.named_parameters()}
+    d, h, m = unit.dim, unit.hidden, unit.combined
+    f, g = (F.normalize(t.detach().double(), dim=-1) for t in (x, x if y is None else y))
+    a, b = f[:, None, :], g[None, :, :]
+    e_rows = gamma(d + 4) * (a.abs() + b.abs())
+
+    def linear(t: Tensor, weight: str) -> Tensor:
+        return t @ parameter[weight].abs().T
+
+    def over_norm(t: Tensor, error: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        norm, e_norm = t.norm(dim=-1, keepdim=True), error.norm(dim=-1, keepdim=True)
+        unit_t = t / norm.clamp(min=1e-12)
+        e = (error + unit_t.abs() * (e_norm + gamma(k) * norm)) / (norm - e_norm).clamp(min=1e-12)
+        return unit_t, torch.minimum(e, unit_t.abs() + 1.01)  # nothing over its norm exceeds 1
+
+    def relu(t: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        return F.relu(t), torch.where(t < -error, 0.0, error)
+
+    # Equal rows have u = 0, and rows of opposite sign v = 0, in any precision.
+    difference, total = (a - b).abs(), a + b
+    equal, opposite = (difference == 0).all(-1, keepdim=True), (total == 0).all(-1, keepdim=True)
+    e_u = torch.where(equal, 0.0, e_rows + eps * difference)
+    e_v = torch.where(opposite, 0.0, e_rows + eps * total.abs())
+    u, v = difference, total / 2
+    scale_v = torch.ones_like(v[..., :1])
+    e_scale = torch.zeros_like(scale_v)
+    if unit.normalize_input:
+        u, e_u = over_norm(u, e_u, d + 4)
+        norm_v, e_norm = v.norm(dim=-1, keepdim=True), (e_v / 2).norm(dim=-1, keepdim=True)
+        scale_v = 1 / norm_v.clamp(min=1e-12)
+        e_scale = (e_norm + gamma(d + 4) * norm_v) / (norm_v - e_norm).clamp(min=1e-12)
+        v = v * scale_v
+    pre_u = u @ parameter["u.weight"].T + parameter["u.bias"]
+    e_u = (
+        linear(e_u, "u.weight")
+        + (gamma(d + 4) + 2 * operand) * linear(u, "u.weight")
+        + gamma(4) * parameter["u.bias"].abs()
+    )
+    # W_v meets the rows before they are added.
+    pre_v = v @ parameter["v.weight"].T + parameter["v.bias"]
+    e_v = (linear(e_v, "v.weight") + gamma(d + 4) * linear(a.abs() + b.abs(), "v.weight")) / 2 * scale_v
+    e_v = torch.where(opposite, 0.0, e_v + linear(v.abs(), "v.weight") * e_scale) + gamma(4) * parameter["v.bias"].abs()
+
+    u, e_u = over_norm(*relu(pre_u, e_u), h + 4)
+    v, e_v = over_norm(*relu(pre_v, e_v), h + 4)
+    both, e_both = torch.cat([u, v], -1), torch.cat([e_u, e_v], -1)
+    pre_c = both @ parameter["c.weight"].T + parameter["c.bias"]
+    e_c = (
+        linear(e_both + (gamma(2 * h + 8) + 2 * operand) * (both + e_both), "c.weight")
+        + gamma(4) * parameter["c.bias"].abs()
+    )
+    c, e_c = relu(pre_c, e_c)
+    return (linear(e_c + gamma(m + 4) * (c + e_c), "s.weight") + gamma(4) * parameter["s.bias"].abs()).squeeze(-1)
+
+
+def bfloat16_operand(dtype: torch.dtype) -> float:
+    """Relative rounding of a product's operand: 8 significant bits where bfloat16 is multiplied as such."""
+    return 2.0**-8 if dtype == torch.bfloat16 and _C.multiplies_bfloat16() else 0.0
+
+
+def assert_within(got: Tensor, expected: Tensor, bound: Tensor) -> None:
+    error = (got.detach().double() - expected).abs()
+    assert not error.isnan().any(), "an unexpected NaN"
+    # The truth is rounded too, at 2^-53.
+    assert (error <= bound * (1 + 1e-6) + 1e-13).all(), f"off by up to {(error / (bound + 1e-30)).max():.3g} bounds"
+
+
+def bits(t: Tensor) -> Tensor:
+    """The bit patterns, so that equality tells NaN and the sign of zero."""
+    t = t.detach().contiguous()
+    return t.view({4: torch.int32, 8: torch.int64, 2: torch.int16, 1: torch.int8}[t.element_size()])
+
+
+def assert_same_bits(got, expected) -> None:
+    if isinstance(got, Tensor):
+        assert got.dtype == expected.dtype
+        assert got.shape == expected.shape
+        assert torch.equal(bits(got), bits(expected))
+        return
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+def decided(scores: Tensor, bound: Tensor, allowed: Tensor, chosen: Tensor, smallest: bool) -> Tensor:
+    """Assert, per row, that the chosen entry may be the best within rounding; returns the rows where only one may be.
+
+    Where the margin between best and second best exceeds the bounds this is equality of indices.
+    """
+    if not smallest:
+        scores = -scores
+    low, high = scores - bound, (scores + bound).masked_fill(~allowed, torch.inf)
+    at = chosen[:, None]
+    assert allowed.gather(1, at).all(), "not an entry that may be chosen"
+    possible = allowed & (low <= high.amin(-1, keepdim=True))
+    assert possible.gather(1, at).all(), "a better entry, beyond any rounding"
+    return possible.sum(-1) == 1
+
+
+@on_one_thread
+def assert_mined(quads: pddm_ext.Quadruplets, feats: Tensor, labels: Tensor, unit: reference.PDDM, mode: str) -> float:
+    """Compare with the truth; returns the share of choices that rounding left no doubt about."""
+    n = len(labels)
+    expected = reference.select_quadruplets(truth(feats, unit), labels, mode)
+    assert torch.equal(quads.valid, expected.valid)
+    for name in "ijkl":
+        assert (getattr(quads, name)[~quads.valid] == -1).all()
+    for name in ("s_ij", "s_ik", "s_jl"):
+        assert (getattr(quads, name)[~quads.valid] == 0).all()
+    if not quads.valid.any():
+        return 1.0
+    scores, bound = truth(feats, unit), rounding_bound(feats, unit, operand=bfloat16_operand(feats.dtype))
+    i, j, k, l = (index[quads.valid] for index in quads[:4])  # noqa: E741
+    same = labels[:, None] == labels[None, :]
+    positive = same & ~torch.eye(n, dtype=torch.bool)
+    sure = [decided(scores[r], bound[r], ~same[r], c, smallest=False) for r, c in ((i, k), (j, l))]
+    if mode == "batch":
+        upper = positive.triu().reshape(1, -1)
+        sure.append(decided(scores.reshape(1, -1), bound.reshape(1, -1), upper, i * n + j, smallest=True))
+    elif mode == "anchor":
+        assert torch.equal(i, torch.arange(n)[quads.valid])
+        sure.append(decided(scores[i], bound[i], positive[i], j, smallest=True))
+    else:
+        assert torch.equal(quads.i, expected.i)
+        assert torch.equal(quads.j, expected.j)
+    for got, (r, c) in zip(quads[4:7], ((i, j), (i, k), (j, l)), strict=True):
+        assert_within(got[quads.valid], scores[r, c], bound[r, c])
+    return torch.cat(sure).double().mean().item()
+
+
+def kill_relus(unit: pddm_ext.PDDM, layers: str) -> None:
+    with torch.no_grad():
+        for name in layers:
+            getattr(unit, name).bias.fill_(-100.0)
+
+
+@dataclass
+class Batch:
+    feats: Tensor
+    labels: Tensor
+    unit: pddm_ext.PDDM
+    capability: str
+
+
+_sizes = st.sampled_from([1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 16, 17, 24, 31, 32, 33, 40])
+
+
+@st.composite
+def batches(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,), most: int = 100) -> Batch:
+    """Any batch the design names: sizes that divide no tile, labels of every kind, degenerate rows and units."""
+    n = draw(st.one_of(st.integers(0, 9), st.integers(0, most)))
+    seed = draw(st.integers(0, 2**20))
+    unit = make_unit(
+        draw(_sizes), draw(_sizes), draw(_sizes), normalize_input=draw(st.booleans()), seed=draw(st.integers(0, 50))
+    )
+    kill_relus(unit, draw(st.sampled_from(["", "", "", "", "u", "v", "c", "uv", "uvc"])))
+    feats = make_features(n, unit.dim, seed=seed, dtype=draw(st.sampled_from(dtypes)))
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    if n > 1 and draw(st.booleans()):
+        feats[rows[: n // 4]] = feats[rows[-(n // 4) :]] if n >= 4 else feats[rows[:1]]  # duplicates: u = 0
+        feats[rows[0]] = feats[rows[1]]
+    if n > 3 and draw(st.booleans()):
+        feats[rows[2]] = -feats[rows[3]]  # opposites: v = 0
+    if n > 4 and draw(st.booleans()):
+        feats[rows[4]] = 0
+    kind = draw(st.sampled_from(["few", "few", "fours", "one", "singletons", "huge"]))
+    labels = {
+        "few": lambda: torch.randint(0, 3, (n,), generator=torch.Generator().manual_seed(seed)),
+        "fours": lambda: make_labels(n, seed=seed),
+        "one": lambda: torch.full((n,), -5),
+        "singletons": lambda: rows - n // 2,
+        "huge": lambda: torch.tensor([-(2**63), 2**63 - 1, 2**32, 0, -1])[rows % 5],
+    }[kind]()
+    return Batch(feats, labels, unit, draw(st.sampled_from(CAPABILITIES)))

@@ -1,0 +1,161 @@
+"""The compiler sees the operators: fake kernels, schemas and gradients agree with the real ones, in one graph."""
+
+import copy
+
+import pytest
+import torch
+
+import pddm_ext
+from helpers import assert_same_bits, make_features, make_labels, make_unit, threads
+from pddm_ext import ops, reference
+from pddm_ext.quadruplets import MODES
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs():
+    torch._dynamo.reset()
+    with threads(1):  # tracing is many small operations
+        yield
+    torch._dynamo.reset()
+
+
+def operator_calls(dtype: torch.dtype, requires_grad: bool) -> dict[str, tuple]:
+    unit = make_unit(5, 4, 3).requires_grad_(requires_grad)
+    x, labels = make_features(9, 5, dtype=dtype).requires_grad_(requires_grad), make_labels(9, per_class=3)
+    i, j = torch.tensor([0, 3, 3, 8]), torch.tensor([1, 2, 3, 0])
+    out = torch.float64 if dtype == torch.float64 else torch.float32
+    p = ops.unit_arguments(unit)
+    return {
+        **{f"mine {mode}": (torch.ops.pddm.mine, (x, labels, *p, number)) for number, mode in enumerate(MODES)},
+        "score_pairs": (torch.ops.pddm.score_pairs, (x, i, j, *p)),
+        "score_matrix": (torch.ops.pddm.score_matrix, (x, -1, *p)),
+        "score_matrix of two": (torch.ops.pddm.score_matrix, (x, 4, *p)),
+        "topk": (torch.ops.pddm.topk, (x[:4].detach(), x.detach(), 3, *(t.detach() for t in p[:8]), p[8])),
+        "score_pairs_backward": (torch.ops.pddm.score_pairs_backward, (torch.ones(4, dtype=out), x, i, j, *p)),
+        "score_matrix_backward": (torch.ops.pddm.score_matrix_backward, (torch.ones(9, 9, dtype=out), x, -1, *p)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "requires_grad"), [(torch.float32, False), (torch.float64, True), (torch.bfloat16, True)]
+)
+@pytest.mark.parametrize("name", list(operator_calls(torch.float32, False)))
+def test_opcheck(name, dtype, requires_grad):
+    operator, arguments = operator_calls(dtype, requires_grad)[name]
+    if requires_grad and name.endswith("_backward"):
+        # opcheck's comparison of traced gradients goes back through every result, which these refuse by design.
+        utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        torch.library.opcheck(operator.default, arguments, test_utils=utilities)
+        return
+    torch.library.opcheck(operator.default, arguments)
+
+
+def test_opcheck_of_strided_inputs():
+    unit, x = make_unit(5).requires_grad_(False), make_features(5, 9).T
+    torch.library.opcheck(torch.ops.pddm.mine.default, (x, make_labels(18)[::2], *ops.unit_arguments(unit), 1))
+    torch.library.opcheck(torch.ops.pddm.score_matrix.default, (x, 3, *ops.unit_arguments(unit)))
+
+
+def training_step(mode: str):
+    criterion = pddm_ext.QuadrupletLoss()
+
+    def step(net: torch.nn.Module, unit: pddm_ext.PDDM, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        feats = net(images)
+        return criterion(feats, pddm_ext.mine_and_score(feats, labels, unit, mode=mode))
+
+    return step
+
+
+def compare_steps(step, compiled, n: int = 20) -> None:
+    net, unit = torch.nn.Linear(6, 5), make_unit(5)
+    images, labels = make_features(n, 6), make_labels(n)
+    results = []
+    for function in (step, compiled):
+        leaves = copy.deepcopy([net, unit])
+        loss = function(*leaves, images, labels)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for module in leaves for p in module.parameters())])
+    # The kernels are the same; the fused elementwise code around them may contract and reorder sums of n · d terms.
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["batch", "anchor"])
+def test_a_whole_training_step_compiles_into_one_graph(mode):
+    step = training_step(mode)
+    compare_steps(step, torch.compile(step, fullgraph=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_traces_with_dynamic_shapes(mode):
+    step = training_step(mode)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (20, 28, 9):
+        compare_steps(step, compiled, n)
+
+
+def test_a_batch_of_another_size_does_not_break_a_compiled_step():
+    step = training_step("anchor")
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for n in (20, 24, 31):
+        compare_steps(step, compiled, n)
+
+
+@pytest.mark.parametrize("call", ["score_pairs", "score_matrix", "score_matrix of two", "topk", "unit", "method"])
+def test_every_entry_compiles_into_one_graph(call):
+    unit, x, labels = make_unit(5), make_features(12, 5), make_labels(12)
+    i = torch.arange(12)
+    functions = {
+        "score_pairs": lambda x: pddm_ext.score_pairs(x, i, i.flip(0), unit),
+        "score_matrix": lambda x: pddm_ext.score_matrix(x, unit),
+        "score_matrix of two": lambda x: pddm_ext.score_matrix(x[:5], unit, x[5:]),
+        "topk": lambda x: pddm_ext.topk(x[:3], x, 4, unit)[1],
+        "unit": lambda x: unit(x, x.flip(0)),
+        "method": lambda x: unit.mine(x, labels, mode="anchor").s_ik,
+    }
+    compiled = torch.compile(functions[call], fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(x), functions[call](x))
+
+
+def test_autocast_holds_in_a_compiled_graph():
+    unit, x, labels = make_unit(5), make_features(12, 5), make_labels(12)
+
+    def mined(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return unit.mine(x, labels, mode="anchor").s_ij
+
+    assert_same_bits(torch.compile(mined, fullgraph=True, backend="aot_eager")(x), mined(x))
+    assert_same_bits(mined(x), unit.mine(x.bfloat16(), labels, mode="anchor").s_ij)
+
+
+def test_a_row_number_out_of_range_is_still_an_error_when_compiled():
+    unit, x = make_unit(5), make_features(12, 5)
+    compiled = torch.compile(lambda x, i: pddm_ext.score_pairs(x, i, i, unit), fullgraph=True, backend="aot_eager")
+    with pytest.raises((IndexError, RuntimeError), match="out of range"):
+        compiled(x, torch.tensor([3, 12]))
+
+
+def test_mining_with_the_default_unit_compiles_where_it_exists():
+    x, labels = make_features(12, 31), make_labels(12)
+    pddm_ext.default_unit(31)
+    compiled = torch.compile(lambda x: pddm_ext.mine_and_score(x, labels).s_ij, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(x), pddm_ext.mine_and_score(x, labels).s_ij)
+
+
+def test_fake_shapes_are_the_real_ones():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    unit, x, labels = make_unit(5, 4, 3), make_features(12, 5), make_labels(12)
+    for mode in ("batch", "anchor"):
+        real = unit.mine(x, labels, mode=mode)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
+            fake = unit.mine(fake_mode.from_tensor(x), fake_mode.from_tensor(labels), mode=mode)
+        assert [(f.shape, f.dtype) for f in fake] == [(r.shape, r.dtype) for r in real]
+
+
+def test_the_reference_compiles_too():
+    unit, x, labels = reference.PDDM(5), make_features(12, 5), make_labels(12)
+    compiled = torch.compile(
+        lambda x: reference.mine_and_score(x, labels, unit, mode="anchor").s_ij, fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(x), reference.mine_and_score(x, labels, unit, mode="anchor").s_ij)

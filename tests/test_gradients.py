@@ -1,0 +1,487 @@
+"""Gradients: gradcheck in float64, the reference's autograd, and what has none."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+import pddm_ext
+from helpers import (
+    CAPABILITIES,
+    MODES,
+    PARAMETERS,
+    Batch,
+    assert_same_bits,
+    batches,
+    in_double,
+    instruction_set,
+    kill_relus,
+    make_features,
+    make_labels,
+    make_unit,
+    on_one_thread,
+)
+from pddm_ext import reference
+
+Scores = Callable[[Tensor, reference.PDDM], Tensor]
+
+
+def gradients(scores: Scores, feats: Tensor, unit: reference.PDDM, weight: Tensor | None = None) -> list[Tensor]:
+    """Of Σ weight · scores: with respect to the features, then the eight parameters."""
+    x = feats.detach().clone().requires_grad_()
+    values = scores(x, unit)
+    if weight is None:
+        weight = make_features(values.numel(), 1, seed=9, dtype=values.dtype).reshape(values.shape)
+    leaves = [x, *(unit.get_parameter(name) for name in PARAMETERS)]
+    got = torch.autograd.grad((values * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
+    return [g.detach() for g in got]
+
+
+def assert_close_relatively(got: list[Tensor], expected: list[Tensor], tolerance: float, lost: float = 0.0) -> None:
+    """Relative to the largest entry of all: one that vanishes by cancellation is compared with what cancelled.
+
+    The features may be off by ``lost`` more. Theirs may be of another order and do not count for the parameters.
+    """
+    largest = [b.double().abs().max().item() if b.numel() else 0.0 for b in expected]
+    for name, a, b in zip(["feats", *PARAMETERS], got, expected, strict=True):
+        allowed = tolerance * max(largest) + lost if name == "feats" else tolerance * max(largest[1:])
+        error = (a.double() - b.double()).abs()
+        assert not error.isnan().any(), name
+        assert (error <= allowed).all(), f"{name}: off by {error.max():.3g}, {allowed:.3g} allowed"
+
+
+def entries(n: int) -> dict[str, tuple[Scores, Scores]]:
+    """Every differentiable entry, and the reference's."""
+    i, j = torch.cartesian_prod(torch.arange(n), torch.arange(n)).T
+    labels = make_labels(n, per_class=3)
+
+    def mined(package, mode):
+        def scores(x: Tensor, unit: reference.PDDM) -> Tensor:
+            q = package.mine_and_score(x, labels, unit, mode=mode)
+            return torch.stack([q.s_ij, q.s_ik, q.s_jl])
+
+        return scores
+
+    def both(make) -> tuple[Scores, Scores]:
+        return make(pddm_ext), make(reference)
+
+    return {
+        "pairs": both(lambda p: lambda x, unit: p.score_pairs(x, i, j, unit)),
+        "matrix": both(lambda p: lambda x, unit: p.score_matrix(x, unit)),
+        "rectangle": both(lambda p: lambda x, unit: p.score_matrix(x[: n // 3], unit, x[n // 3 :])),
+        "call": both(lambda _: lambda x, unit: unit(x[i], x[j])),
+        **{mode: both(lambda p, mode=mode: mined(p, mode)) for mode in MODES},
+    }
+
+
+ENTRIES = list(entries(2))
+
+
+@pytest.mark.parametrize("normalize_input", [False, True])
+@pytest.mark.parametrize("entry", ENTRIES)
+@on_one_thread
+def test_gradcheck(capability, entry, normalize_input):
+    # float64 and random inputs: no relu lies within gradcheck's step of its kink, and no margin of the mining either.
+    unit = make_unit(2, 3, 4, normalize_input=normalize_input, seed=3).double()
+    x = make_features(5, 2, dtype=torch.float64).requires_grad_()
+    scores = entries(5)[entry][0]
+    parameters = [unit.get_parameter(name).detach().clone().requires_grad_() for name in PARAMETERS]
+    for name in PARAMETERS:  # plain attributes, so that gradcheck's own tensors can be put there
+        layer, kind = name.split(".")
+        del getattr(unit, layer)._parameters[kind]
+
+    def function(feats: Tensor, *values: Tensor) -> Tensor:
+        for name, value in zip(PARAMETERS, values, strict=True):
+            layer, kind = name.split(".")
+            setattr(getattr(unit, layer), kind, value)
+        return scores(feats, unit)
+
+    assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+@pytest.mark.parametrize("entry", ["matrix", "anchor"])
+def test_gradcheck_of_the_loss(entry):
+    unit = make_unit(3, 4, 5, seed=3).double()
+    labels = make_labels(9, per_class=3)
+    loss = pddm_ext.QuadrupletLoss(alpha=3.0, beta=4.0)  # wide enough that most hinges are open
+
+    def function(feats: Tensor) -> Tensor:
+        if entry == "matrix":
+            quads = reference.select_quadruplets(pddm_ext.score_matrix(feats, unit), labels, "pair")
+        else:
+            quads = unit.mine(feats, labels, mode=entry)
+        return loss(feats, quads)
+
+    assert torch.autograd.gradcheck(function, make_features(9, 3, dtype=torch.float64).requires_grad_())
+
+
+@pytest.mark.parametrize("normalize_input", [False, True])
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("size", [(5, 1, 1, 1), (14, 17, 13, 25), (20, 33, 29, 7), (40, 16, 24, 12)], ids=str)
+def test_float64_gradients_are_those_of_the_reference(capability, size, entry, normalize_input):
+    # 40 rows give 1,600 pairs: more than one chunk of the backward. Two float64 computations of one formula agree to
+    # some 1e3 · 2^-53 of the largest entry (sums of up to 1,600 terms, and a division by norms of order 1).
+    n, d, h, m = size
+    unit = make_unit(d, h, m, normalize_input=normalize_input).double()
+    x = make_features(n, d, dtype=torch.float64)
+    fused, plain = entries(n)[entry]
+    expected = on_one_thread(gradients)(plain, x, in_double(unit))
+    assert_close_relatively(gradients(fused, x, unit), expected, 1e-11)
+
+
+@pytest.mark.parametrize("normalize_input", [False, True])
+@pytest.mark.parametrize("entry", ["pairs", "matrix", "rectangle", "call", "anchor"])
+def test_float32_gradients_are_as_good_as_autograd_through_the_reference(capability, entry, normalize_input):
+    """Both are float32 roundings of one formula, so ours may err by what PyTorch's own errs, times 8 for another order
+    of the sums (one by one here, in blocks there), plus a few roundings for where PyTorch is exact by luck.
+
+    The truth is the float64 kernel on the same numbers, compared with the reference above. Relus flip where a
+    preactivation lies within rounding of 0, which no tolerance covers: these inputs have none.
+    """
+    n, d, h, m = 24, 33, 13, 25
+    unit = make_unit(d, h, m, normalize_input=normalize_input, seed=1)
+    x = make_features(n, d, seed=1)
+    assert smallest_preactivation(x, unit) > 1e-5  # rounding is below 4e-6 here: (33 + 4) · 2^-24 · Σ|w||x|
+    fused, plain = entries(n)[entry]
+    expected = gradients(fused, x.double(), copy.deepcopy(unit).double())
+    peer = reference.PDDM(d, h, m, normalize_input=normalize_input)
+    peer.load_state_dict(unit.state_dict())
+    ours, theirs = gradients(fused, x, unit), on_one_thread(gradients)(plain, x, peer)
+    for name, a, b, exact in zip(["feats", *PARAMETERS], ours, theirs, expected, strict=True):
+        scale = exact.abs().max()
+        error, allowed = (a - exact).abs().max(), 8 * (b - exact).abs().max() + 8 * 2**-24 * scale
+        assert error <= allowed, f"{name}: {error / scale:.3g} of its largest, {allowed / scale:.3g} allowed"
+        assert allowed < 1e-3 * scale, f"{name}: the comparison says nothing"
+
+
+def smallest_preactivation(x: Tensor, unit: reference.PDDM) -> float:
+    """Distance of the nearest relu from its kink, over all pairs of different rows."""
+    seen: list[Tensor] = []
+    relu = torch.nn.functional.relu
+
+    def spy(t: Tensor) -> Tensor:
+        seen.append(t.detach().abs().min())
+        return relu(t)
+
+    i, j = torch.combinations(torch.arange(len(x))).T
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "relu", spy)
+        reference.score_pairs(x.double(), i, j, in_double(unit))
+    assert len(seen) == 3
+    return torch.stack(seen).min().item()
+
+
+@settings(max_examples=60)
+@given(batches(dtypes=(torch.float64,), most=30))
+def test_gradients_of_any_batch_are_those_of_the_reference(batch: Batch):
+    """Duplicates, opposites, zero rows and dead relus in float64, where only exact kinks remain: |0|, and a norm of 0.
+
+    A clamped norm multiplies the features' gradient by 1e12: of a row of zeros, and of v = 0 with normalize_input (by
+    1e24 where both are). Where what it multiplies cancels, in the sum over the pairs or on the way through the row's
+    own norm, rounding leaves 2^-53 of each pair's term, and a term is of the parameters' gradients' order. So much is
+    not compared, there.
+    """
+    x, unit = batch.feats, batch.unit.double()
+    n = len(x)
+    i, j = torch.cartesian_prod(torch.arange(n), torch.arange(n)).T if n else [torch.zeros(0, dtype=torch.int64)] * 2
+    ahead = i <= j
+    i, j = i[ahead], j[ahead]
+    weight = make_features(len(i), 1, dtype=torch.float64)[:, 0]
+    expected = on_one_thread(gradients)(
+        lambda x, unit: reference.score_pairs(x, i, j, unit), x, in_double(unit), weight
+    )
+    with instruction_set(batch.capability):
+        got = gradients(lambda x, unit: pddm_ext.score_pairs(x, i, j, unit), x, unit, weight)
+    f = torch.nn.functional.normalize(x, dim=-1)
+    clamps = int((f == 0).all(-1).any()) + int(unit.normalize_input and (f[i] == -f[j]).all(-1).any())
+    term = max((g.abs().max().item() for g in expected[1:]), default=0.0)
+    assert_close_relatively(got, expected, 1e-9, lost=len(i) * term * 1e12**clamps * 2**-53 if clamps else 0.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mined_scores_have_the_gradients_of_their_pairs(capability, mode):
+    unit, labels = make_unit(9, 6, 7), make_labels(40, per_class=3)
+    labels[5] = 1000  # a slot that is not valid
+    x = make_features(40, 9)
+    with torch.no_grad():
+        q = unit.mine(x, labels, mode=mode)
+    i, j, k, l = (t[q.valid] for t in q[:4])  # noqa: E741
+
+    def mined(x, unit):
+        q = unit.mine(x, labels, mode=mode)
+        return torch.cat([s[q.valid] for s in q[4:7]])
+
+    def listed(x, unit):
+        return pddm_ext.score_pairs(x, torch.cat([i, i, j]), torch.cat([j, k, l]), unit)
+
+    assert_same_bits(mined(x, unit), listed(x, unit))
+    assert_same_bits(gradients(mined, x, unit), gradients(listed, x, unit))
+
+
+@pytest.mark.parametrize("wanted", [("s_ij",), ("s_ik",), ("s_jl",), ("s_ij", "s_jl")])
+def test_gradient_through_some_of_the_scores_only(wanted):
+    unit, x, labels = make_unit(9, 6, 7).double(), make_features(20, 9, dtype=torch.float64), make_labels(20)
+
+    def some(package):
+        return lambda x, unit: torch.cat(
+            [getattr(package.mine_and_score(x, labels, unit, mode="anchor"), name) for name in wanted]
+        )
+
+    assert_close_relatively(gradients(some(pddm_ext), x, unit), gradients(some(reference), x, in_double(unit)), 1e-11)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(12, dtype=torch.int64), torch.arange(12)], ids=["one class", "singletons"]
+)
+def test_nothing_valid_is_a_loss_of_zero_with_zero_gradients(labels, mode):
+    unit, x = make_unit(5), make_features(12, 5).requires_grad_()
+    loss = pddm_ext.QuadrupletLoss()(x, unit.mine(x, labels, mode=mode))
+    assert loss.item() == 0
+    grads = torch.autograd.grad(loss, [x, *unit.parameters()], allow_unused=True, materialize_grads=True)
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_of_an_empty_or_single_row_batch_is_zero_and_can_go_back(n, mode):
+    unit, x = make_unit(5), make_features(n, 5).requires_grad_()
+    loss = pddm_ext.QuadrupletLoss()(x, unit.mine(x, torch.arange(n), mode=mode))
+    assert loss.item() == 0
+    loss.backward()
+    assert x.grad.shape == (n, 5)
+    assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_over_nothing_valid_is_never_nan(bad):
+    # The first row is what an index of −1 might be read as.
+    unit, x = make_unit(5), make_features(8, 5)
+    x[0] = bad
+    x.requires_grad_()
+    loss = pddm_ext.QuadrupletLoss()(x, unit.mine(x, torch.zeros(8, dtype=torch.int64), mode="anchor"))
+    assert loss.item() == 0
+    loss.backward()
+    assert (x.grad == 0).all()
+
+
+def test_a_bad_row_that_no_valid_quadruplet_names_leaves_the_gradients_alone():
+    # A NaN score never wins, so that the bad row is mined by none; its own slot is not valid.
+    unit, x, labels = make_unit(5), make_features(20, 5), make_labels(20)
+    x[0] = torch.nan
+    x.requires_grad_()
+    quads = unit.mine(x, labels, mode="anchor")
+    assert quads.valid.sum() > 10
+    pddm_ext.QuadrupletLoss()(x, quads).backward()
+    assert not x.grad[1:].isnan().any()
+    assert all(not p.grad.isnan().any() for p in unit.parameters())
+    assert (x.grad[0] == 0).all()
+
+
+def test_pairs_without_weight_contribute_nothing():
+    unit, x = make_unit(5), make_features(10, 5)
+    x[9] = torch.nan
+    i, j = torch.tensor([0, 1, 9]), torch.tensor([2, 3, 4])
+    got = gradients(lambda x, unit: pddm_ext.score_pairs(x, i, j, unit), x, unit, torch.tensor([1.0, 0.0, 0.0]))
+    one = gradients(lambda x, unit: pddm_ext.score_pairs(x, i[:1], j[:1], unit), x, unit, torch.ones(1))
+    assert_same_bits(got, one)
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 1023, 1024, 1025, 2048, 2500])
+def test_chunks_of_any_length_add_up(capability, count):
+    unit, x = make_unit(4, 3, 5).double(), make_features(50, 4, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(count)
+    i, j = torch.randint(0, 50, (2, count), generator=generator)
+    fused = gradients(lambda x, unit: pddm_ext.score_pairs(x, i, j, unit), x, unit)
+    plain = gradients(lambda x, unit: reference.score_pairs(x, i, j, unit), x, in_double(unit))
+    assert_close_relatively(fused, plain, 1e-11)
+
+
+def test_repeated_pairs_and_pairs_of_a_row_with_itself():
+    unit, x = make_unit(4, 3, 5).double(), make_features(6, 4, dtype=torch.float64)
+    i, j = torch.tensor([2, 2, 3, 3, 5, 2]), torch.tensor([3, 3, 2, 3, 5, 3])
+    fused = gradients(lambda x, unit: pddm_ext.score_pairs(x, i, j, unit), x, unit)
+    plain = gradients(lambda x, unit: reference.score_pairs(x, i, j, unit), x, in_double(unit))
+    assert_close_relatively(fused, plain, 1e-11)
+    assert (fused[0][[0, 1, 4]] == 0).all()
+
+
+def test_no_pairs_have_zero_gradients():
+    unit, x = make_unit(4), make_features(6, 4)
+    none = torch.zeros(0, dtype=torch.int64)
+    for scores in (
+        lambda x, unit: pddm_ext.score_pairs(x, none, none, unit),
+        lambda x, unit: pddm_ext.score_matrix(x[:0], unit),
+        lambda x, unit: pddm_ext.score_matrix(x, unit, x[:0]),
+        lambda x, unit: unit(x[:0], x[:0]),
+    ):
+        assert all((g == 0).all() for g in gradients(scores, x, unit))
+
+
+def test_w_v_has_a_gradient_where_inputs_are_normalised():
+    # The pull on ‖v‖ goes through W_v's product, which is linear and taken before the norm.
+    unit, x = make_unit(3, 2, 2, normalize_input=True).double(), make_features(4, 3, dtype=torch.float64)
+    kill_relus(unit, "u")
+    fused = gradients(lambda x, unit: pddm_ext.score_matrix(x, unit), x, unit)
+    plain = gradients(lambda x, unit: reference.score_matrix(x, unit), x, in_double(unit))
+    assert plain[3].abs().max() > 0
+    assert_close_relatively(fused, plain, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_have_the_dtype_of_what_they_belong_to(dtype, parameters):
+    unit = make_unit(6, 5, 4).to(parameters)
+    x = make_features(20, 6, dtype=dtype).requires_grad_()
+    unit.mine(x, make_labels(20), mode="anchor").s_ij.sum().backward()
+    assert x.grad.dtype == dtype
+    assert all(p.grad.dtype == parameters and p.grad.shape == p.shape for p in unit.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_are_the_float32_ones_rounded(dtype):
+    unit, x = make_unit(19, 9, 14), make_features(40, 19, dtype=dtype)
+    i, j = torch.randint(0, 40, (2, 100), generator=torch.Generator().manual_seed(0))
+
+    def scores(x, unit):
+        return pddm_ext.score_pairs(x, i, j, unit)
+
+    weight = torch.ones(100)
+    half, full = gradients(scores, x, unit, weight), gradients(scores, x.float(), unit, weight)
+    assert_same_bits(half[0], full[0].to(dtype))
+    assert_same_bits(half[1:], full[1:])
+
+
+def test_autocast_goes_back_to_the_features_dtype():
+    unit, x, labels = make_unit(9), make_features(20, 9).requires_grad_(), make_labels(20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quads = unit.mine(x, labels, mode="anchor")
+        loss = pddm_ext.QuadrupletLoss()(x, quads)
+    loss.backward()
+    assert x.grad.dtype == torch.float32
+    assert x.grad.abs().max() > 0
+    assert all(p.grad.dtype == torch.float32 for p in unit.parameters())
+
+
+def test_strided_upstream_gradients_and_inputs():
+    unit, x = make_unit(5), make_features(12, 5)
+    weight = make_features(12, 24, seed=4)[:, ::2].T
+    expected = gradients(lambda x, unit: pddm_ext.score_matrix(x, unit), x, unit, weight.contiguous())
+    assert_same_bits(gradients(lambda x, unit: pddm_ext.score_matrix(x, unit), x, unit, weight), expected)
+    strided = gradients(lambda x, unit: pddm_ext.score_matrix(x.T.contiguous().T, unit), x, unit, weight)
+    assert_same_bits(strided, expected)
+    broadcast = gradients(lambda x, unit: pddm_ext.score_matrix(x, unit).sum().reshape(1), x, unit, torch.ones(1))
+    ones = gradients(lambda x, unit: pddm_ext.score_matrix(x, unit), x, unit, torch.ones(12, 12))
+    assert_same_bits(broadcast, ones)
+
+
+@pytest.mark.parametrize("trainable", [(), ("s.weight",), ("u.weight", "c.bias"), ("v.weight",)])
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("entry", ["pairs", "matrix", "anchor"])
+def test_frozen_inputs_get_no_gradient_and_change_no_other(entry, features, trainable):
+    unit, x = make_unit(5), make_features(12, 5)
+    scores = entries(12)[entry][0]
+    weight = torch.ones_like(scores(x, unit))
+    everything = dict(zip(["feats", *PARAMETERS], gradients(scores, x, unit, weight), strict=True))
+    for name, p in unit.named_parameters():
+        p.requires_grad_(name in trainable)
+    x.requires_grad_(features)
+    total = scores(x, unit).sum()
+    assert total.requires_grad == (features or bool(trainable))
+    if total.requires_grad:
+        total.backward()
+    for name, leaf in {"feats": x, **dict(unit.named_parameters())}.items():
+        if leaf.requires_grad:
+            assert_same_bits(leaf.grad, everything[name])
+        else:
+            assert leaf.grad is None
+
+
+def test_gradients_accumulate_over_two_calls():
+    unit, x, labels = make_unit(5), make_features(12, 5).requires_grad_(), make_labels(12)
+    unit.mine(x, labels).s_ij.sum().backward()
+    once = x.grad.clone()
+    unit.mine(x, labels).s_ij.sum().backward()
+    assert_same_bits(x.grad, once + once)
+
+
+def test_backward_twice_with_a_retained_graph():
+    unit, x = make_unit(5), make_features(12, 5).requires_grad_()
+    total = unit.mine(x, make_labels(12), mode="anchor").s_ij.sum()
+    first = torch.autograd.grad(total, x, retain_graph=True)[0]
+    assert_same_bits(torch.autograd.grad(total, x)[0], first)
+
+
+@pytest.mark.parametrize("entry", ["pairs", "matrix", "anchor"])
+def test_a_change_of_the_features_before_backward_is_noticed(entry):
+    unit, leaf = make_unit(5), make_features(12, 5).requires_grad_()
+    x = leaf * 1
+    total = entries(12)[entry][0](x, unit).sum()
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_a_change_of_a_parameter_before_backward_is_noticed():
+    unit = make_unit(5)
+    total = unit.mine(make_features(12, 5), make_labels(12)).s_ij.sum()
+    with torch.no_grad():
+        unit.c.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_no_graph_where_none_is_wanted(context):
+    unit, x, labels = make_unit(5), make_features(12, 5).requires_grad_(), make_labels(12)
+    with context():
+        quads = unit.mine(x, labels, mode="anchor")
+        scores = pddm_ext.score_matrix(x, unit)
+    assert not quads.s_ij.requires_grad
+    assert not scores.requires_grad
+    assert_same_bits(quads.s_ij, unit.mine(x, labels, mode="anchor").s_ij)
+
+
+def test_only_scores_carry_gradient():
+    unit, x, labels = make_unit(5), make_features(12, 5).requires_grad_(), make_labels(12)
+    quads = unit.mine(x, labels)
+    assert [field.requires_grad for field in quads] == [False] * 4 + [True] * 3 + [False]
+    scores, indices = pddm_ext.topk(x, x, 3, unit)
+    assert not scores.requires_grad
+    assert not indices.requires_grad
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_second_derivative_says_that_there_is_none(entry):
+    unit, x = make_unit(5).double(), make_features(12, 5, dtype=torch.float64).requires_grad_()
+    total = entries(12)[entry][0](x, unit).square().sum()
+    (first,) = torch.autograd.grad(total, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        first.sum().backward()
+
+
+def test_a_training_step_lowers_the_loss():
+    unit, x, labels = make_unit(8), make_features(40, 8).requires_grad_(), make_labels(40)
+    optimizer = torch.optim.SGD([x, *unit.parameters()], lr=0.05)
+    criterion = pddm_ext.QuadrupletLoss()
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = criterion(x, unit.mine(x, labels, mode="anchor"))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_float32_agrees_across_instruction_sets(name):
+    # Not to the bit: their tiles sum in their own order, fused or not. Both are as good as the test above says.
+    unit, x = make_unit(33, 13, 25, seed=1), make_features(24, 33, seed=1)
+    scores = entries(24)["anchor"][0]
+    best = gradients(scores, x, unit)
+    with instruction_set(name):
+        assert_close_relatively(gradients(scores, x, unit), best, 1e-4)
