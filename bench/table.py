@@ -53,7 +53,7 @@ def text(name: str, value: float) -> str:
 
 
 def render(run: dict[str, Any]) -> str:
-    lines = ["| what | measured | wanted | ours | ceiling |", "|---|---|---|---|---|"]
+    lines = ["| what | measured | goal | ours | the floor would show |", "|---|---|---|---|---|"]
     for r in run["rows"]:
         measured, wanted = [], []
         for name, (value, target) in r["figures"].items():

@@ -6,7 +6,7 @@ namespace pddm::PDDM_ISA {
 namespace {
 
 // Of the second-level cache, for the panels of one block of groups; the rest is for the weights passing through.
-constexpr int64_t kBlockBytes = 768 << 10;
+constexpr int64_t kBlockBytes = 512 << 10;
 constexpr int64_t kMaxBlockGroups = 16;
 
 template <class Op>

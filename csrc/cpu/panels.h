@@ -147,8 +147,11 @@ PDDM_INLINE void pack_strip(typename Op::Element* strip, const Matrix<typename O
   };
   int64_t s = 0;
   if (m.output_stride == 1 && columns == C) {
-    for (; s < whole; ++s)
+    for (; s < whole; ++s) {
+      PDDM_PREFETCH(from + (s + 16) * Op::kFold * m.input_stride);  // a page further each step: no hardware would guess
+      PDDM_PREFETCH(from + (s + 16) * Op::kFold * m.input_stride + C - 1);
       for (int column = 0; column < C; ++column) pack(s, column, Op::kFold);
+    }
   }
   if constexpr (C <= kWidth<T>) {
     // kWidth inputs of C outputs at a time, transposed. A store runs over into the next step, which is yet to come; the

@@ -30,6 +30,12 @@
 #define PDDM_UNROLL
 #endif
 
+#if defined(__GNUC__)
+#define PDDM_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PDDM_PREFETCH(address) (void)(address)
+#endif
+
 // The compiler may assume nothing of this vector's value from here on.
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(PDDM_PLAIN_VECTORS)
 #define PDDM_OPAQUE(vector) __asm__ volatile("" : "+v"(vector))

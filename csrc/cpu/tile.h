@@ -65,6 +65,11 @@ struct Strides {
   int64_t step, column;
 };
 
+// Steps by which a panel's lines are asked for before they are used: it comes from the second-level cache, faster than
+// the hardware's own prefetcher fetches it (measured on Cascade Lake, d = h = m = 512: 84 % of the peak without, 90 %
+// with).
+constexpr int64_t kAhead = 8;
+
 // acc += Σ_s w[s] ⊗ x[s].
 template <class Op, int C>
 PDDM_INLINE void multiply(Tile<typename Op::Scalar, C>& tile, const typename Op::Element* w, Strides w_stride,
@@ -74,6 +79,8 @@ PDDM_INLINE void multiply(Tile<typename Op::Scalar, C>& tile, const typename Op:
   Tile<T, C> t = tile;
   for (int64_t s = 0; s < steps; ++s, w += w_stride.step, x += x_step) {
     const Vec<Element> x0 = load(x), x1 = load(x + kWidth<T>);
+    PDDM_PREFETCH(x + kAhead * x_step);
+    PDDM_PREFETCH(x + kAhead * x_step + kWidth<T>);
     PDDM_UNROLL
     for (int c = 0; c < C; ++c) {
       const Vec<Element> b = broadcast(w[c * w_stride.column]);
