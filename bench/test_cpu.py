@@ -26,7 +26,10 @@ def seconds(run: Contender) -> float:
 
 
 def race(benchmark: Any, ours: Contender, peers: dict[str, Contender], rounds: int) -> dict[str, float]:
-    """Median over rounds of every peer's time ÷ ours. (`compiled` goes first: its own thread pool spins on for a while.)"""
+    """Median over rounds of every peer's time ÷ ours.
+
+    `compiled` goes first where it runs: its thread pool, which is not torch's, spins on for a while.
+    """
     for run in (ours, *peers.values()):
         run()  # warm: pages, threads, compilation
     times: dict[str, list[float]] = {name: [] for name in peers}
