@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 FORMAT = 1
+KEYS = {"settings", "data_digest", "taken", "generator", "curves", "losses", "learners"}
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -46,6 +47,6 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: not a readable checkpoint ({reason}); expected the one that 'pddm-ext train' writes"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= KEYS:
         raise ValueError(f"{path}: not a checkpoint of format {FORMAT}; expected the one that 'pddm-ext train' writes")
     return state
