@@ -54,7 +54,7 @@ class QuadrupletLoss(nn.Module):
         # One gather and one norm for all four: at Q = 1 the loss is nothing but launches. Slots that are not valid are
         # cut off before the norm, for the gradient of a row of NaN would be NaN even times 0.
         rows = torch.stack(quads[:4])
-        f = feats.index_select(0, rows.flatten().clamp(min=0)).view(*rows.shape, -1).to(quads.s_ij.dtype)
+        f = feats.index_select(0, rows.flatten().clamp(min=0)).view(*rows.shape, feats.shape[1]).to(quads.s_ij.dtype)
         f_i, f_j, f_k, f_l = F.normalize(torch.where(quads.valid[:, None], f, 0.0), dim=-1)
         d_ij, d_ik, d_jl = ((a - b).square().sum(-1) for a, b in ((f_i, f_j), (f_i, f_k), (f_j, f_l)))
         return _mean(F.relu(self.beta + d_ij - d_ik) + F.relu(self.beta + d_ij - d_jl), quads.valid)
