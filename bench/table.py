@@ -72,6 +72,13 @@ def render(run: dict[str, Any]) -> str:
         f"{run['processor']}, {run['threads']} threads, {run['instructions']}, multiply-add peak "
         f"{peaks[len(peaks) // 2]:.0f} GFLOP/s (median), torch {run['torch']}, {run['compiler']}, {run['date']}."
     )
+    for r in run["rows"]:
+        if "mining_ms" in r:
+            what, ours = r["what"].partition(",")[0], r["milliseconds"]["ours"]
+            notes += (
+                f" Of the {ours:.1f} ms of the {what}, mining is {r['mining_ms']:.1f} ms, of which "
+                f"{r['floor_ms']:.1f} ms are its pairs' multiply-adds at the peak."
+            )
     if not run["bfloat16"]:
         notes += " No AVX-512-BF16 here: the two bfloat16 rows were not measured."
     return "\n".join([*lines, "", notes])

@@ -155,11 +155,14 @@ def test_training_step(benchmark: Any, mode: str, wanted: float, rounds: int) ->
         },
         rounds=rounds,
     )
+    mining = statistics.median(seconds(lambda: mine_and_score(feats, labels, unit, mode=mode)) for _ in range(15))
+    benchmark.extra_info["mining_ms"] = mining * 1e3
     pairs = 3 * 256 / 2 + 2 * 256 if mode == "batch" else 256 * 255 / 2
     peak = _C.multiply_add_peak("float32", 0.2)
     times = benchmark.extra_info["milliseconds"]
     floor = pair_operations(pairs, 512) / peak
     benchmark.extra_info["peak_gflops"] = peak / 1e9
+    benchmark.extra_info["floor_ms"] = floor * 1e3
     benchmark.extra_info["ratio_at_peak"] = {name: times[name] / 1e3 / floor for name in ratio}
     row(
         benchmark,

@@ -23,8 +23,8 @@ except ImportError as error:  # pragma: no cover - a broken installation
     ) from error
 
 NO_CUDA = (
-    "pddm_ext was built without CUDA and its tensors must be on the CPU: move them there, or rebuild with "
-    "'PDDM_CUDA=on pip install --no-build-isolation .' where torch has CUDA and nvcc is on the PATH"
+    "pddm_ext was built without CUDA and its tensors must be on the CPU: move them there, or build a release that has "
+    "CUDA kernels with 'PDDM_CUDA=on pip install --no-build-isolation .' where torch has CUDA and nvcc is on the PATH"
 )
 
 UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool]
