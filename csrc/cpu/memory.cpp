@@ -11,7 +11,7 @@ namespace {
 std::atomic<int64_t> pairs_scored{0}, bytes_alive{0}, bytes_peak{0};
 constexpr std::align_val_t kAlignment{64};
 
-// Blocks kept from one call to the next: fresh memory costs a page fault every 4 KiB, a millisecond in a training step.
+// Blocks kept from one call to the next: fresh memory costs a page fault every 4 KiB, which a small batch would feel.
 constexpr int64_t kKeptBytes = 32 << 20;
 
 class Idle {

@@ -65,9 +65,8 @@ struct Strides {
   int64_t step, column;
 };
 
-// Steps by which a panel's lines are asked for before they are used: it comes from the second-level cache, faster than
-// the hardware's own prefetcher fetches it (measured on Cascade Lake, d = h = m = 512: 84 % of the peak without, 90 %
-// with).
+// Steps by which a panel's lines are asked for before they are used: it comes from the second-level cache, and the
+// hardware's own prefetcher falls behind the tile there.
 constexpr int64_t kAhead = 8;
 
 // acc += Σ_s w[s] ⊗ x[s].
