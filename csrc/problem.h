@@ -16,9 +16,9 @@ namespace pddm {
 
 constexpr double kNormFloor = 1e-12;  // F.normalize's eps
 
-// Of the two matrix products. Arrays are float32 for `bfloat16` (operands are rounded on their way into the product,
-// sums are float32), and of the named type otherwise.
-enum class Precision { float32, float64, bfloat16 };
+// Of the two matrix products. Arrays are float64 for `float64` and float32 for all others, whose operands are rounded on
+// their way into the product while sums stay float32. A backend may be more precise than it is asked to be.
+enum class Precision { float32, float64, bfloat16, float16, tfloat32 };
 
 // What to mine. `batch`: the hardest positive pair of the batch; `anchor`: every row with its own hardest positive;
 // `pair`: every positive pair.
@@ -62,9 +62,13 @@ struct Parallel {
   void (*run)(int64_t count, void (*body)(void* context, int64_t index), void* context);
 };
 
-// What a backend does. Every call is complete in itself: nothing is kept from one to the next.
+// What a backend does, on arrays in its own memory. Every call is complete in itself: nothing is kept from one to the
+// next.
 class Backend {
  public:
+  // Pairs i < j with equal labels: how many slots `Mode::pair` has.
+  virtual int64_t count_positive_pairs(const int64_t* labels, int64_t n) const = 0;
+
   virtual void mine(const Rows& rows, const int64_t* labels, const Unit& unit, Mode mode,
                     const Quadruplets& out) const = 0;
 
@@ -89,15 +93,11 @@ class Backend {
   virtual ~Backend() = default;
 };
 
-// Number of pairs i < j with equal labels: how many slots `Mode::pair` has.
-int64_t count_positive_pairs(const int64_t* labels, int64_t n);
-
-// Kept since the last reset, over all threads: what the laws of speed are checked with.
+// A backend's since its last reset, over all threads: what the laws of speed are checked with.
 struct Counters {
   int64_t pairs_scored;  // pairs whose score a forward or backward kernel computed
-  int64_t bytes_peak;    // most native scratch alive at once
+  int64_t bytes_peak;    // most scratch alive at once
+  int64_t launches;      // of kernels; 0 where there are none
 };
-Counters read_counters();
-void reset_counters();
 
 }  // namespace pddm

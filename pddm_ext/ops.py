@@ -1,7 +1,7 @@
 """The operators ``torch.ops.pddm``: loading, shapes for the compiler, and gradients.
 
 The kernels' schemas are in ``csrc/bindings/operators.cpp``. Every operator takes a unit as its eight parameters and its
-switch, in the order of :func:`unit_arguments`.
+switches, in the order of :func:`unit_arguments`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import score_dtype
+from .precision import allow_tf32, score_dtype
 from .reference import PDDM
 
 try:
@@ -23,11 +23,11 @@ except ImportError as error:  # pragma: no cover - a broken installation
     ) from error
 
 NO_CUDA = (
-    "pddm_ext was built without CUDA and its tensors must be on the CPU: move them there, or build a release that has "
-    "CUDA kernels with 'PDDM_CUDA=on pip install --no-build-isolation .' where torch has CUDA and nvcc is on the PATH"
+    "pddm_ext was built without CUDA and its tensors must be on the CPU: move them there, or build it again with "
+    "'PDDM_CUDA=on pip install --no-build-isolation .' where torch has CUDA and nvcc is on the PATH"
 )
 
-UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool]
+UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]
 
 
 def unit_arguments(unit: PDDM) -> UnitArguments:
@@ -41,6 +41,7 @@ def unit_arguments(unit: PDDM) -> UnitArguments:
         unit.s.weight,
         unit.s.bias,
         unit.normalize_input,
+        allow_tf32(),
     )
 
 
@@ -95,7 +96,7 @@ def _keep_mined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(feats, *unit[:8], *output[3:7])
-    ctx.normalize_input = unit[8]
+    ctx.switches = unit[8:]
 
 
 def _mine_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
@@ -103,33 +104,33 @@ def _mine_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     # Slots that are not valid have negative indices, which the kernel skips.
     given = [(g, a, b) for g, a, b in zip(upstream[:3], (i, i, j), (j, k, l), strict=True) if g is not None]
     if not given:
-        return (None,) * 12
+        return (None,) * 13
     weight, first, second = (torch.cat(parts) for parts in zip(*given, strict=True))
-    d_feats, *d_unit = torch.ops.pddm.score_pairs_backward(weight, feats, first, second, *unit, ctx.normalize_input)
-    return d_feats, None, *d_unit, None, None
+    d_feats, *d_unit = torch.ops.pddm.score_pairs_backward(weight, feats, first, second, *unit, *ctx.switches)
+    return d_feats, None, *d_unit, None, None, None
 
 
 def _keep_pairs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     feats, i, j, *unit = inputs
     ctx.save_for_backward(feats, i, j, *unit[:8])
-    ctx.normalize_input = unit[8]
+    ctx.switches = unit[8:]
 
 
 def _score_pairs_backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
-    d_feats, *d_unit = torch.ops.pddm.score_pairs_backward(weight, *ctx.saved_tensors, ctx.normalize_input)
-    return d_feats, None, None, *d_unit, None
+    d_feats, *d_unit = torch.ops.pddm.score_pairs_backward(weight, *ctx.saved_tensors, *ctx.switches)
+    return d_feats, None, None, *d_unit, None, None
 
 
 def _keep_matrix(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     feats, ctx.split, *unit = inputs
     ctx.save_for_backward(feats, *unit[:8])
-    ctx.normalize_input = unit[8]
+    ctx.switches = unit[8:]
 
 
 def _score_matrix_backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
     feats, *unit = ctx.saved_tensors
-    d_feats, *d_unit = torch.ops.pddm.score_matrix_backward(weight, feats, ctx.split, *unit, ctx.normalize_input)
-    return d_feats, None, *d_unit, None
+    d_feats, *d_unit = torch.ops.pddm.score_matrix_backward(weight, feats, ctx.split, *unit, *ctx.switches)
+    return d_feats, None, *d_unit, None, None
 
 
 def _no_second_derivative(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
@@ -153,6 +154,6 @@ def _refuse_cuda(*_: Any) -> Any:
     raise RuntimeError(NO_CUDA)
 
 
-if not _C.build_info()["cuda"]:
+if _C.build_info()["cuda"] in (None, "emulated"):
     for _name in ("mine", "score_pairs", "score_matrix", "topk", "score_pairs_backward", "score_matrix_backward"):
         torch.library.impl(f"pddm::{_name}", "cuda", _refuse_cuda)

@@ -1,4 +1,4 @@
-"""Precision by PyTorch's own switches: the features' dtype and autocast."""
+"""Precision by PyTorch's own switches: the features' dtype, autocast and ``torch.set_float32_matmul_precision``."""
 
 from __future__ import annotations
 
@@ -17,3 +17,12 @@ def autocast(feats: Tensor) -> Tensor:
 def score_dtype(feats: Tensor) -> torch.dtype:
     """Of scores, and of all arithmetic that is no matrix product: float64 for float64 features, float32 otherwise."""
     return torch.float64 if feats.dtype == torch.float64 else torch.float32
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def allow_tf32() -> bool:
+    """Whether CUDA products of float32 features may round their operands to TF32; the CPU's are IEEE float32 always.
+
+    A compiled graph keeps what was set when it was traced.
+    """
+    return torch.get_float32_matmul_precision() != "highest"

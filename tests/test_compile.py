@@ -30,7 +30,7 @@ def operator_calls(dtype: torch.dtype, requires_grad: bool) -> dict[str, tuple]:
         "score_pairs": (torch.ops.pddm.score_pairs, (x, i, j, *p)),
         "score_matrix": (torch.ops.pddm.score_matrix, (x, -1, *p)),
         "score_matrix of two": (torch.ops.pddm.score_matrix, (x, 4, *p)),
-        "topk": (torch.ops.pddm.topk, (x[:4].detach(), x.detach(), 3, *(t.detach() for t in p[:8]), p[8])),
+        "topk": (torch.ops.pddm.topk, (x[:4].detach(), x.detach(), 3, *(t.detach() for t in p[:8]), *p[8:])),
         "score_pairs_backward": (torch.ops.pddm.score_pairs_backward, (torch.ones(4, dtype=out), x, i, j, *p)),
         "score_matrix_backward": (torch.ops.pddm.score_matrix_backward, (torch.ones(9, 9, dtype=out), x, -1, *p)),
     }

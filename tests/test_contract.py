@@ -215,7 +215,7 @@ def test_bad_input_raises_before_any_work():
     ):
         with pytest.raises((ValueError, IndexError)):
             call()
-    assert _C.counters() == {"pairs_scored": 0, "bytes_peak": 0}
+    assert set(_C.counters().values()) == {0}
 
 
 OPERATORS = ["mine", "score_pairs", "score_matrix", "topk", "score_pairs_backward", "score_matrix_backward"]
@@ -251,7 +251,7 @@ def test_a_direct_call_of_an_operator_cannot_reach_foreign_memory(operator, argu
 # --- Devices ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(_C.build_info()["cuda"], reason="this build has CUDA")
+@pytest.mark.skipif(_C.build_info()["cuda"] not in (None, "emulated"), reason="this build has CUDA")
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_cuda_tensors_are_told_that_this_build_has_no_cuda(operator):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pddm::{operator}", "CUDA")

@@ -3,9 +3,33 @@
 #include <pybind11/stl.h>
 
 #include "../cpu/backend.h"
+#if defined(PDDM_CUDA)
+#include "../cuda/backend.h"
+#endif
 #include "threads.h"
 
 namespace py = pybind11;
+
+namespace {
+
+struct DeviceCounters {
+  pddm::Counters (*read)();
+  void (*reset)();
+};
+
+DeviceCounters counters_of(const std::string& device) {
+#if defined(PDDM_EMULATED)
+  if (device == "cpu") return {pddm::cuda::read_counters, pddm::cuda::reset_counters};
+#else
+  if (device == "cpu") return {pddm::cpu::read_counters, pddm::cpu::reset_counters};
+#if defined(PDDM_CUDA)
+  if (device == "cuda") return {pddm::cuda::read_counters, pddm::cuda::reset_counters};
+#endif
+#endif
+  throw py::value_error("device is '" + device + "', which this build has no counters for");
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of pddm_ext; importing it registers torch.ops.pddm.";
@@ -15,7 +39,11 @@ PYBIND11_MODULE(_C, m) {
     info["compiler"] = PDDM_COMPILER;
     info["built_with_torch"] = PDDM_TORCH_VERSION;
     info["stable_abi"] = PDDM_STABLE_ABI;
-    info["cuda"] = false;
+#if defined(PDDM_CUDA)
+    info["cuda"] = PDDM_CUDA;
+#else
+    info["cuda"] = py::none();
+#endif
     return info;
   });
   m.def(
@@ -46,13 +74,16 @@ PYBIND11_MODULE(_C, m) {
       "Measured multiply-add ceiling of torch's threads together, in floating-point operations per second.");
   m.def(
       "counters",
-      [] {
-        const pddm::Counters c = pddm::read_counters();
+      [](const std::string& device) {
+        const pddm::Counters c = counters_of(device).read();
         py::dict counters;
         counters["pairs_scored"] = c.pairs_scored;
         counters["bytes_peak"] = c.bytes_peak;
+        counters["launches"] = c.launches;
         return counters;
       },
-      "Pairs scored, and the peak of native scratch in bytes, since the last reset.");
-  m.def("reset_counters", &pddm::reset_counters);
+      py::arg("device") = "cpu",
+      "Since the last reset: pairs scored, the peak of native scratch in bytes, kernels launched (0 on the CPU). Waits "
+      "for the current CUDA device.");
+  m.def("reset_counters", [](const std::string& device) { counters_of(device).reset(); }, py::arg("device") = "cpu");
 }

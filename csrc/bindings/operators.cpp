@@ -9,8 +9,15 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../cpu/backend.h"
+#if defined(PDDM_CUDA)
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../cuda/backend.h"
+#endif
 #include "threads.h"
 
 namespace pddm {
@@ -19,12 +26,12 @@ namespace {
 using torch::stable::Tensor;
 using ScalarType = torch::headeronly::ScalarType;
 
-Precision precision_of(const Tensor& feats) {
+Precision precision_of(const Tensor& feats, bool allow_tf32) {
   switch (feats.scalar_type()) {
     case ScalarType::Double: return Precision::float64;
     case ScalarType::BFloat16: return Precision::bfloat16;
-    case ScalarType::Float:
-    case ScalarType::Half: return Precision::float32;
+    case ScalarType::Half: return Precision::float16;
+    case ScalarType::Float: return allow_tf32 ? Precision::tfloat32 : Precision::float32;
     default: STD_TORCH_CHECK(false, "pddm: features must be float32, float64, bfloat16 or float16");
   }
 }
@@ -35,6 +42,10 @@ ScalarType storage_of(Precision precision) {
 
 Tensor dense(const Tensor& t, ScalarType dtype) {
   return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
 }
 
 void run_in_parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
@@ -52,20 +63,19 @@ namespace {
 // The eight parameters, dense and in the arrays' type, kept alive with the pointers into them.
 class UnitTensors {
  public:
-  UnitTensors(const Tensor& w_u, const Tensor& b_u, const Tensor& w_v, const Tensor& b_v, const Tensor& w_c,
-              const Tensor& b_c, const Tensor& w_s, const Tensor& b_s, bool normalize_input, int64_t dim,
-              ScalarType dtype)
+  UnitTensors(const Tensor& rows, const Tensor& w_u, const Tensor& b_u, const Tensor& w_v, const Tensor& b_v,
+              const Tensor& w_c, const Tensor& b_c, const Tensor& w_s, const Tensor& b_s, bool normalize_input)
       : given_{w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s} {
     STD_TORCH_CHECK(w_u.dim() == 2 && w_c.dim() == 2, "pddm: the unit's weights must be matrices");
-    const int64_t hidden = w_u.size(0), combined = w_c.size(0);
+    const int64_t hidden = w_u.size(0), combined = w_c.size(0), dim = rows.size(1);
     const int64_t expected[8] = {hidden * dim,          hidden,   hidden * dim, hidden,
                                  combined * 2 * hidden, combined, combined,     1};
     STD_TORCH_CHECK(w_u.size(1) == dim && hidden > 0 && combined > 0 && dim > 0,
                     "pddm: the unit scores features of dimension ", w_u.size(1), ", not ", dim);
     for (int k = 0; k < 8; ++k) {
-      STD_TORCH_CHECK(given_[k].numel() == expected[k] && given_[k].is_cpu(), "pddm: parameter ", k,
+      STD_TORCH_CHECK(given_[k].numel() == expected[k] && same_device(given_[k], rows), "pddm: parameter ", k,
                       " of the unit has the wrong size or device");
-      dense_[k] = dense(given_[k], dtype);
+      dense_[k] = dense(given_[k], rows.scalar_type());
     }
     unit = {dim, hidden, combined, normalize_input, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
   }
@@ -91,29 +101,80 @@ class UnitTensors {
   std::optional<Tensor> gradient_[8];
 };
 
-struct Call {
+#if defined(PDDM_CUDA) && !defined(PDDM_EMULATED)
+// Looked up in the library that torch has loaded if it has CUDA, so that one build also loads where torch has none.
+void* current_stream(int device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(function, "pddm: this torch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+#endif
+
+// What every operator does first: which backend answers, on which device and stream, in which precision. Every backend
+// has its own way to scratch memory: the CPU's is native, another's is tensors that live as long as the call.
+class Call {
+ public:
   Precision precision;
   ScalarType dtype;
-  Parallel parallel;
   std::unique_ptr<const Backend> backend;
+  bool on_host = true;  // what tensors point to can be read here
 
-  explicit Call(const Tensor& feats)
-      : precision(precision_of(feats)),
-        dtype(storage_of(precision)),
-        parallel(torch_threads()),
-        backend(cpu::make_backend(precision, parallel)) {
+  Call(const Tensor& feats, bool allow_tf32)
+      : precision(precision_of(feats, allow_tf32)), dtype(storage_of(precision)) {
     STD_TORCH_CHECK(feats.dim() == 2, "pddm: features must be a matrix");
+#if defined(PDDM_CUDA)
+    like_ = &feats;
+    caller_ = {0, nullptr, allocate, this};
+#if defined(PDDM_EMULATED)
+    backend = cuda::make_backend(precision, caller_);
+    return;
+#else
+    if (!feats.is_cpu()) {
+      on_host = false;
+      caller_.device = feats.get_device();
+      guard_.emplace(caller_.device);
+      caller_.stream = current_stream(caller_.device);
+      backend = cuda::make_backend(precision, caller_);
+      return;
+    }
+#endif
+#endif
+    parallel_ = torch_threads();
+    backend = cpu::make_backend(precision, parallel_);
   }
   Call(const Call&) = delete;
 
   static Rows rows(const Tensor& dense) { return {dense.const_data_ptr(), dense.size(0)}; }
+
+ private:
+  Parallel parallel_{};
+#if defined(PDDM_CUDA)
+  // The allocator may hand the memory on as soon as the call returns: work on the same stream comes after ours.
+  static void* allocate(void* context, int64_t bytes) {
+    auto& self = *static_cast<Call*>(context);
+    self.scratch_.push_back(torch::stable::new_empty(*self.like_, {bytes}, ScalarType::Byte));
+    return self.scratch_.back().mutable_data_ptr();
+  }
+
+  cuda::Caller caller_{};
+  const Tensor* like_ = nullptr;  // the caller's
+  std::vector<Tensor> scratch_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
 };
 
-Pairs checked_pairs(const Tensor& i, const Tensor& j, int64_t n, bool skip_negative) {
+// Another device's indices are checked by its kernels, as torch's own indexing does.
+Pairs checked_pairs(const Call& call, const Tensor& i, const Tensor& j, int64_t n, bool skip_negative) {
   STD_TORCH_CHECK(i.numel() == j.numel(), "pddm: i and j must be of one length");
   const Pairs pairs{static_cast<const int64_t*>(i.const_data_ptr()), static_cast<const int64_t*>(j.const_data_ptr()),
                     i.numel()};
-  for (int64_t t = 0; t < pairs.count; ++t) {
+  for (int64_t t = 0; call.on_host && t < pairs.count; ++t) {
     const int64_t lowest = skip_negative ? -1 : 0;
     STD_TORCH_CHECK(pairs.i[t] >= lowest && pairs.i[t] < n && pairs.j[t] >= lowest && pairs.j[t] < n, "pddm: pair ", t,
                     " is (", pairs.i[t], ", ", pairs.j[t], "), out of range for ", n, " rows");
@@ -123,21 +184,23 @@ Pairs checked_pairs(const Tensor& i, const Tensor& j, int64_t n, bool skip_negat
 
 #define PDDM_UNIT                                                                                                   \
   const Tensor &w_u, const Tensor &b_u, const Tensor &w_v, const Tensor &b_v, const Tensor &w_c, const Tensor &b_c, \
-      const Tensor &w_s, const Tensor &b_s, bool normalize_input
+      const Tensor &w_s, const Tensor &b_s, bool normalize_input, bool allow_tf32
 #define PDDM_UNIT_ARGUMENTS w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s, normalize_input
 
 using Mined = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Mined mine(const Tensor& feats, const Tensor& labels, PDDM_UNIT, int64_t mode) {
   STD_TORCH_CHECK(mode >= 0 && mode <= 2, "pddm: unknown mode ", mode);
-  const Call call(feats);
+  const Call call(feats, allow_tf32);
   const Tensor rows = dense(feats, call.dtype), y = dense(labels, ScalarType::Long);
   const int64_t n = rows.size(0);
-  STD_TORCH_CHECK(y.numel() == n, "pddm: one label per row");
-  const UnitTensors tensors(PDDM_UNIT_ARGUMENTS, rows.size(1), call.dtype);
+  STD_TORCH_CHECK(y.numel() == n && same_device(rows, y), "pddm: one label per row, on its device");
+  const UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
   const auto* label = static_cast<const int64_t*>(y.const_data_ptr());
   const Mode wanted = static_cast<Mode>(mode);
-  const int64_t slots = wanted == Mode::batch ? 1 : wanted == Mode::anchor ? n : count_positive_pairs(label, n);
+  const int64_t slots = wanted == Mode::batch    ? 1
+                        : wanted == Mode::anchor ? n
+                                                 : call.backend->count_positive_pairs(label, n);
 
   const auto indices = [&] { return torch::stable::new_empty(rows, {slots}, ScalarType::Long); };
   const auto scores = [&] { return torch::stable::new_empty(rows, {slots}, call.dtype); };
@@ -151,10 +214,10 @@ Mined mine(const Tensor& feats, const Tensor& labels, PDDM_UNIT, int64_t mode) {
 }
 
 Tensor score_pairs(const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_UNIT) {
-  const Call call(feats);
+  const Call call(feats, allow_tf32);
   const Tensor rows = dense(feats, call.dtype), a = dense(i, ScalarType::Long), b = dense(j, ScalarType::Long);
-  const UnitTensors tensors(PDDM_UNIT_ARGUMENTS, rows.size(1), call.dtype);
-  const Pairs pairs = checked_pairs(a, b, rows.size(0), false);
+  const UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
+  const Pairs pairs = checked_pairs(call, a, b, rows.size(0), false);
   Tensor scores = torch::stable::new_empty(rows, {pairs.count}, call.dtype);
   call.backend->score_pairs(Call::rows(rows), pairs, tensors.unit, scores.mutable_data_ptr());
   return scores;
@@ -162,9 +225,9 @@ Tensor score_pairs(const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_U
 
 // split < 0: all rows against all rows. Otherwise rows[:split] against rows[split:].
 Tensor score_matrix(const Tensor& feats, int64_t split, PDDM_UNIT) {
-  const Call call(feats);
+  const Call call(feats, allow_tf32);
   const Tensor rows = dense(feats, call.dtype);
-  const UnitTensors tensors(PDDM_UNIT_ARGUMENTS, rows.size(1), call.dtype);
+  const UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
   const int64_t n = rows.size(0);
   STD_TORCH_CHECK(split <= n, "pddm: split is ", split, " of ", n, " rows");
   Tensor scores = torch::stable::new_empty(rows, {split < 0 ? n : split, split < 0 ? n : n - split}, call.dtype);
@@ -173,11 +236,11 @@ Tensor score_matrix(const Tensor& feats, int64_t split, PDDM_UNIT) {
 }
 
 std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, int64_t k, PDDM_UNIT) {
-  const Call call(queries);
+  const Call call(queries, allow_tf32);
   const Tensor q = dense(queries, call.dtype), g = dense(gallery, call.dtype);
   STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == q.size(1), "pddm: queries and gallery differ in dimension");
   STD_TORCH_CHECK(k >= 0 && k <= g.size(0), "pddm: k is ", k, " and the gallery has ", g.size(0), " rows");
-  const UnitTensors tensors(PDDM_UNIT_ARGUMENTS, q.size(1), call.dtype);
+  const UnitTensors tensors(q, PDDM_UNIT_ARGUMENTS);
   Tensor scores = torch::stable::new_empty(q, {q.size(0), k}, call.dtype);
   Tensor indices = torch::stable::new_empty(q, {q.size(0), k}, ScalarType::Long);
   call.backend->topk(Call::rows(q), Call::rows(g), k, tensors.unit, scores.mutable_data_ptr(),
@@ -190,9 +253,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 template <class Run>
 Gradients backward(const Tensor& weight, const Tensor& feats, PDDM_UNIT, const Run& run) {
-  const Call call(feats);
+  const Call call(feats, allow_tf32);
   const Tensor rows = dense(feats, call.dtype), upstream = dense(weight, call.dtype);
-  UnitTensors tensors(PDDM_UNIT_ARGUMENTS, rows.size(1), call.dtype);
+  UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
   Tensor d_rows = torch::stable::new_zeros(rows, rows.sizes());
   const UnitGradient gradient = tensors.make_gradient();
   run(call, Call::rows(rows), upstream, tensors.unit, d_rows.mutable_data_ptr(), gradient);
@@ -210,17 +273,17 @@ Gradients backward(const Tensor& weight, const Tensor& feats, PDDM_UNIT, const R
 
 Gradients score_pairs_backward(const Tensor& weight, const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_UNIT) {
   const Tensor a = dense(i, ScalarType::Long), b = dense(j, ScalarType::Long);
-  return backward(weight, feats, PDDM_UNIT_ARGUMENTS,
+  return backward(weight, feats, PDDM_UNIT_ARGUMENTS, allow_tf32,
                   [&](const Call& call, const Rows& rows, const Tensor& upstream, const Unit& unit, void* d_rows,
                       const UnitGradient& gradient) {
-                    const Pairs pairs = checked_pairs(a, b, rows.count, true);
+                    const Pairs pairs = checked_pairs(call, a, b, rows.count, true);
                     STD_TORCH_CHECK(upstream.numel() == pairs.count, "pddm: one weight per pair");
                     call.backend->score_pairs_backward(rows, pairs, upstream.const_data_ptr(), unit, d_rows, gradient);
                   });
 }
 
 Gradients score_matrix_backward(const Tensor& weight, const Tensor& feats, int64_t split, PDDM_UNIT) {
-  return backward(weight, feats, PDDM_UNIT_ARGUMENTS,
+  return backward(weight, feats, PDDM_UNIT_ARGUMENTS, allow_tf32,
                   [&](const Call& call, const Rows& rows, const Tensor& upstream, const Unit& unit, void* d_rows,
                       const UnitGradient& gradient) {
                     const int64_t n = rows.count;
@@ -236,7 +299,7 @@ Gradients score_matrix_backward(const Tensor& weight, const Tensor& feats, int64
 // In every schema the unit is its eight parameters as nn.Linear holds them.
 #define PDDM_UNIT_SCHEMA                                                                                  \
   "Tensor w_u, Tensor b_u, Tensor w_v, Tensor b_v, Tensor w_c, Tensor b_c, Tensor w_s, Tensor b_s, bool " \
-  "normalize_input"
+  "normalize_input, bool allow_tf32"
 #define PDDM_GRADIENTS_SCHEMA "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 STABLE_TORCH_LIBRARY(pddm, m) {
@@ -251,11 +314,17 @@ STABLE_TORCH_LIBRARY(pddm, m) {
         ") -> " PDDM_GRADIENTS_SCHEMA);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m) {
-  m.impl("mine", TORCH_BOX(&pddm::mine));
-  m.impl("score_pairs", TORCH_BOX(&pddm::score_pairs));
-  m.impl("score_matrix", TORCH_BOX(&pddm::score_matrix));
-  m.impl("topk", TORCH_BOX(&pddm::topk));
-  m.impl("score_pairs_backward", TORCH_BOX(&pddm::score_pairs_backward));
+#define PDDM_KERNELS(m)                                                   \
+  m.impl("mine", TORCH_BOX(&pddm::mine));                                 \
+  m.impl("score_pairs", TORCH_BOX(&pddm::score_pairs));                   \
+  m.impl("score_matrix", TORCH_BOX(&pddm::score_matrix));                 \
+  m.impl("topk", TORCH_BOX(&pddm::topk));                                 \
+  m.impl("score_pairs_backward", TORCH_BOX(&pddm::score_pairs_backward)); \
   m.impl("score_matrix_backward", TORCH_BOX(&pddm::score_matrix_backward));
+
+STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m){PDDM_KERNELS(m)}
+#if defined(PDDM_CUDA) && !defined(PDDM_EMULATED)
+STABLE_TORCH_LIBRARY_IMPL(pddm, CUDA, m) {
+  PDDM_KERNELS(m)
 }
+#endif

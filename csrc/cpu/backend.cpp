@@ -14,13 +14,6 @@
 
 namespace pddm {
 
-int64_t count_positive_pairs(const int64_t* labels, int64_t n) {
-  std::unordered_map<int64_t, int64_t> seen;
-  int64_t pairs = 0;
-  for (int64_t r = 0; r < n; ++r) pairs += seen[labels[r]]++;
-  return pairs;
-}
-
 namespace cpu {
 namespace {
 
@@ -66,6 +59,12 @@ class CpuBackend final : public Backend {
  public:
   CpuBackend(const Engine<T>& engine, const Parallel& parallel) : engine_(engine), parallel_(parallel) {}
 
+  int64_t count_positive_pairs(const int64_t* labels, int64_t n) const override {
+    std::unordered_map<int64_t, int64_t> seen;
+    int64_t pairs = 0;
+    for (int64_t r = 0; r < n; ++r) pairs += seen[labels[r]]++;
+    return pairs;
+  }
   void mine(const Rows& rows, const int64_t* labels, const Unit& unit, Mode mode,
             const Quadruplets& out) const override {
     cpu::mine<T>(engine_, parallel_, rows, labels, unit, mode, out);

@@ -48,14 +48,14 @@ Idle& idle() {
 
 }  // namespace
 
-Counters read_counters() { return {pairs_scored.load(), bytes_peak.load()}; }
+namespace cpu {
+
+Counters read_counters() { return {pairs_scored.load(), bytes_peak.load(), 0}; }
 
 void reset_counters() {
   pairs_scored = 0;
   bytes_peak = bytes_alive.load();
 }
-
-namespace cpu {
 
 void count_pairs(int64_t pairs) { pairs_scored.fetch_add(pairs, std::memory_order_relaxed); }
 

@@ -38,6 +38,8 @@ class Arena {
 };
 
 void count_pairs(int64_t pairs);
+Counters read_counters();
+void reset_counters();
 
 // body(worker, index) for every index, each once, in any order, with worker < workers(parallel, count). What body
 // computes must not depend on the worker or the order.

@@ -1,0 +1,72 @@
+// Every kernel of one arithmetic (PDDM_ARITHMETIC: F32, F64, Tf32, Bf16 or F16), compiled once for each.
+#include "dense.cuh"
+#include "gradient.cuh"
+#include "kernels.h"
+#include "mine.cuh"
+
+#define PDDM_JOIN_(a, b) a##b
+#define PDDM_JOIN(a, b) PDDM_JOIN_(a, b)
+
+namespace pddm::cuda {
+namespace {
+
+using Forward = PDDM_JOIN(Arithmetic, PDDM_ARITHMETIC);
+// Gradients have float32's range, and at least tf32's digits.
+using Backward = std::conditional_t<Forward::kTensor, ArithmeticTf32, Forward>;
+using Real = Forward::Real;
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(const Caller& caller) : context_(caller) {}
+
+  int64_t count_positive_pairs(const int64_t* labels, int64_t n) const override {
+    return cuda::count_positive_pairs(context_, labels, n);
+  }
+  void mine(const Rows& rows, const int64_t* labels, const Unit& unit, Mode mode,
+            const Quadruplets& out) const override {
+    cuda::mine<Forward>(context_, rows, labels, unit, mode, out);
+  }
+  void score_pairs(const Rows& rows, const Pairs& pairs, const Unit& unit, void* scores) const override {
+    cuda::score_pairs<Forward>(context_, rows, pairs, unit, static_cast<Real*>(scores));
+  }
+  void score_matrix(const Rows& rows, int64_t split, const Unit& unit, void* scores) const override {
+    cuda::score_matrix<Forward>(context_, rows, split, unit, static_cast<Real*>(scores));
+  }
+  void topk(const Rows& queries, const Rows& gallery, int64_t k, const Unit& unit, void* scores,
+            int64_t* indices) const override {
+    cuda::topk<Forward>(context_, queries, gallery, k, unit, static_cast<Real*>(scores), indices);
+  }
+  void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,
+                            void* rows_gradient, const UnitGradient& gradient) const override {
+    Source<Real> source{pairs.i, pairs.j, static_cast<const Real*>(weight), rows.count, -1, pairs.count};
+    backward<Backward>(context_, rows, source, unit, static_cast<Real*>(rows_gradient), gradient);
+  }
+  void score_matrix_backward(const Rows& rows, int64_t split, const void* weight, const Unit& unit, void* rows_gradient,
+                             const UnitGradient& gradient) const override {
+    const int64_t n = rows.count, pairs = split < 0 ? n * (n + 1) / 2 : split * (n - split);
+    Source<Real> source{nullptr, nullptr, static_cast<const Real*>(weight), n, split, pairs};
+    backward<Backward>(context_, rows, source, unit, static_cast<Real*>(rows_gradient), gradient);
+  }
+
+ private:
+  const Context context_;
+};
+
+std::unique_ptr<const Backend> make_backend(const Caller& caller) { return std::make_unique<CudaBackend>(caller); }
+
+int64_t read_scored() {
+  unsigned long long scored = 0;
+  check(cudaMemcpyFromSymbol(&scored, scored_pairs, sizeof scored), "the counter could not be read");
+  return static_cast<int64_t>(scored);
+}
+
+void reset_scored() {
+  const unsigned long long none = 0;
+  check(cudaMemcpyToSymbol(scored_pairs, &none, sizeof none), "the counter could not be reset");
+}
+
+}  // namespace
+
+Kernels PDDM_JOIN(kernels_, PDDM_ARITHMETIC)() { return {make_backend, read_scored, reset_scored}; }
+
+}  // namespace pddm::cuda

@@ -1,0 +1,63 @@
+// Launches on the caller's stream, scratch from the caller's allocator, and errors as exceptions.
+#pragma once
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "backend.h"
+#include "device.cuh"
+
+namespace pddm::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("pddm: ") + what + ": " + cudaGetErrorString(error));
+}
+
+extern std::atomic<int64_t> launches, bytes_alive, bytes_peak;  // for Counters
+
+class Context {
+ public:
+  explicit Context(const Caller& caller) : caller_(caller) {}
+  Context(const Context&) = delete;
+  ~Context() { bytes_alive -= taken_; }
+
+  // Lives as long as the call; aligned for everything.
+  template <class T>
+  T* take(int64_t count) const {
+    const int64_t bytes = count * int64_t(sizeof(T)), alive = bytes_alive += bytes;
+    taken_ += bytes;
+    for (int64_t peak = bytes_peak; peak < alive && !bytes_peak.compare_exchange_weak(peak, alive);) {
+    }
+    return static_cast<T*>(caller_.allocate(caller_.context, bytes));
+  }
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
+              const Arguments&... arguments) const {
+    if (blocks == 0) return;
+    if (blocks > 0x7fffffff) throw std::runtime_error("pddm: a launch of more than 2^31 blocks");
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = stream();
+    check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "a kernel did not launch");
+    ++launches;
+  }
+
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, caller_.device), "the device does not answer");
+    return value;
+  }
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(caller_.stream); }
+
+ private:
+  const Caller& caller_;
+  mutable int64_t taken_ = 0;
+};
+
+inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace pddm::cuda

@@ -1,0 +1,125 @@
+// out = left · rightᵀ for operands that are matrices with any strides, or are made of pairs of rows on the way into
+// shared memory. A block owns 64 × 64 outputs and walks all inputs in order, two tiles of each operand deep.
+#pragma once
+
+#include "launch.cuh"
+#include "score.cuh"
+
+namespace pddm::cuda {
+
+using MultiplyShape = Shape<64, 64, 2, 2, 2>;
+
+// Pairs of rows of f; −1 is no pair, and zeros.
+template <class Real>
+struct PairRows {
+  const int *i = nullptr, *j = nullptr;
+  const Real* scale = nullptr;  // by pair, if any
+  bool total = false;           // (f_i + f_j) / 2 rather than |f_i − f_j|
+
+  __device__ Real make(Real a, Real b) const {
+    if (total) return (a + b) / 2;
+    return a < b ? b - a : a - b;
+  }
+};
+
+// Element (row, input) is data[row * row_pitch + input * input_pitch]; or, with pairs, of pair `row` (pairs_are_rows)
+// or pair `input`, with row_pitch the length of a row of f.
+template <class Real>
+struct Operand {
+  const Real* data;
+  int64_t rows, inputs, row_pitch, input_pitch;
+  PairRows<Real> pairs = {};
+  bool pairs_are_rows = false;
+  int64_t given_rows = rows;  // those from here on are zeros
+
+  __device__ Real at(int64_t row, int64_t input) const {
+    if (row >= given_rows || input >= inputs) return 0;
+    if (!pairs.i) return data[row * row_pitch + input * input_pitch];
+    const int64_t pair = pairs_are_rows ? row : input, column = pairs_are_rows ? input : row;
+    const int i = pairs.i[pair], j = pairs.j[pair];
+    if (i < 0) return 0;
+    const Real made = pairs.make(data[i * row_pitch + column], data[j * row_pitch + column]);
+    return pairs.scale ? made * pairs.scale[pair] : made;
+  }
+  template <int Length>
+  __device__ void load(int64_t row, int64_t input, Real (&x)[Length]) const {
+#pragma unroll
+    for (int k = 0; k < Length; ++k) x[k] = at(row, input + k);
+  }
+};
+
+template <class Real>
+struct Output {
+  Real* to;
+  int64_t pitch;
+  const Real* bias = nullptr;  // by column
+  bool relu = false, add = false;
+};
+
+template <class A>
+__global__ void __launch_bounds__(MultiplyShape::kThreads)
+    multiply_kernel(const __grid_constant__ Operand<typename A::Real> left,
+                    const __grid_constant__ Operand<typename A::Real> right,
+                    const __grid_constant__ Output<typename A::Real> out) {
+  using Real = typename A::Real;
+  using S = MultiplyShape;
+  constexpr int kTile = S::kPairs * kRowBytes, kLength = kPieceLength<A>;
+  constexpr int kFills = S::kPairs * kPieces / S::kThreads;
+  unsigned char* const shared = shared_memory();
+  const int64_t across = (right.rows + S::kOutputs - 1) / S::kOutputs;
+  const int64_t first_row = blockIdx.x / across * S::kPairs, first_column = blockIdx.x % across * S::kOutputs;
+  const int thread = int(threadIdx.x), piece = thread % kPieces;
+
+  Real x[kFills][kLength], y[kFills][kLength];
+  const auto load_both = [&](int64_t tile) {
+#pragma unroll
+    for (int fill = 0; fill < kFills; ++fill) {
+      const int row = (thread + fill * S::kThreads) / kPieces;
+      const int64_t input = tile * kDepth<A> + piece * kLength;
+      left.load(first_row + row, input, x[fill]);
+      right.load(first_column + row, input, y[fill]);
+    }
+  };
+  const auto store_both = [&](unsigned char* to) {
+#pragma unroll
+    for (int fill = 0; fill < kFills; ++fill) {
+      const int offset = piece_offset((thread + fill * S::kThreads) / kPieces, piece);
+      *reinterpret_cast<uint4*>(to + offset) = A::piece(x[fill]);
+      *reinterpret_cast<uint4*>(to + kTile + offset) = A::piece(y[fill]);
+    }
+  };
+
+  Sums<A, S::kPairs, S::kOutputs, S::kRows, S::kColumns> sums;
+  sums.clear();
+  const int64_t tiles = (left.inputs + kDepth<A> - 1) / kDepth<A>;
+  if (tiles > 0) {
+    load_both(0);
+    store_both(shared);
+  }
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    __syncthreads();
+    const unsigned char* now = shared + tile % 2 * 2 * kTile;
+    if (tile + 1 < tiles) load_both(tile + 1);
+    sums.multiply(now, now + kTile, 0);
+    sums.multiply(now, now + kTile, 1);
+    if (tile + 1 < tiles) store_both(shared + (tile + 1) % 2 * 2 * kTile);
+  }
+  sums.each([&](int, int row, int column, Real& sum) {
+    const int64_t r = first_row + row, c = first_column + column;
+    if (r >= left.rows || c >= right.rows) return;
+    Real value = sum + (out.bias ? out.bias[c] : Real(0));
+    if (out.relu) value = relu(value);
+    Real& to = out.to[r * out.pitch + c];
+    to = out.add ? to + value : value;
+  });
+}
+
+template <class A>
+void multiply(const Context& context, const Operand<typename A::Real>& left, const Operand<typename A::Real>& right,
+              const Output<typename A::Real>& out) {
+  using S = MultiplyShape;
+  context.launch(multiply_kernel<A>, divided_up(left.rows, S::kPairs) * divided_up(right.rows, S::kOutputs),
+                 S::kThreads, 4 * S::kPairs * kRowBytes, left, right, out);
+}
+
+}  // namespace pddm::cuda

@@ -1,0 +1,143 @@
+// One call's workspace on the device, and its walks over pairs.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "multiply.cuh"
+#include "prepare.cuh"
+
+namespace pddm::cuda {
+
+// From the largest to the smallest. Larger ones read the weights less often; smaller ones leave no multiprocessor idle.
+template <class... S>
+struct Shapes {};
+
+template <class A>
+struct ShapesOf {
+  using List = Shapes<Shape<128, 256, 2, 4, 4>, Shape<64, 128, 2, 4, 3>, Shape<32, 64, 2, 2, 3>>;
+};
+template <>
+struct ShapesOf<ArithmeticF32> {
+  using List = Shapes<Shape<64, 128, 2, 4, 3>, Shape<32, 64, 2, 2, 3>>;
+};
+template <>
+struct ShapesOf<ArithmeticF64> {
+  using List = Shapes<Shape<32, 64, 2, 2, 3>>;
+};
+
+template <class A>
+class Prepared {
+ public:
+  using Real = typename A::Real;
+  Workspace<Real> w{};
+  Ranks ranks{};
+  Word* words = nullptr;  // zeroed
+
+  // `pairs` is how many will be walked at once, as far as the host knows; `labels` are ranked if `ranked`.
+  Prepared(const Context& context, const Rows& rows, const Unit& unit, int64_t pairs, const int64_t* labels = nullptr,
+           bool ranked = false, int64_t word_count = 0)
+      : context_(context) {
+    if (rows.count > 0x7fffffff) throw std::runtime_error("pddm: more than 2^31 rows");
+    for (int64_t size : {unit.dim, unit.hidden, unit.combined})
+      if (size > 1 << 24) throw std::runtime_error("pddm: a unit's dimension is above 2^24");
+    w.n = rows.count, w.dim = int(unit.dim), w.hidden = int(unit.hidden), w.combined = int(unit.combined);
+    w.normalize_input = unit.normalize_input;
+    w.dim_tiles = int(divided_up(w.dim, kDepth<A>)), w.hidden_tiles = int(divided_up(w.hidden, kDepth<A>));
+    w.f_stride = w.dim_tiles * kDepth<A>, w.a_stride = w.hidden_tiles * kDepth<A>;
+    multiprocessors_ = context.attribute(cudaDevAttrMultiProcessorCount);
+    choose(typename ShapesOf<A>::List{}, pairs);
+
+    w.hidden_blocks = int(divided_up(w.hidden, outputs_)), w.combined_blocks = int(divided_up(w.combined, outputs_));
+    w.f = context.take<Real>(w.n * w.f_stride), w.norm = context.take<Real>(w.n);
+    w.a = context.take<Real>(w.n * w.a_stride);
+    const int64_t weight_pieces = int64_t(w.weight_tiles()) * outputs_ * kPieces;
+    w.weights = context.take<unsigned char>(weight_pieces * kPieceBytes);
+    const int64_t hidden = int64_t(w.hidden_blocks) * outputs_, combined = int64_t(w.combined_blocks) * outputs_;
+    w.b_u = context.take<Real>(hidden), w.b_v = context.take<Real>(w.a_stride);
+    w.b_c = context.take<Real>(combined), w.w_s = context.take<Real>(combined);
+    w.b_s = static_cast<const Real*>(unit.b_s);
+    words = context.take<Word>(word_count);
+    if (ranked) {
+      ranks = {labels, context.take<int>(w.n), context.take<int>(w.n), context.take<int>(w.n), context.take<int>(w.n)};
+    }
+    const auto given = [](const void* p) { return static_cast<const Real*>(p); };
+    const Given<Real> parameters{given(rows.data), given(unit.w_u), given(unit.b_u), given(unit.b_v),
+                                 given(unit.w_c),  given(unit.b_c), given(unit.w_s)};
+    const int64_t small = hidden + w.a_stride + 2 * combined + word_count;
+    context.launch(prepare_kernel<A>,
+                   divided_up(w.n, kPrepareWarps) + divided_up(weight_pieces + small, kPrepareThreads), kPrepareThreads,
+                   0, w, parameters, ranks, outputs_, words, word_count);
+    project(unit);
+  }
+
+  // Positive pairs before every rank, and before every row; n + 1 sums each.
+  void prefix(int64_t* before, int64_t* slot) const {
+    const Scan by_rank{ranks.later_by_rank, before}, by_row{ranks.later, slot};
+    context_.launch(prefix_kernel, slot ? 2 : 1, kScanThreads, kScanBytes, by_rank, by_row, w.n);
+  }
+
+  // `pairs` bounds the pairs of a walk whose number only the device knows.
+  void score(Job<Real> job, int64_t positives = 0) {
+    for (job.pass = 0; job.pass < (job.far.best || job.near.best ? Bests<Real>::kWalks : 1); ++job.pass)
+      run(typename ShapesOf<A>::List{}, 0, job, positives);
+  }
+
+ private:
+  // The first shape whose u' fits in shared memory and that gives every multiprocessor a tile; failing that the
+  // smallest, with u' in global memory if it must.
+  template <class... S>
+  void choose(Shapes<S...>, int64_t pairs) {
+    const int64_t most = context_.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    int at = 0;
+    const auto consider = [&](auto shape) {
+      using T = decltype(shape);
+      const bool last = at + 1 == int(sizeof...(S));
+      const bool fits = Layout<A, T>::bytes(w.hidden_tiles) <= most;
+      if (shape_ < 0 && (last || (fits && tiles_of<T::kPairs>(pairs) >= multiprocessors_))) {
+        shape_ = at, resident_ = fits, outputs_ = T::kOutputs;
+        shared_ = Layout<A, T>::bytes(fits ? w.hidden_tiles : 0);
+      }
+      ++at;
+    };
+    (consider(S{}), ...);
+  }
+
+  template <class First, class... Rest>
+  void run(Shapes<First, Rest...>, int at, const Job<Real>& job, int64_t positives) {
+    if (at == shape_) return run_shape<First>(job, positives);
+    if constexpr (sizeof...(Rest) > 0) run(Shapes<Rest...>{}, at + 1, job, positives);
+  }
+
+  template <class S>
+  void run_shape(const Job<Real>& job, int64_t positives) {
+    const auto kernel = score_kernel<A, S>;
+    if (blocks_ == 0) {
+      int per_multiprocessor = 0;
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_)),
+            "shared memory was refused");
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, S::kThreads, size_t(shared_)),
+            "the device does not answer");
+      blocks_ = int64_t(multiprocessors_) * std::max(per_multiprocessor, 1);
+      if (!resident_) w.u = context_.take<unsigned char>(blocks_ * w.hidden_tiles * S::kPairs * kRowBytes);
+    }
+    context_.launch(kernel, std::min(blocks_, count_tiles<S::kPairs>(job, positives)), S::kThreads, shared_, w, job);
+  }
+
+  // a = W_v f, in the arithmetic of everything that is no product of pairs.
+  void project(const Unit& unit) {
+    using Exact = std::conditional_t<sizeof(Real) == 8, ArithmeticF64, ArithmeticF32>;
+    const Operand<Real> rows{w.f, w.n, w.dim, w.f_stride, 1};
+    // As many outputs as a row of `a` is long: those past the last are zeros.
+    Operand<Real> outputs{static_cast<const Real*>(unit.w_v), w.a_stride, w.dim, w.dim, 1};
+    outputs.given_rows = w.hidden;
+    multiply<Exact>(context_, rows, outputs, {w.a, w.a_stride});
+  }
+
+  const Context& context_;
+  int shape_ = -1, outputs_ = 0, multiprocessors_ = 0;
+  bool resident_ = true;
+  int64_t shared_ = 0, blocks_ = 0;
+};
+
+}  // namespace pddm::cuda

@@ -1,0 +1,265 @@
+// Which pairs a tile has, and what becomes of their scores.
+//
+//   pairs      a list; scores[t]
+//   triangle   i < j (or i <= j), 16 × 16 blocks cut into tiles of 16 columns; a matrix, or the bests of rows
+//   rectangle  some rows by some columns, tiles of 16 columns; a matrix
+//   positives  pairs of one class, counted off along the rows sorted by label; the hardest of every lower row
+//   partners   the two rows of the hardest positive pair by all rows; their hardest negatives
+//
+// The best of a row is one 64-bit word that only grows: the score in an order-preserving form above the complement of
+// the index, so that the largest word is the best score at the lowest index, in whatever order they arrive. A float64
+// score fills the word by itself; there a second walk finds the lowest index among those that reach it.
+#pragma once
+
+#include <cstdio>
+
+#include "device.cuh"
+
+namespace pddm::cuda {
+
+using Word = unsigned long long;
+
+// Larger is better; 0 is nothing yet. A NaN is never offered.
+__device__ __forceinline__ Word ordered(float x) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);  // −0 is 0
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ Word ordered(double x) {
+  const Word bits = static_cast<Word>(__double_as_longlong(x + 0.0)), sign = Word(1) << 63;
+  return bits & sign ? ~bits : bits | sign;
+}
+__device__ __forceinline__ float unordered(Word key, float) {
+  const auto bits = static_cast<uint32_t>(key);
+  return __uint_as_float(bits & 0x80000000u ? bits ^ 0x80000000u : ~bits);
+}
+__device__ __forceinline__ double unordered(Word key, double) {
+  const Word sign = Word(1) << 63;
+  return __longlong_as_double(static_cast<long long>(key & sign ? key ^ sign : ~key));
+}
+
+// The largest score offered to every row, and its index.
+template <class Real>
+struct Bests;
+
+template <>
+struct Bests<float> {
+  Word* best = nullptr;
+
+  static constexpr int kWalks = 1, kWordsPerRow = 1;
+  __host__ static Bests at(Word* words, int64_t) { return {words}; }
+
+  __device__ static Word word(float score, int index) {
+    return score == score ? ordered(score) << 32 | uint32_t(~index) : 0;
+  }
+  __device__ void offer(int64_t row, Word w, int) const {
+    if (w) atomicMax(best + row, w);
+  }
+  __device__ void offer(int64_t row, float score, int index, int walk) const { offer(row, word(score, index), walk); }
+  __device__ bool found(int64_t row) const { return best[row] != 0; }
+  __device__ float score(int64_t row) const { return unordered(best[row] >> 32, 0.0f); }
+  __device__ int index(int64_t row) const { return int(~uint32_t(best[row])); }
+  // Whether row's best beats the other's by score alone.
+  __device__ bool above(int64_t row, int64_t other) const { return best[row] >> 32 > best[other] >> 32; }
+};
+
+template <>
+struct Bests<double> {
+  Word *best = nullptr, *where = nullptr;
+
+  static constexpr int kWalks = 2, kWordsPerRow = 2;
+  __host__ static Bests at(Word* words, int64_t rows) { return {words, words + rows}; }
+
+  __device__ void offer(int64_t row, double score, int index, int walk) const {
+    if (score != score) return;
+    if (walk == 0) atomicMax(best + row, ordered(score));
+    if (walk == 1 && best[row] == ordered(score)) atomicMax(where + row, Word(uint32_t(~index)));
+  }
+  __device__ bool found(int64_t row) const { return best[row] != 0; }
+  __device__ double score(int64_t row) const { return unordered(best[row], 0.0); }
+  __device__ int index(int64_t row) const { return int(~uint32_t(where[row])); }
+  __device__ bool above(int64_t row, int64_t other) const { return best[row] > best[other]; }
+};
+
+enum class Walk { pairs, triangle, rectangle, positives, partners };
+
+constexpr int kColumns = 16;  // of a tile of the triangle or rectangle
+
+template <class Real>
+struct Job {
+  Walk walk;
+  int pass = 0;   // of Bests::kWalks
+  int64_t n = 0;  // rows that a pair may name; triangle, partners: rows walked
+
+  // pairs
+  const int64_t *i = nullptr, *j = nullptr;
+  int64_t count = 0;
+  // rectangle
+  int64_t first_row = 0, rows = 0, first_column = 0, columns = 0;
+  // triangle
+  bool diagonal = false, mirrored = false;
+  // pairs, rectangle, triangle: where scores go, if anywhere; `pitch` is a matrix row's length
+  Real* scores = nullptr;
+  int64_t pitch = 0;
+
+  // Mining. Rows sorted by label and then by index: `order[r]` is the row at rank r, `rank` the inverse; before[r]
+  // positive pairs have their lower row at a rank below r, slot[i] below row i.
+  const int64_t* labels = nullptr;
+  const int *order = nullptr, *rank = nullptr;
+  const int64_t *before = nullptr, *slot = nullptr;
+  Bests<Real> far, near;  // hardest positives (by −S) and negatives
+};
+
+struct Pair {
+  int i, j;  // −1: there is none
+};
+
+template <int Pairs>
+__host__ __device__ constexpr int64_t tiles_of(int64_t pairs) {
+  return (pairs + Pairs - 1) / Pairs;
+}
+
+// `positives` is the number of positive pairs, which only the device knows; at most n (n − 1) / 2.
+template <int Pairs, class Real>
+__host__ __device__ int64_t count_tiles(const Job<Real>& job, int64_t positives) {
+  constexpr int kRows = Pairs / kColumns;
+  const int64_t blocks = (job.n + kColumns - 1) / kColumns;
+  switch (job.walk) {
+    case Walk::pairs: return tiles_of<Pairs>(job.count);
+    case Walk::triangle: return blocks * (blocks + 1) / 2 * (kColumns / kRows);
+    case Walk::rectangle: return (job.rows + kRows - 1) / kRows * ((job.columns + kColumns - 1) / kColumns);
+    case Walk::positives: return tiles_of<Pairs>(positives);
+    case Walk::partners: return tiles_of<Pairs>(2 * job.n);
+  }
+  return 0;
+}
+
+// The largest r with before[r] <= at, among 0..n.
+__device__ __forceinline__ int64_t last_not_above(const int64_t* before, int64_t n, int64_t at) {
+  int64_t low = 0, high = n;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (before[middle] <= at)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+// Pair `p` of tile `tile`. `partner` is the hardest positive pair, for Walk::partners.
+template <int Pairs, class Real>
+__device__ Pair pair_at(const Job<Real>& job, int64_t tile, int p, const Pair& partner) {
+  constexpr int kRows = Pairs / kColumns, kCuts = kColumns / kRows;
+  const int64_t at = tile * Pairs + p;
+  switch (job.walk) {
+    case Walk::pairs: {
+      if (at >= job.count) return {-1, -1};
+      const int64_t i = job.i[at], j = job.j[at];
+      if (i >= job.n || j >= job.n) {
+        printf("pddm: pair %lld is (%lld, %lld), out of range for %lld rows\n", static_cast<long long>(at),
+               static_cast<long long>(i), static_cast<long long>(j), static_cast<long long>(job.n));
+        __trap();
+      }
+      return i < 0 || j < 0 ? Pair{-1, -1} : Pair{int(i), int(j)};
+    }
+    case Walk::triangle: {
+      // Block (g, c) with g <= c is number c (c + 1) / 2 + g; the root finds c but for rounding.
+      const int64_t block = tile / kCuts;
+      int64_t c = int64_t((sqrt(8.0 * double(block) + 1.0) - 1.0) / 2.0);
+      while (c * (c + 1) / 2 > block) --c;
+      while ((c + 1) * (c + 2) / 2 <= block) ++c;
+      const int64_t g = block - c * (c + 1) / 2;
+      const int64_t i = g * kColumns + tile % kCuts * kRows + p / kColumns, j = c * kColumns + p % kColumns;
+      return j < job.n && (i < j || (job.diagonal && i == j)) ? Pair{int(i), int(j)} : Pair{-1, -1};
+    }
+    case Walk::rectangle: {
+      const int64_t across = (job.columns + kColumns - 1) / kColumns;
+      const int64_t r = tile / across * kRows + p / kColumns, c = tile % across * kColumns + p % kColumns;
+      return r < job.rows && c < job.columns ? Pair{int(job.first_row + r), int(job.first_column + c)} : Pair{-1, -1};
+    }
+    case Walk::positives: {
+      if (at >= job.before[job.n]) return {-1, -1};
+      const int64_t r = last_not_above(job.before, job.n, at);
+      return {job.order[r], job.order[r + 1 + at - job.before[r]]};
+    }
+    case Walk::partners:
+      if (at >= 2 * job.n || partner.i < 0) return {-1, -1};
+      return at < job.n ? Pair{partner.i, int(at)} : Pair{partner.j, int(at - job.n)};
+  }
+  return {-1, -1};
+}
+
+// The hardest positive pair of all, found by one warp; ties go to the lowest row, whose word has the lowest partner.
+template <class Real>
+__device__ Pair hardest_pair(const Bests<Real>& far, int64_t n) {
+  int64_t best = -1;
+  for (int64_t r = lane_index(); r < n; r += kWarp)
+    if (far.found(r) && (best < 0 || far.above(r, best))) best = r;
+  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+    const int64_t other = __shfl_xor_sync(~0u, static_cast<long long>(best), apart);
+    if (other < 0) continue;
+    if (best < 0 || far.above(other, best) || (!far.above(best, other) && other < best)) best = other;
+  }
+  if (best < 0) return {-1, -1};
+  return {int(best), far.index(best)};
+}
+
+// Offers of a tile of the triangle, by the warps that hold its pairs: lane % 16 is the column.
+template <class Real>
+__device__ void offer_both(const Job<Real>& job, const Pair& at, Real score) {
+  const bool there = at.i >= 0, positive = there && job.labels[at.i] == job.labels[at.j];
+  const bool negative = there && !positive;
+  const Bests<Real>& far = job.far;
+  if constexpr (sizeof(Real) == 4) {
+    // Lanes of a row, and those of a column, settle it among themselves first.
+    const auto settle = [&](const Bests<Real>& bests, bool offered, Real value) {
+      Word row = offered ? bests.word(value, at.j) : 0, column = offered ? bests.word(value, at.i) : 0;
+      for (int apart = kColumns / 2; apart > 0; apart /= 2) {
+        const Word other = __shfl_xor_sync(~0u, row, apart);
+        row = other > row ? other : row;
+      }
+      const Word other = __shfl_xor_sync(~0u, column, kColumns);
+      column = other > column ? other : column;
+      // Whichever lane of the row or column has the winning pair knows the row's number.
+      if (offered && row == bests.word(value, at.j)) bests.offer(at.i, row, 0);
+      if (offered && column == bests.word(value, at.i)) bests.offer(at.j, column, 0);
+    };
+    settle(job.near, negative, score);
+    if (far.best) settle(far, positive, -score);
+  } else {
+    if (negative) {
+      job.near.offer(at.i, score, at.j, job.pass);
+      job.near.offer(at.j, score, at.i, job.pass);
+    }
+    if (positive && far.best) {
+      far.offer(at.i, -score, at.j, job.pass);
+      far.offer(at.j, -score, at.i, job.pass);
+    }
+  }
+  if (positive && job.slot) job.scores[job.slot[at.i] + job.rank[at.j] - job.rank[at.i] - 1] = score;
+}
+
+// By all lanes of the warp, those without a pair too.
+template <int Pairs, class Real>
+__device__ void take_score(const Job<Real>& job, int64_t tile, int p, const Pair& at, Real score) {
+  if (job.walk == Walk::triangle && !job.mirrored) return offer_both(job, at, score);
+  if (at.i < 0) {
+    if (job.walk == Walk::pairs && tile * Pairs + p < job.count) job.scores[tile * Pairs + p] = 0;
+    return;
+  }
+  switch (job.walk) {
+    case Walk::pairs: job.scores[tile * Pairs + p] = score; break;
+    case Walk::triangle:
+      job.scores[at.i * job.pitch + at.j] = score;
+      job.scores[at.j * job.pitch + at.i] = score;
+      break;
+    case Walk::rectangle: job.scores[(at.i - job.first_row) * job.pitch + (at.j - job.first_column)] = score; break;
+    case Walk::positives: job.far.offer(at.i, -score, at.j, job.pass); break;
+    case Walk::partners:
+      // Row 0 of `near` is for i, row 1 for j.
+      if (job.labels[at.i] != job.labels[at.j]) job.near.offer(tile * Pairs + p < job.n ? 0 : 1, score, at.j, job.pass);
+      break;
+  }
+}
+
+}  // namespace pddm::cuda

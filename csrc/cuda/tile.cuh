@@ -1,0 +1,206 @@
+// Tiles in shared memory, and a block's multiplication of two of them.
+//
+//   A tile is `rows` rows of 64 bytes: kDepth consecutive inputs k of every row, as 4 pieces of 16 bytes. A piece
+//   stands at its number xor (row / 2) % 4, so that 8 neighbouring rows' pieces of one number cover all banks once:
+//
+//                 bytes 0       16      32      48      64      80      96      112
+//     rows 0, 1        0.0     0.1     0.2     0.3     1.0     1.1     1.2     1.3
+//     rows 2, 3        2.1     2.0     2.3     2.2     3.1     3.0     3.3     3.2
+//     rows 4, 5        4.2     4.3     4.0     4.1     5.2     5.3     5.0     5.1        row.piece
+//     rows 6, 7        6.3     6.2     6.1     6.0     7.3     7.2     7.1     7.0
+//
+//   Block: sums (TM × TN) += A (TM × kDepth) · Bᵀ (TN × kDepth), the sums in the registers of WM × WN warps, each with
+//   TM / WM rows and TN / WN columns.
+#pragma once
+
+#include "device.cuh"
+
+namespace pddm::cuda {
+
+constexpr int kRowBytes = 64, kPieceBytes = 16, kPieces = kRowBytes / kPieceBytes;
+
+__device__ __forceinline__ int piece_offset(int row, int piece) {
+  return row * kRowBytes + ((piece ^ ((row >> 1) & 3)) * kPieceBytes);
+}
+
+// An arithmetic: what operands are stored as (in pieces, and one by one), and what everything else is computed in.
+template <class Operand>
+struct Half {
+  using Element = uint16_t;
+  using Real = float;
+  static constexpr bool kTensor = true;
+  __device__ static Element element(float x) { return static_cast<Element>(pack(Operand{}, x, 0)); }
+  __device__ static uint4 piece(const float (&x)[8]) {
+    return {pack(Operand{}, x[0], x[1]), pack(Operand{}, x[2], x[3]), pack(Operand{}, x[4], x[5]),
+            pack(Operand{}, x[6], x[7])};
+  }
+};
+template <class A>
+constexpr int kPieceLength = kPieceBytes / int(sizeof(typename A::Element));
+template <class A>
+constexpr int kDepth = kRowBytes / int(sizeof(typename A::Element));
+
+struct ArithmeticBf16 : Half<Bf16> {
+  using Operand = Bf16;
+};
+struct ArithmeticF16 : Half<F16> {
+  using Operand = F16;
+};
+struct ArithmeticTf32 {
+  using Operand = Tf32;
+  using Element = uint32_t;
+  using Real = float;
+  static constexpr bool kTensor = true;
+  __device__ static Element element(float x) { return round_tf32(x); }
+  __device__ static uint4 piece(const float (&x)[4]) {
+    return {round_tf32(x[0]), round_tf32(x[1]), round_tf32(x[2]), round_tf32(x[3])};
+  }
+};
+struct ArithmeticF32 {
+  using Element = float;
+  using Real = float;
+  static constexpr bool kTensor = false;
+  __device__ static Element element(float x) { return x; }
+  __device__ static uint4 piece(const float (&x)[4]) {
+    return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
+  }
+};
+struct ArithmeticF64 {
+  using Element = double;
+  using Real = double;
+  static constexpr bool kTensor = false;
+  __device__ static Element element(double x) { return x; }
+  __device__ static uint4 piece(const double (&x)[2]) {
+    const auto a = static_cast<unsigned long long>(__double_as_longlong(x[0]));
+    const auto b = static_cast<unsigned long long>(__double_as_longlong(x[1]));
+    return {unsigned(a), unsigned(a >> 32), unsigned(b), unsigned(b >> 32)};
+  }
+};
+
+// Where element k of a row stands in its tile.
+template <class A>
+__device__ __forceinline__ int element_offset(int row, int k) {
+  return piece_offset(row, k / kPieceLength<A>) + k % kPieceLength<A> * int(sizeof(typename A::Element));
+}
+
+// The sums of one block. `each(f)` calls f(slot, row, column, sum) for every sum of this thread, column by column;
+// `slot` counts the rows it has sums of, each_row(f) calls f(slot, row) for those, and kLanesPerRow neighbouring lanes
+// share a row.
+template <class A, int TM, int TN, int WM, int WN, bool Tensor = A::kTensor>
+class Sums;
+
+template <class A, int TM, int TN, int WM, int WN>
+class Sums<A, TM, TN, WM, WN, true> {
+  static constexpr int kRows = TM / WM / 16, kColumns = TN / WN / 8;
+  static_assert(kRows > 0 && kColumns > 0 && kColumns % 2 == 0, "a warp has 16 rows and 16 columns at least");
+  float sum_[kRows][kColumns][4];
+
+ public:
+  static constexpr int kSlots = 2 * kRows, kLanesPerRow = 4;
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum_[r][c][e] = 0;
+  }
+
+  // Adds the products of 32 of the 64 bytes.
+  __device__ __forceinline__ void multiply(const unsigned char* a, const unsigned char* b, int half) {
+    const int lane = lane_index(), warp = warp_index();
+    // Of four matrices, rows first for A (rows 0-7, 8-15, then the next 16 bytes) and bytes first for B.
+    const int a_row = warp / WN * (TM / WM) + lane % 16, a_piece = lane / 16;
+    const int b_row = warp % WN * (TN / WN) + lane % 8 + lane / 16 * 8, b_piece = lane / 8 % 2;
+    uint32_t left[kRows][4];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) load_matrices(left[r], a + piece_offset(a_row + 16 * r, 2 * half + a_piece));
+#pragma unroll
+    for (int c = 0; c < kColumns; c += 2) {
+      uint32_t right[4];
+      load_matrices(right, b + piece_offset(b_row + 8 * c, 2 * half + b_piece));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        multiply_add(typename A::Operand{}, sum_[r][c], left[r], right[0], right[1]);
+        multiply_add(typename A::Operand{}, sum_[r][c + 1], left[r], right[2], right[3]);
+      }
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) {
+    const int lane = lane_index(), warp = warp_index();
+    const int row = warp / WN * (TM / WM) + lane / 4, column = warp % WN * (TN / WN) + 2 * (lane % 4);
+#pragma unroll
+    for (int c = 0; c < 2 * kColumns; ++c)
+#pragma unroll
+      for (int r = 0; r < 2 * kRows; ++r)
+        f(r, row + 8 * r, column + c / 2 * 8 + c % 2, sum_[r / 2][c / 2][r % 2 * 2 + c % 2]);
+  }
+  template <class F>
+  __device__ __forceinline__ void each_row(const F& f) {
+    const int row = warp_index() / WN * (TM / WM) + lane_index() / 4;
+#pragma unroll
+    for (int r = 0; r < 2 * kRows; ++r) f(r, row + 8 * r);
+  }
+};
+
+template <class A, int TM, int TN, int WM, int WN>
+class Sums<A, TM, TN, WM, WN, false> {
+  using Real = typename A::Real;
+  static constexpr int kRows = TM / WM / 4, kColumns = TN / WN / 8, kLength = kPieceLength<A>;
+  static_assert(kRows > 0 && kColumns > 0, "a warp has 4 rows and 8 columns at least");
+  Real sum_[kRows][kColumns];
+
+ public:
+  static constexpr int kSlots = kRows, kLanesPerRow = 8;
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) sum_[r][c] = 0;
+  }
+
+  __device__ __forceinline__ void multiply(const unsigned char* a, const unsigned char* b, int half) {
+    const int lane = lane_index(), warp = warp_index();
+    const int row = warp / WN * (TM / WM) + lane / 8, column = warp % WN * (TN / WN) + lane % 8;
+    struct alignas(kPieceBytes) Piece {
+      Real x[kLength];
+    };
+#pragma unroll
+    for (int piece = 2 * half; piece < 2 * half + 2; ++piece) {
+      Piece right[kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+        right[c] = *reinterpret_cast<const Piece*>(b + piece_offset(column + 8 * c, piece));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Piece left = *reinterpret_cast<const Piece*>(a + piece_offset(row + 4 * r, piece));
+#pragma unroll
+        for (int k = 0; k < kLength; ++k)
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) sum_[r][c] += left.x[k] * right[c].x[k];
+      }
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) {
+    const int lane = lane_index(), warp = warp_index();
+    const int row = warp / WN * (TM / WM) + lane / 8, column = warp % WN * (TN / WN) + lane % 8;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) f(r, row + 4 * r, column + 8 * c, sum_[r][c]);
+  }
+  template <class F>
+  __device__ __forceinline__ void each_row(const F& f) {
+    const int row = warp_index() / WN * (TM / WM) + lane_index() / 8;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) f(r, row + 4 * r);
+  }
+};
+
+}  // namespace pddm::cuda
