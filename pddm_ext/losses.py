@@ -37,27 +37,33 @@ class QuadrupletLoss(nn.Module):
         return f"alpha={self.alpha}, beta={self.beta}, weight={self.weight}"
 
     def forward(self, feats: Tensor, quads: Quadruplets) -> Tensor:
-        return self.similarity(quads) + self.weight * self.embedding(feats, quads)
+        return _mean(self._similarity(quads) + self.weight * self._embedding(feats, quads), quads.valid)
 
     def similarity(self, quads: Quadruplets) -> Tensor:
         """E_m: pulls the unit (and the features through it) to score positives above negatives by α."""
-        return _mean(
-            F.relu(self.alpha + quads.s_ik - quads.s_ij) + F.relu(self.alpha + quads.s_jl - quads.s_ij), quads.valid
-        )
+        return _mean(self._similarity(quads), quads.valid)
 
     def embedding(self, feats: Tensor, quads: Quadruplets) -> Tensor:
         """E_e: pulls the features themselves, whoever mined the quadruplets."""
+        return _mean(self._embedding(feats, quads), quads.valid)
+
+    # Of every slot. At Q = 1 the loss is nothing but launches, so what can be one operator over all pairs is.
+
+    def _similarity(self, quads: Quadruplets) -> Tensor:
+        return F.relu(torch.stack([quads.s_ik, quads.s_jl]) - quads.s_ij + self.alpha).sum(0)
+
+    def _embedding(self, feats: Tensor, quads: Quadruplets) -> Tensor:
         if feats.dim() != 2:
             raise ValueError(f"feats has shape {tuple(feats.shape)}; (rows, dim) is accepted")
         if len(feats) == 0:
             return feats.sum().to(quads.s_ij.dtype)
-        # One gather and one norm for all four: at Q = 1 the loss is nothing but launches. Slots that are not valid are
-        # cut off before the norm, for the gradient of a row of NaN would be NaN even times 0.
+        # Slots that are not valid are cut off before the norm, for the gradient of a row of NaN would be NaN even
+        # times 0.
         rows = torch.stack(quads[:4])
         f = feats.index_select(0, rows.flatten().clamp(min=0)).view(*rows.shape, feats.shape[1]).to(quads.s_ij.dtype)
         f_i, f_j, f_k, f_l = F.normalize(torch.where(quads.valid[:, None], f, 0.0), dim=-1)
-        d_ij, d_ik, d_jl = ((a - b).square().sum(-1) for a, b in ((f_i, f_j), (f_i, f_k), (f_j, f_l)))
-        return _mean(F.relu(self.beta + d_ij - d_ik) + F.relu(self.beta + d_ij - d_jl), quads.valid)
+        d_ij, d_ik, d_jl = (torch.stack([f_i, f_i, f_j]) - torch.stack([f_j, f_k, f_l])).square().sum(-1)
+        return F.relu(d_ij + self.beta - torch.stack([d_ik, d_jl])).sum(0)
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import _checks
+from . import _checks, reference
 from .quadruplets import Mode, Quadruplets
 from .unit import PDDM, default_unit
 
@@ -37,5 +37,6 @@ def mine_and_score(feats: Tensor, labels: Tensor, unit: PDDM | None = None, *, m
 
     Source: Huang, Loy, Tang, NIPS 2016, section 3.2.
     """
-    unit = _checks.mining(feats, labels, unit, mode, default_unit)
+    if not isinstance(unit, reference.PDDM):  # a unit checks its own arguments
+        unit = _checks.mining(feats, labels, unit, mode, default_unit)
     return unit.mine(feats, labels, mode=mode)

@@ -1,384 +1,439 @@
-// From weighted pairs back to the parameters and the rows, in two steps that alternate over chunks of pairs.
+// From weighted pairs back to the parameters and the rows: the kernels of the stages that engine.h lists.
 //
-//   backward_groups   one thread, a few groups: recompute u', v' and c, then the three products downwards
-//                         d_c = weight · w_s · [c > 0]          (combined)
-//                         d[û ; v̂] = W_cᵀ d_c                   (2 · hidden)   → d_u, d_v through norm and relu
-//                         d|u| = W_uᵀ d_u                       (dim)
-//                     in lanes, as forward; what the weight gradients need as "one pair per step" is transposed.
-//   reduce_*          one thread owns some outputs and adds the chunk's pairs in their order, so that the sum is the
-//                     same whoever does it: dW_c += d_cᵀ [û ; v̂], dW_u += d_uᵀ u, and the rows' df and da.
+// Everything lies in slabs, (panel of kLanes columns, row, column). A row is a pair, or a row of features. That one
+// layout serves a product both ways, each of which is one panel of outputs, owned by one thread:
 //
-// W_v is linear before its relu, so its gradient waits until all pairs are in: finish_* has dW_v = daᵀ f, df += da W_v.
-// With normalize_input a pair of nearly opposite rows has a da of 1/‖v‖, which cancels in dW_v but would take all other
-// pairs' digits with it; there dW_v is summed by pairs, as dW_u is.
+//     rows × weights          C rows of a slab, broadcast        ⊗   a panel of weights (step, kLanes), packed on the
+//     (û W, and d Wᵀ back)    (a panel at a time, from one block)    way in by whoever owns it: (64 … 128 KiB, L2)
+//
+//     weight gradient         C columns of d's panel, broadcast  ⊗   a panel of the layer's input: a step is a pair
+//
+// so that few pairs cost little more than reading the weights and writing their gradients once. A sum over pairs is
+// taken in their order by one owner, and is the same whoever that is.
 #pragma once
 
 #include "forward.h"
 
 namespace pddm::PDDM_ISA {
 
-using cpu::Chunk;
-using cpu::Gradient;
-using cpu::kMaxBackwardGroups;
-using cpu::Strided;
-using cpu::SumOffsets;
+using cpu::Backward;
+using cpu::Slab;
+using cpu::Stage;
 
 template <class T>
-PDDM_INLINE SumOffsets sum_layout(const Workspace<T>& w) {
-  const int64_t combined = padded(w.combined, kUnit);
-  SumOffsets at{};
-  at.b_v = at.b_u + w.a_stride;
-  at.b_c = at.b_v + w.a_stride;
-  at.w_s = at.b_c + combined;
-  at.b_s = at.w_s + combined;
-  at.stride = padded(at.b_s + 1, kLanes<T>);
-  return at;
+PDDM_INLINE T* at(const Slab<T>& s, int64_t panel, int64_t row) {
+  return s.data + (panel * s.rows + row) * kLanes<T>;
 }
 
-// Scratch of one thread: the forward block and the panels of d[û ; v̂] and d|u|.
-template <class T>
-struct BackwardBlock {
-  Block<Plain<T>> forward;
-  int64_t hidden_size, dim_size;
-  T *d_hidden, *d_dim;  // (group, 2, steps, lane), (group, steps, lane)
-  T* dot;               // (group, 2, lane): Σ u'·dû and Σ v'·dv̂
+// body(panel, offset in it, column) for every vector of a row of `panels` panels.
+template <class T, class Body>
+PDDM_INLINE void for_vectors(int64_t panels, const Body& body) {
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t o = 0; o < kLanes<T>; o += kWidth<T>) body(p, o, p * kLanes<T> + o);
+}
 
-  BackwardBlock(const Workspace<T>& w, int64_t groups, void* memory) : forward(w, groups, memory) {
-    hidden_size = w.a_stride * kLanes<T>;
-    dim_size = w.f_stride * kLanes<T>;
-    d_hidden = reinterpret_cast<T*>(static_cast<char*>(memory) + forward.bytes(groups));
-    d_dim = d_hidden + groups * 2 * hidden_size;
-    dot = d_dim + groups * dim_size;
-  }
-  int64_t bytes(int64_t groups) const {
-    return forward.bytes(groups) + groups * int64_t(sizeof(T)) * (2 * hidden_size + dim_size + 2 * kLanes<T>);
-  }
-};
-
-// Panel of d_hidden[which] → through the norm and the relu of `hidden`, in place. Leaves lane sums.
+// The first n elements of a vector, or all of it; zeros for the rest.
 template <class T>
-PDDM_INLINE void through_norm(const T* hidden, T* gradient, const T* dot, const T* norm, const T* inverse,
-                              int64_t steps, T* sums) {
+PDDM_INLINE Vec<T> load_some(const T* p, int64_t n) {
+  if (n >= kWidth<T>) return load(p);
+  Vec<T> v{};
+  if (n > 0) std::memcpy(&v, p, sizeof(T) * n);
+  return v;
+}
+
+template <class T>
+PDDM_INLINE void store_some(T* p, Vec<T> v, int64_t n) {
+  if (n >= kWidth<T>) return store(p, v);
+  if (n > 0) std::memcpy(p, &v, sizeof(T) * n);
+}
+
+// Outputs [c, c + kLanes) of x · W: the panel is W's columns as they lie, `steps` rows of it.
+template <class T>
+PDDM_INLINE void pack_columns(T* panel, const T* weights, int64_t stride, int64_t columns, int64_t c, int64_t steps) {
   constexpr int width = kWidth<T>, lanes = kLanes<T>;
-  T along[lanes];  // d/d‖x‖, per unit of x: Σ x·dx̂ / ‖x‖², nothing where the norm was clamped
-  for (int l = 0; l < lanes; ++l) along[l] = norm[l] > T(kNormFloor) ? dot[l] * inverse[l] * inverse[l] : T(0);
-  for (int64_t k = 0; k < steps; ++k) {
-    Vec<T> d[2];
-    PDDM_UNROLL
+  const T* from = weights + c;
+  for (int64_t s = 0; s < steps; ++s, from += stride) {
+    PDDM_PREFETCH(from + 16 * stride);  // a page further each step: no hardware would guess
+    PDDM_PREFETCH(from + 16 * stride + width);
+    store(panel + s * lanes, load_some(from, columns - c));
+    store(panel + s * lanes + width, load_some(from + width, columns - c - width));
+  }
+}
+
+// Outputs [c, c + kLanes) of x · Wᵀ: the panel is W's rows, transposed; `steps` columns of it, and room for whole
+// vectors.
+template <class T>
+PDDM_INLINE void pack_rows(T* panel, const T* weights, int64_t stride, int64_t rows, int64_t c, int64_t steps) {
+  constexpr int width = kWidth<T>, lanes = kLanes<T>;
+  for (int64_t k = 0; k < steps; k += width)
     for (int half = 0; half < 2; ++half) {
-      T* at = gradient + k * lanes + half * width;
-      const Vec<T> x = load(hidden + k * lanes + half * width);
-      d[half] = where_alive<T>(x, (load(at) - x * load(along + half * width)) * load(inverse + half * width));
-      store(at, d[half]);
+      const int64_t first = c + half * width;
+      Vec<T> v[width];
+      PDDM_UNROLL
+      for (int r = 0; r < width; ++r)
+        v[r] = first + r < rows ? load_some(weights + (first + r) * stride + k, steps - k) : Vec<T>{};
+      transpose<T>(v);
+      PDDM_UNROLL
+      for (int r = 0; r < width; ++r) store(panel + (k + r) * lanes + half * width, v[r]);
     }
-    sums[k] = sum_lanes<T>(d[0], d[1]);
-  }
 }
 
-// normalize_input: Σ_k d[k] (x[k] − bias[k]) per lane, which is d · (W x / ‖x‖), the pull on the input's norm.
-template <class T>
-PDDM_INLINE void pull_on_norm(const T* x, const T* d, const T* bias, int64_t steps, T* pull) {
-  constexpr int width = kWidth<T>, lanes = kLanes<T>;
-  Vec<T> p[2] = {};
-  for (int64_t k = 0; k < steps; ++k)
-    for (int half = 0; half < 2; ++half)
-      p[half] += load(d + k * lanes + half * width) * (load(x + k * lanes + half * width) - broadcast(bias[k]));
-  store(pull, p[0]), store(pull + width, p[1]);
+// tile += rows [row, row + C) of x, from its panel `first` on, times a packed panel.
+template <class T, int C>
+PDDM_INLINE void accumulate(Tile<T, C>& tile, const Slab<T>& x, int64_t first, int64_t row, const T* panel,
+                            int64_t steps) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t s = 0; s < steps; s += lanes)
+    multiply<Plain<T>>(tile, at(x, first + s / lanes, row), {1, lanes}, panel + s * lanes, lanes,
+                       steps - s < lanes ? steps - s : lanes);
 }
 
+// Blocks of rows that the owners of `panels` panels are split into when there are fewer of them than threads to feed.
 template <class T>
-PDDM_INLINE void backward_groups(const Workspace<T>& w, const Chunk<T>& chunk, int64_t first, int64_t count,
-                                 void* scratch) {
-  using Op = Plain<T>;
-  constexpr int width = kWidth<T>, lanes = kLanes<T>;
-  const BackwardBlock<T> b(w, count, scratch);
-  const SumOffsets at = sum_layout<T>(w);
-  const int64_t hidden = padded(w.hidden, kUnit), combined = padded(w.combined, kUnit), dim = padded(w.dim, kUnit);
-  const auto group = [&](int64_t g) {
-    return Group{0, -1, chunk.i + (first + g) * lanes, chunk.j + (first + g) * lanes, lanes};
-  };
-  const auto weight = [&](int64_t g) { return chunk.weight + (first + g) * lanes; };
-  const auto sums = [&](int64_t g) { return chunk.sums + (first + g) * at.stride; };
+PDDM_INLINE int64_t row_blocks(const Backward<T>& b, int64_t rows, int64_t panels) {
+  const int64_t wanted = (4 * b.threads + panels - 1) / panels, most = (rows + 8 * kStrip - 1) / (8 * kStrip);
+  return wanted < most ? wanted : most;
+}
 
-  Group groups[kMaxBackwardGroups];
-  for (int64_t g = 0; g < count; ++g) groups[g] = group(g);
-  hidden_layer<Op>(w, b.forward, groups, count);
-
-  combined_layer<Op>(w, b.forward, count, [&](auto columns, int64_t c, int64_t g, const auto& tile) {
-    T* d_c = chunk.d_c + ((first + g) * combined + c) * lanes;
-    for (int k = 0; k < decltype(columns)::value; ++k) {
-      Vec<T> d[2], ws[2];
-      for (int half = 0; half < 2; ++half) {
-        const Vec<T> upstream = load(weight(g) + half * width);
-        d[half] = where_alive<T>(tile.acc[k][half], upstream * broadcast(w.w_s[c + k]));
-        ws[half] = upstream * relu<T>(tile.acc[k][half]);
-        store(d_c + k * lanes + half * width, d[half]);
-      }
-      sums(g)[at.b_c + c + k] = sum_lanes<T>(d[0], d[1]);
-      sums(g)[at.w_s + c + k] = sum_lanes<T>(ws[0], ws[1]);
-    }
+// The product of one part: `pack` fills the panel, `fill(tile, row)` multiplies, `use(tile, row, c)` takes C rows of
+// it.
+template <class T, class Pack, class Fill, class Use>
+PDDM_INLINE void product(const Backward<T>& b, int64_t rows, int64_t panels, int64_t part, const Pack& pack,
+                         const Fill& fill, const Use& use) {
+  const int64_t blocks = row_blocks(b, rows, panels), panel = part % panels;
+  const int64_t size = padded((rows + blocks - 1) / blocks, kStrip), begin = part / panels * size;
+  if (begin >= rows) return;
+  pack(panel);
+  for_strips(rows - begin < size ? rows - begin : size, [&](auto columns, int64_t r) {
+    Tile<T, decltype(columns)::value> tile;
+    tile.clear();
+    fill(tile, begin + r);
+    PDDM_UNROLL
+    for (int c = 0; c < decltype(columns)::value; ++c) use(panel, begin + r + c, tile.acc[c]);
   });
+}
 
-  std::memset(static_cast<void*>(b.dot), 0, sizeof(T) * count * 2 * lanes);
-  for (int which = 0; which < 2; ++which)
-    for_strips(w.hidden, [&](auto columns, int64_t c) {
-      constexpr int C = decltype(columns)::value;
-      const T* strip = w.w_c_t + (which * hidden + c) * w.combined;
-      for (int64_t g = 0; g < count; ++g) {
-        Tile<T, C> tile;
-        tile.clear();
-        multiply_strip<Op>(tile, strip, chunk.d_c + (first + g) * combined * lanes, w.combined);
-        const T* x = (which ? b.forward.x + g * b.forward.x_size : b.forward.hidden + g * b.forward.hidden_size);
-        T* out = b.d_hidden + (2 * g + which) * b.hidden_size;
-        T* dot = b.dot + (2 * g + which) * lanes;
-        PDDM_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          Vec<T> sum = load(dot + half * width);
-          PDDM_UNROLL
-          for (int k = 0; k < C; ++k) {
-            store(out + (c + k) * lanes + half * width, tile.acc[k][half]);
-            sum += tile.acc[k][half] * load(x + (c + k) * lanes + half * width);
-          }
-          store(dot + half * width, sum);
-        }
-      }
-    });
-
-  for (int64_t g = 0; g < count; ++g) {
-    const Lanes<T>& lane = b.forward.lanes[g];
-    T* hidden_panel = b.forward.hidden + g * b.forward.hidden_size;
-    T* x_panel = b.forward.x + g * b.forward.x_size;
-    T* d_u = b.d_hidden + 2 * g * b.hidden_size;
-    T* d_v = d_u + b.hidden_size;
-    const int64_t pair = (first + g) * lanes;
-    sums(g)[at.b_s] = sum_lanes<T>(load(weight(g)), load(weight(g) + width));
-    through_norm<T>(hidden_panel, d_u, b.dot + 2 * g * lanes, lane.norm_u, lane.inverse_u, hidden, sums(g) + at.b_u);
-    through_norm<T>(x_panel, d_v, b.dot + (2 * g + 1) * lanes, lane.norm_v, lane.inverse_v, hidden, sums(g) + at.b_v);
-
-    T* pull_u = b.dot + 2 * g * lanes;  // the dots are spent
-    if (w.normalize_input) {
-      T pull_v[lanes];
-      pull_on_norm<T>(hidden_panel, d_u, w.b_u, hidden, pull_u);
-      pull_on_norm<T>(x_panel, d_v, w.b_v, hidden, pull_v);
-      for (int l = 0; l < lanes; ++l) {
-        const T s_u = lane.scale_u[l], s_v = T(2) * lane.scale_v[l];
-        const T most = T(0.999) / T(kNormFloor);  // a clamped norm pulls on nothing
-        pull_u[l] = s_u < most ? pull_u[l] * s_u * s_u : T(0);
-        chunk.pull[pair + l] = s_v < most ? -T(0.25) * pull_v[l] * s_v * s_v : T(0);
-      }
-    }
-
-    // d_u as W_u's gradient wants it, d_v as a's does, then everything that is needed pair by pair.
-    T *kept = chunk.d_u + (first + g) * hidden * lanes, *kept_v = chunk.d_v + (first + g) * hidden * lanes;
-    for (int64_t k = 0; k < hidden; ++k)
-      for (int half = 0; half < 2; ++half) {
-        const int64_t e = k * lanes + half * width;
-        store(kept + e, load(d_u + e) * load(lane.scale_u + half * width));
-        store(d_v + e, load(d_v + e) * load(lane.scale_v + half * width));
-        if (w.normalize_input) store(kept_v + e, load(d_v + e));
-        store(hidden_panel + e, load(hidden_panel + e) * load(lane.inverse_u + half * width));
-        store(x_panel + e, load(x_panel + e) * load(lane.inverse_v + half * width));
-      }
-    zero_steps(hidden_panel, hidden, w.a_stride);
-    zero_steps(x_panel, hidden, w.a_stride);
-    zero_steps(d_v, hidden, w.a_stride);
-    const T* halves[2] = {hidden_panel, x_panel};
-    for (int which = 0; which < 2; ++which)
-      for_each_lane<T>(halves[which], w.a_stride, [&](int l, int64_t k, Vec<T> v) {
-        const int64_t strip = (which * w.a_stride + k) / lanes;
-        store(chunk.uv + (strip * chunk.capacity + pair + l) * lanes + k % lanes, v);
-      });
-    for_each_lane<T>(d_v, w.a_stride,
-                     [&](int l, int64_t k, Vec<T> v) { store(chunk.row_a + (pair + l) * w.a_stride + k, v); });
-  }
-
-  for_strips(w.dim, [&](auto columns, int64_t c) {
+// out[o][:] (+)= Σ_row d[row][o] · x[row][:], for the outputs of one panel of d.
+template <class T>
+PDDM_INLINE void weight_gradient(void* gradient, int64_t stride, int64_t outputs, int64_t inputs, const Slab<T>& d,
+                                 int64_t d_first, int64_t panel, const Slab<T>& x, int64_t x_first, int64_t rows,
+                                 bool first) {
+  constexpr int width = kWidth<T>, lanes = kLanes<T>;
+  const int64_t o = panel * lanes, left = outputs - o < lanes ? outputs - o : lanes;
+  T* out = static_cast<T*>(gradient) + o * stride;
+  for_strips(left, [&](auto columns, int64_t c) {
     constexpr int C = decltype(columns)::value;
-    for (int64_t g = 0; g < count; ++g) {
+    for (int64_t k = 0; k < inputs; k += lanes) {
       Tile<T, C> tile;
       tile.clear();
-      multiply_strip<Op>(tile, w.w_u_t + c * w.hidden, chunk.d_u + (first + g) * hidden * lanes, w.hidden);
-      T* out = b.d_dim + g * b.dim_size + c * lanes;
-      PDDM_UNROLL
-      for (int k = 0; k < C; ++k) {
-        store(out + k * lanes, tile.acc[k][0]);
-        store(out + k * lanes + width, tile.acc[k][1]);
-      }
+      if (!first)
+        for (int r = 0; r < C && c + r < left; ++r)
+          for (int half = 0; half < 2; ++half)
+            tile.acc[r][half] = load_some(out + (c + r) * stride + k + half * width, inputs - k - half * width);
+      multiply<Plain<T>>(tile, at(d, d_first + panel, 0) + c, {lanes, 1}, at(x, x_first + k / lanes, 0), lanes, rows);
+      for (int r = 0; r < C && c + r < left; ++r)
+        for (int half = 0; half < 2; ++half)
+          store_some(out + (c + r) * stride + k + half * width, tile.acc[r][half], inputs - k - half * width);
     }
   });
+}
 
-  for (int64_t g = 0; g < count; ++g) {
-    T* d_dim = b.d_dim + g * b.dim_size;
-    const T* pull_u = b.dot + 2 * g * lanes;
-    zero_steps(d_dim, dim, w.f_stride);
-    for_each_lane<T>(d_dim, w.f_stride, [&](int l, int64_t k, Vec<T> d) {
-      const int64_t pair = (first + g) * lanes + l;
-      const Vec<T> f_i = load(w.f + chunk.i[pair] * w.f_stride + k), f_j = load(w.f + chunk.j[pair] * w.f_stride + k);
-      const Vec<T> e = f_i - f_j;
-      const int64_t at = (k / lanes * chunk.capacity + pair) * lanes + k % lanes;
-      store(chunk.u + at, absolute<T>(e));
-      Vec<T> signed_d = where_alive<T>(e, d) - where_alive<T>(Vec<T>{} - e, d);
-      if (w.normalize_input) {
-        store(chunk.v + at, f_i + f_j);
-        signed_d = signed_d - e * broadcast(pull_u[l]);
-      }
-      store(chunk.row_f + pair * w.f_stride + k, signed_d);
+// The same for a bias: out[o] (+)= the sum over a chunk's pairs.
+template <class T>
+PDDM_INLINE void add_sum(void* gradient, int64_t o, int64_t outputs, Vec<T> sum, bool first) {
+  T* out = static_cast<T*>(gradient) + o;
+  store_some(out, first ? sum : load_some(out, outputs - o) + sum, outputs - o);
+}
+
+template <class T>
+PDDM_INLINE void bias_gradient(void* gradient, int64_t outputs, const Slab<T>& d, int64_t d_first, int64_t panel,
+                               int64_t rows, bool first) {
+  for (int64_t o = 0; o < kLanes<T>; o += kWidth<T>) {
+    Vec<T> sum{};
+    for (int64_t r = 0; r < rows; ++r) sum += load(at(d, d_first + panel, r) + o);
+    add_sum<T>(gradient, panel * kLanes<T> + o, outputs, sum, first);
+  }
+}
+
+// x /= max(‖x‖, floor) for a row of `panels` panels; returns the clamped norm.
+template <class T>
+PDDM_INLINE T normalize(const Slab<T>& x, int64_t first, int64_t panels, int64_t row) {
+  Vec<T> square{};
+  for_vectors<T>(panels, [&](int64_t p, int64_t o, int64_t) {
+    const Vec<T> v = load(at(x, first + p, row) + o);
+    square += v * v;
+  });
+  const T norm = clamped(root(sum_lanes<T>(square, Vec<T>{})));
+  const Vec<T> inverse = broadcast(T(1) / norm);
+  for_vectors<T>(panels, [&](int64_t p, int64_t o, int64_t) {
+    T* to = at(x, first + p, row) + o;
+    store(to, load(to) * inverse);
+  });
+  return norm;
+}
+
+// d/dx̂ → d/dx of a row that `normalize` left as x̂: use(panel, offset, column, d). A clamped norm is a constant.
+template <class T, class Use>
+PDDM_INLINE void through_norm(const Slab<T>& unit, const Slab<T>& d, int64_t first, int64_t panels, int64_t row, T norm,
+                              const Use& use) {
+  Vec<T> dot{};
+  for_vectors<T>(panels, [&](int64_t p, int64_t o, int64_t) {
+    dot += load(at(unit, first + p, row) + o) * load(at(d, first + p, row) + o);
+  });
+  const Vec<T> along = broadcast(norm > T(kNormFloor) ? sum_lanes<T>(dot, Vec<T>{}) : T(0));
+  const Vec<T> inverse = broadcast(T(1) / norm);
+  for_vectors<T>(panels, [&](int64_t p, int64_t o, int64_t k) {
+    const Vec<T> x = load(at(unit, first + p, row) + o);
+    use(p, o, k, x, (load(at(d, first + p, row) + o) - x * along) * inverse);
+  });
+}
+
+template <class T>
+PDDM_INLINE void unit_row(const Backward<T>& b, int64_t row) {
+  const T* from = static_cast<const T*>(b.rows.data) + (b.source ? b.source[row] : row) * b.unit.dim;
+  for_vectors<T>(b.dim_panels, [&](int64_t p, int64_t o, int64_t k) {
+    store(at(b.f, p, row) + o, load_some(from + k, b.unit.dim - k));
+  });
+  b.norm[row] = normalize(b.f, 0, b.dim_panels, row);
+}
+
+// u, and with normalize_input v, over their norms.
+template <class T>
+PDDM_INLINE void pair_inputs(const Backward<T>& b, int64_t pair) {
+  const int64_t i = b.i[pair], j = b.j[pair];
+  auto& number = b.numbers[pair];
+  Vec<T> square{};
+  for_vectors<T>(b.dim_panels, [&](int64_t p, int64_t o, int64_t) {
+    const Vec<T> f_i = load(at(b.f, p, i) + o), f_j = load(at(b.f, p, j) + o), both = f_i + f_j;
+    store(at(b.u, p, pair) + o, absolute<T>(f_i - f_j));
+    if (!b.unit.normalize_input) return;
+    store(at(b.v, p, pair) + o, both);
+    square += both * both;
+  });
+  number.scale_u = T(1), number.scale_v = T(0.5);
+  if (b.unit.normalize_input) {
+    number.scale_u = T(1) / normalize(b.u, 0, b.dim_panels, pair);
+    number.scale_v = T(0.5) / clamped(T(0.5) * root(sum_lanes<T>(square, Vec<T>{})));
+    const Vec<T> scale = broadcast(number.scale_v);
+    for_vectors<T>(b.dim_panels, [&](int64_t p, int64_t o, int64_t) {
+      T* v = at(b.v, p, pair) + o;
+      store(v, load(v) * scale);
     });
   }
 }
 
-// dW[c …][:] += Σ_pairs d[c …] ⊗ x, for the strip of outputs c. `d` is (group, outputs, lane).
-template <class T, int C>
-PDDM_INLINE void add_weight_strip(const Chunk<T>& chunk, const T* d, int64_t outputs, int64_t c, const T* x,
-                                  int64_t strips, const Strided<T>& gradient) {
-  constexpr int lanes = kLanes<T>, width = kWidth<T>;
-  for (int64_t s = 0; s < strips; ++s) {
-    Tile<T, C> tile;
-    const int64_t stride = gradient.stride;
-    T* out = gradient.data + c * stride + s * lanes;
-    tile.clear();
-    if (!chunk.first) {
-      PDDM_UNROLL
-      for (int k = 0; k < C; ++k) {
-        tile.acc[k][0] = load(out + k * stride);
-        tile.acc[k][1] = load(out + k * stride + width);
+// û, and v̂ from the rows' a.
+template <class T>
+PDDM_INLINE void pair_norms(const Backward<T>& b, int64_t pair) {
+  const int64_t i = b.i[pair], j = b.j[pair], hidden = b.hidden_panels;
+  auto& number = b.numbers[pair];
+  const Vec<T> scale = broadcast(number.scale_v);
+  for_vectors<T>(hidden, [&](int64_t p, int64_t o, int64_t k) {
+    const Vec<T> a = load(at(b.a, p, i) + o) + load(at(b.a, p, j) + o);
+    store(at(b.uv, hidden + p, pair) + o, relu<T>(a * scale + load(b.b_v + k)));
+  });
+  number.norm_u = normalize(b.uv, 0, hidden, pair);
+  number.norm_v = normalize(b.uv, hidden, hidden, pair);
+}
+
+// Columns of one panel of c → d_c, and the sums over pairs that the last two parameters want of them.
+template <class T>
+PDDM_INLINE void score_gradient(const Backward<T>& b, int64_t panel) {
+  for (int64_t o = 0; o < kLanes<T>; o += kWidth<T>) {
+    const int64_t k = panel * kLanes<T> + o;
+    const Vec<T> w_s = load(b.w_s + k);
+    Vec<T> d_b{}, d_w{};
+    for (int64_t pair = 0; pair < b.pairs; ++pair) {
+      T* c = at(b.d_c, panel, pair) + o;
+      const Vec<T> upstream = broadcast(b.weight[pair]), d = where_alive<T>(load(c), upstream * w_s);
+      d_w += upstream * relu<T>(load(c));
+      d_b += d;
+      store(c, d);
+    }
+    add_sum<T>(b.gradient.b_c, k, b.unit.combined, d_b, b.first);
+    add_sum<T>(b.gradient.w_s, k, b.unit.combined, d_w, b.first);
+  }
+}
+
+// d[û ; v̂] → d of W_u's and W_v's outputs, in place, and with normalize_input the pulls on ‖u‖ and ‖v‖: d · W x / ‖x‖.
+template <class T>
+PDDM_INLINE void pair_through_norms(const Backward<T>& b, int64_t pair) {
+  auto& number = b.numbers[pair];
+  T pull[2];
+  for (int which = 0; which < 2; ++which) {
+    const T norm = which ? number.norm_v : number.norm_u;
+    const T* bias = which ? b.b_v : b.b_u;
+    Vec<T> sum{};
+    through_norm<T>(b.uv, b.d_uv, which * b.hidden_panels, b.hidden_panels, pair, norm,
+                    [&](int64_t p, int64_t o, int64_t k, Vec<T> x, Vec<T> d) {
+                      d = where_alive<T>(x, d);
+                      store(at(b.d_uv, which * b.hidden_panels + p, pair) + o, d);
+                      sum += d * (x * broadcast(norm) - load(bias + k));
+                    });
+    pull[which] = sum_lanes<T>(sum, Vec<T>{});
+  }
+  const T s_u = number.scale_u, s_v = T(2) * number.scale_v;
+  const T most = T(0.999) / T(kNormFloor);  // a clamped norm pulls on nothing
+  number.pull_u = b.unit.normalize_input && s_u < most ? pull[0] * s_u * s_u : T(0);
+  number.pull_v = b.unit.normalize_input && s_v < most ? T(-0.25) * pull[1] * s_v * s_v : T(0);
+}
+
+// Columns of one panel of the rows' df, which |f_i − f_j| and the pulls reach, or of their da.
+template <class T>
+PDDM_INLINE void add_to_rows(const Backward<T>& b, int64_t panel) {
+  for (int64_t pair = 0; pair < b.pairs; ++pair) {
+    const int64_t i = b.i[pair], j = b.j[pair];
+    const auto& number = b.numbers[pair];
+    for (int64_t o = 0; o < kLanes<T>; o += kWidth<T>) {
+      if (panel >= b.dim_panels) {
+        const int64_t p = panel - b.dim_panels;
+        const Vec<T> d = load(at(b.d_uv, b.hidden_panels + p, pair) + o) * broadcast(number.scale_v);
+        T *to_i = at(b.d_a, p, i) + o, *to_j = at(b.d_a, p, j) + o;
+        store(to_i, load(to_i) + d);
+        store(to_j, load(to_j) + d);
+        continue;
       }
-    }
-    for (int64_t g = 0; g < chunk.groups; ++g) {
-      const int64_t left = chunk.pairs - g * lanes;
-      multiply<Plain<T>>(tile, d + (g * outputs + c) * lanes, {1, lanes}, x + (s * chunk.capacity + g * lanes) * lanes,
-                         lanes, left < lanes ? left : lanes);
-    }
-    PDDM_UNROLL
-    for (int k = 0; k < C; ++k) {
-      store(out + k * stride, tile.acc[k][0]);
-      store(out + k * stride + width, tile.acc[k][1]);
+      const Vec<T> f_i = load(at(b.f, panel, i) + o), f_j = load(at(b.f, panel, j) + o), e = f_i - f_j;
+      const Vec<T> d = load(at(b.d_input, panel, pair) + o) * broadcast(number.scale_u);
+      const Vec<T> apart = where_alive<T>(e, d) - where_alive<T>(Vec<T>{} - e, d) - e * broadcast(number.pull_u);
+      const Vec<T> both = (f_i + f_j) * broadcast(number.pull_v);
+      T *to_i = at(b.d_f, panel, i) + o, *to_j = at(b.d_f, panel, j) + o;
+      store(to_i, load(to_i) + (both + apart));
+      store(to_j, load(to_j) + (both - apart));
     }
   }
 }
 
-// Columns of the rows' gradients that one task adds.
-template <class T>
-constexpr int64_t kSlice = 2 * kLanes<T>;
+// Pairs of one part where a pair's own row is all there is to do.
+constexpr int64_t kPairs = 16;
 
 template <class T>
-PDDM_INLINE int64_t slices(int64_t stride) {
-  return (stride + kSlice<T> - 1) / kSlice<T>;
+PDDM_INLINE int64_t stage_part_count(const Backward<T>& b, Stage stage) {
+  const int64_t pairs = (b.pairs + kPairs - 1) / kPairs, rows = (b.rows.count + kPairs - 1) / kPairs;
+  const int64_t dim = b.dim_panels, hidden = b.hidden_panels, combined = b.combined_panels;
+  const auto products = [&](int64_t of, int64_t panels) { return row_blocks(b, of, panels) * panels; };
+  switch (stage) {
+    case Stage::unit_rows: return rows;
+    case Stage::inputs: return pairs;
+    case Stage::hidden: return products(b.pairs, hidden) + (b.first ? products(b.rows.count, hidden) : 0);
+    case Stage::norms: return pairs;
+    case Stage::combined: return products(b.pairs, combined);
+    case Stage::score: return pairs < 1 ? 1 : pairs < combined ? pairs : combined;
+    case Stage::back_combined: return products(b.pairs, 2 * hidden);
+    case Stage::back_norms: return pairs;
+    case Stage::back_hidden: return products(b.pairs, dim) + hidden + 2 * combined;
+    case Stage::to_rows: return pairs < dim + hidden ? pairs : dim + hidden;
+    case Stage::back_rows: return products(b.rows.count, dim) + (b.unit.normalize_input ? 0 : hidden);
+    case Stage::back_unit_rows: return rows;
+  }
+  return 0;
 }
 
 template <class T>
-PDDM_INLINE int64_t reduce_part_count(const Workspace<T>& w) {
-  return strip_count(w.combined) + (w.normalize_input ? 2 : 1) * strip_count(w.hidden) + slices<T>(w.f_stride) +
-         slices<T>(w.a_stride) + 1;
-}
-
-template <class T>
-PDDM_INLINE void reduce_part(const Workspace<T>& w, const Chunk<T>& chunk, const Gradient<T>& g, int64_t part) {
+PDDM_INLINE void run_stage(const Backward<T>& b, Stage stage, int64_t part, T* panel) {
   constexpr int width = kWidth<T>, lanes = kLanes<T>;
-  if (part < strip_count(w.combined)) {
-    const int64_t strips = w.a_stride / lanes, outputs = padded(w.combined, kUnit);
-    return for_strip(w.combined, part, [&](auto columns, int64_t c) {
-      constexpr int C = decltype(columns)::value;
-      add_weight_strip<T, C>(chunk, chunk.d_c, outputs, c, chunk.uv, strips, g.w_c_u);
-      add_weight_strip<T, C>(chunk, chunk.d_c, outputs, c, chunk.uv + strips * chunk.capacity * lanes, strips, g.w_c_v);
-    });
-  }
-  part -= strip_count(w.combined);
-  if (part < strip_count(w.hidden))
-    return for_strip(w.hidden, part, [&](auto columns, int64_t c) {
-      add_weight_strip<T, decltype(columns)::value>(chunk, chunk.d_u, padded(w.hidden, kUnit), c, chunk.u,
-                                                    w.f_stride / lanes, g.w_u);
-    });
-  part -= strip_count(w.hidden);
-  if (w.normalize_input) {
-    if (part < strip_count(w.hidden))
-      return for_strip(w.hidden, part, [&](auto columns, int64_t c) {
-        add_weight_strip<T, decltype(columns)::value>(chunk, chunk.d_v, padded(w.hidden, kUnit), c, chunk.v,
-                                                      w.f_stride / lanes, g.w_v);
+  const int64_t dim = b.unit.dim, hidden = b.unit.hidden, combined = b.unit.combined;
+  const int64_t dim_panels = b.dim_panels, hidden_panels = b.hidden_panels;
+  const T *w_u = static_cast<const T*>(b.unit.w_u), *w_v = static_cast<const T*>(b.unit.w_v),
+          *w_c = static_cast<const T*>(b.unit.w_c);
+  const auto each = [&](int64_t count, const auto& body) {
+    for (int64_t r = part * kPairs; r < (part + 1) * kPairs && r < count; ++r) body(r);
+  };
+  const auto stepping = [&](int64_t panels, const auto& body) {
+    for (int64_t p = part; p < panels; p += stage_part_count(b, stage)) body(p);
+  };
+  const auto store_row = [](T* to, const Vec<T>* x) { store(to, x[0]), store(to + width, x[1]); };
+
+  switch (stage) {
+    case Stage::unit_rows: return each(b.rows.count, [&](int64_t row) { unit_row(b, row); });
+    case Stage::inputs: return each(b.pairs, [&](int64_t pair) { pair_inputs(b, pair); });
+    case Stage::hidden:
+      if (part < row_blocks(b, b.pairs, hidden_panels) * hidden_panels)
+        return product(
+            b, b.pairs, hidden_panels, part, [&](int64_t p) { pack_rows(panel, w_u, dim, hidden, p * lanes, dim); },
+            [&](auto& tile, int64_t pair) { accumulate(tile, b.u, 0, pair, panel, dim); },
+            [&](int64_t p, int64_t pair, const Vec<T>* x) {
+              const T* bias = b.b_u + p * lanes;
+              const Vec<T> alive[2] = {relu<T>(x[0] + load(bias)), relu<T>(x[1] + load(bias + width))};
+              store_row(at(b.uv, p, pair), alive);
+            });
+      part -= row_blocks(b, b.pairs, hidden_panels) * hidden_panels;
+      return product(
+          b, b.rows.count, hidden_panels, part, [&](int64_t p) { pack_rows(panel, w_v, dim, hidden, p * lanes, dim); },
+          [&](auto& tile, int64_t row) { accumulate(tile, b.f, 0, row, panel, dim); },
+          [&](int64_t p, int64_t row, const Vec<T>* x) { store_row(at(b.a, p, row), x); });
+    case Stage::norms: return each(b.pairs, [&](int64_t pair) { pair_norms(b, pair); });
+    case Stage::combined: {
+      T* second = panel + hidden_panels * lanes * lanes;
+      return product(
+          b, b.pairs, b.combined_panels, part,
+          [&](int64_t p) {
+            pack_rows(panel, w_c, 2 * hidden, combined, p * lanes, hidden);
+            pack_rows(second, w_c + hidden, 2 * hidden, combined, p * lanes, hidden);
+          },
+          [&](auto& tile, int64_t pair) {
+            accumulate(tile, b.uv, 0, pair, panel, hidden);
+            accumulate(tile, b.uv, hidden_panels, pair, second, hidden);
+          },
+          [&](int64_t p, int64_t pair, const Vec<T>* x) {
+            const T* bias = b.b_c + p * lanes;
+            const Vec<T> biased[2] = {x[0] + load(bias), x[1] + load(bias + width)};
+            store_row(at(b.d_c, p, pair), biased);
+          });
+    }
+    case Stage::score: return stepping(b.combined_panels, [&](int64_t p) { score_gradient(b, p); });
+    case Stage::back_combined:
+      return product(
+          b, b.pairs, 2 * hidden_panels, part,
+          [&](int64_t p) {
+            const int64_t which = p / hidden_panels;
+            pack_columns(panel, w_c + which * hidden, 2 * hidden, hidden, p % hidden_panels * lanes, combined);
+          },
+          [&](auto& tile, int64_t pair) { accumulate(tile, b.d_c, 0, pair, panel, combined); },
+          [&](int64_t p, int64_t pair, const Vec<T>* x) { store_row(at(b.d_uv, p, pair), x); });
+    case Stage::back_norms: return each(b.pairs, [&](int64_t pair) { pair_through_norms(b, pair); });
+    case Stage::back_hidden:
+      if (part < hidden_panels) {
+        weight_gradient(b.gradient.w_u, dim, hidden, dim, b.d_uv, 0, part, b.u, 0, b.pairs, b.first);
+        bias_gradient(b.gradient.b_u, hidden, b.d_uv, 0, part, b.pairs, b.first);
+        bias_gradient(b.gradient.b_v, hidden, b.d_uv, hidden_panels, part, b.pairs, b.first);
+        if (b.unit.normalize_input)
+          weight_gradient(b.gradient.w_v, dim, hidden, dim, b.d_uv, hidden_panels, part, b.v, 0, b.pairs, b.first);
+        return;
+      }
+      part -= hidden_panels;
+      if (part < 2 * b.combined_panels) {
+        const int64_t which = part % 2;
+        return weight_gradient(static_cast<T*>(b.gradient.w_c) + which * hidden, 2 * hidden, combined, hidden, b.d_c, 0,
+                               part / 2, b.uv, which * hidden_panels, b.pairs, b.first);
+      }
+      part -= 2 * b.combined_panels;
+      return product(
+          b, b.pairs, dim_panels, part, [&](int64_t p) { pack_columns(panel, w_u, dim, dim, p * lanes, hidden); },
+          [&](auto& tile, int64_t pair) { accumulate(tile, b.d_uv, 0, pair, panel, hidden); },
+          [&](int64_t p, int64_t pair, const Vec<T>* x) { store_row(at(b.d_input, p, pair), x); });
+    case Stage::to_rows: return stepping(dim_panels + hidden_panels, [&](int64_t p) { add_to_rows(b, p); });
+    case Stage::back_rows: {
+      const int64_t weights = b.unit.normalize_input ? 0 : hidden_panels;
+      if (part < weights)
+        return weight_gradient(b.gradient.w_v, dim, hidden, dim, b.d_a, 0, part, b.f, 0, b.rows.count, true);
+      return product(
+          b, b.rows.count, dim_panels, part - weights,
+          [&](int64_t p) { pack_columns(panel, w_v, dim, dim, p * lanes, hidden); },
+          [&](auto& tile, int64_t row) { accumulate(tile, b.d_a, 0, row, panel, hidden); },
+          [&](int64_t p, int64_t row, const Vec<T>* x) {
+            T* to = at(b.d_f, p, row);
+            const Vec<T> sum[2] = {load(to) + x[0], load(to + width) + x[1]};
+            store_row(to, sum);
+          });
+    }
+    case Stage::back_unit_rows:
+      return each(b.rows.count, [&](int64_t row) {
+        T* to = b.d_rows + (b.source ? b.source[row] : row) * dim;
+        through_norm<T>(b.f, b.d_f, 0, dim_panels, row, b.norm[row],
+                        [&](int64_t, int64_t, int64_t k, Vec<T>, Vec<T> d) { store_some(to + k, d, dim - k); });
       });
-    part -= strip_count(w.hidden);
   }
-  if (part < slices<T>(w.f_stride)) {
-    const int64_t from = part * kSlice<T>, to = from + kSlice<T> < w.f_stride ? from + kSlice<T> : w.f_stride;
-    for (int64_t p = 0; p < chunk.pairs; ++p) {
-      const int64_t i = chunk.i[p] * w.f_stride, j = chunk.j[p] * w.f_stride;
-      for (int64_t k = from; k < to; k += width) {
-        const Vec<T> d = load(chunk.row_f + p * w.f_stride + k);
-        Vec<T> to_i = d, to_j = Vec<T>{} - d;
-        if (w.normalize_input) {
-          const Vec<T> both = (load(w.f + i + k) + load(w.f + j + k)) * broadcast(chunk.pull[p]);
-          to_i += both, to_j += both;
-        }
-        store(g.f + i + k, load(g.f + i + k) + to_i);
-        store(g.f + j + k, load(g.f + j + k) + to_j);
-      }
-    }
-    return;
-  }
-  part -= slices<T>(w.f_stride);
-  if (part < slices<T>(w.a_stride)) {
-    const int64_t from = part * kSlice<T>, to = from + kSlice<T> < w.a_stride ? from + kSlice<T> : w.a_stride;
-    for (int64_t p = 0; p < chunk.pairs; ++p)
-      for (const int64_t row : {chunk.i[p], chunk.j[p]})
-        for (int64_t k = from; k < to; k += width) {
-          T* at = g.a + row * w.a_stride + k;
-          store(at, load(at) + load(chunk.row_a + p * w.a_stride + k));
-        }
-    return;
-  }
-  const int64_t stride = sum_layout<T>(w).stride;
-  for (int64_t group = 0; group < chunk.groups; ++group)
-    for (int64_t k = 0; k < stride; ++k) g.sums[k] += chunk.sums[group * stride + k];
-}
-
-template <class T>
-PDDM_INLINE int64_t finish_part_count(const Workspace<T>& w) {
-  return (w.normalize_input ? 0 : strip_count(w.hidden)) + strip_count(w.used);
-}
-
-template <class T>
-PDDM_INLINE void finish_part(const Workspace<T>& w, const Gradient<T>& g, int64_t part) {
-  constexpr int width = kWidth<T>, lanes = kLanes<T>;
-  const int64_t weights = w.normalize_input ? 0 : strip_count(w.hidden);
-  if (part < weights)
-    return for_strip(w.hidden, part, [&](auto columns, int64_t c) {
-      constexpr int C = decltype(columns)::value;
-      for (int64_t k = 0; k < w.f_stride; k += lanes) {
-        Tile<T, C> tile;
-        tile.clear();
-        multiply<Plain<T>>(tile, g.a + c, {w.a_stride, 1}, w.f + k, w.f_stride, w.used);
-        for (int r = 0; r < C; ++r) {
-          store(g.w_v.data + (c + r) * g.w_v.stride + k, tile.acc[r][0]);
-          store(g.w_v.data + (c + r) * g.w_v.stride + k + width, tile.acc[r][1]);
-        }
-      }
-    });
-  for_strip(w.used, part - weights, [&](auto columns, int64_t row) {
-    constexpr int C = decltype(columns)::value;
-    for (int64_t k = 0; k < w.f_stride; k += lanes) {
-      Tile<T, C> tile;
-      T* out = g.f + row * w.f_stride + k;
-      for (int r = 0; r < C; ++r) {
-        tile.acc[r][0] = load(out + r * w.f_stride);
-        tile.acc[r][1] = load(out + r * w.f_stride + width);
-      }
-      multiply<Plain<T>>(tile, g.a + row * w.a_stride, {1, w.a_stride}, w.w_v_rows + k, w.f_stride, w.hidden);
-      for (int r = 0; r < C; ++r) {
-        store(out + r * w.f_stride, tile.acc[r][0]);
-        store(out + r * w.f_stride + width, tile.acc[r][1]);
-      }
-    }
-    for (int r = 0; r < C; ++r) {  // through x / ‖x‖; a clamped norm is a constant
-      const T* f = w.f + (row + r) * w.f_stride;
-      T* d = g.f + (row + r) * w.f_stride;
-      const T inverse = w.inverse_norm[row + r];
-      Vec<T> dot{};
-      for (int64_t k = 0; k < w.f_stride; k += width) dot += load(f + k) * load(d + k);
-      const T along = inverse < T(0.999) / T(kNormFloor) ? sum_lanes<T>(dot, Vec<T>{}) : T(0);
-      for (int64_t k = 0; k < w.f_stride; k += width)
-        store(d + k, (load(d + k) - load(f + k) * broadcast(along)) * broadcast(inverse));
-    }
-  });
 }
 
 }  // namespace pddm::PDDM_ISA

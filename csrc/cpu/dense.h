@@ -24,7 +24,7 @@ void score_pairs(const Engine<T>& engine, const Parallel& parallel, const Rows& 
                  const Unit& unit, T* scores) {
   if (pairs.count == 0) return;
   const Touched touched(pairs, rows.count);
-  Prepared<T> p(engine, parallel, unit, int64_t(touched.rows.size()), false);
+  Prepared<T> p(engine, parallel, unit, int64_t(touched.rows.size()));
   p.set_rows({rows.data, int64_t(touched.rows.size())}, touched.rows.data());
   const Plan<Listed> plan{{}, Listed({touched.i.data(), touched.j.data(), pairs.count})};
   scan(p, plan, [&](int64_t, const Group& g, int64_t at, const T* s) { std::copy_n(s, g.count, scores + at); });
@@ -43,7 +43,7 @@ void score_matrix(const Engine<T>& engine, const Parallel& parallel, const Rows&
   if (split < 0) {
     const int64_t n = rows.count;
     if (n == 0) return;
-    Prepared<T> p(engine, parallel, unit, n, false);
+    Prepared<T> p(engine, parallel, unit, n);
     p.set_rows(rows, nullptr);
     scan(p, triangle_plan(n, lanes, true), [&](int64_t, const Group& g, int64_t, const T* s) {
       for (int l = 0; l < g.count; ++l) {
@@ -57,7 +57,7 @@ void score_matrix(const Engine<T>& engine, const Parallel& parallel, const Rows&
   if (n == 0 || m == 0) return;
   const T* data = static_cast<const T*>(rows.data);
   const int64_t base = engine.stride(m);  // the columns come first, so that their panels start at a panel
-  Prepared<T> p(engine, parallel, unit, base + n, false);
+  Prepared<T> p(engine, parallel, unit, base + n);
   p.set_rows({data + n * unit.dim, m}, nullptr);
   p.set_rows({data, n}, nullptr, base);
   scan(p, rectangle_plan(consecutive(base, n), 0, m, lanes), [&](int64_t, const Group& g, int64_t, const T* s) {
@@ -90,7 +90,7 @@ void topk(const Engine<T>& engine, const Parallel& parallel, const Rows& queries
   const int lanes = engine.lanes;
   const int64_t base = engine.stride(q);
   const int64_t piece = std::min(kPiece, gallery.count);
-  Prepared<T> p(engine, parallel, unit, base + engine.stride(piece), false);
+  Prepared<T> p(engine, parallel, unit, base + engine.stride(piece));
   p.set_rows(queries, nullptr);
 
   Arena arena;

@@ -23,61 +23,79 @@ template <class T>
 struct Workspace {
   int64_t dim, hidden, combined;
   bool normalize_input;
-  int64_t rows, used;  // room, a multiple of lanes, and how many of them a backward call has filled
+  int64_t rows;  // room, a multiple of lanes
   int64_t f_stride, a_stride;
 
   T *f, *f_panels;  // unit rows
   T *a, *a_panels;  // their W_v f
-  T* inverse_norm;  // of the rows as they came; a clamped norm gives 1 / kNormFloor
 
   void *w_u, *w_c;  // packed for the forward products
   T* w_v;           // packed for a
   T *b_u, *b_v, *b_c, *w_s;
   T b_s;
-
-  T *w_c_t, *w_u_t, *w_v_rows;  // packed for the backward products; null in a forward call
 };
 
-// One chunk of pairs on its way back. Everything is (group, row, lane) unless said otherwise.
+// Rows cut into panels of `lanes` columns: (panel, row, column), with room for `rows` of them.
 template <class T>
-struct Chunk {
-  int64_t pairs, groups, capacity;  // capacity: pairs the buffers were made for
-  bool first;                       // the weights' gradients hold nothing yet
-  const int64_t *i, *j;             // groups · lanes long
-  const T* weight;                  // upstream gradient, 0 in the lanes past `pairs`
-  T *d_c, *d_u, *d_v;               // at W_c's, W_u's and W_v's outputs, the latter two scaled as their inputs are
-  T *u, *v, *uv;                    // inputs of W_u, W_v and W_c, in strips of `lanes` columns: (strip, pair, column)
-  T *row_f, *row_a;                 // (pair, stride): to add to row i (and, signed, to row j)
-  T* pull;                          // (pair): the pull on ‖v‖; with d_v and v, for normalize_input only
-  T* sums;                          // (group, SumOffsets::stride): sums over the lanes
-};
-
-// A gradient of (padded_outputs, a multiple of lanes) somewhere in memory.
-template <class T>
-struct Strided {
+struct Slab {
   T* data;
-  int64_t stride;
+  int64_t rows;
 };
 
-// Gradient accumulators of a backward call.
+// The way back, stage by stage. Each is a number of independent parts, and needs all of the one before it.
+enum class Stage {
+  unit_rows,      // f                                        the rows, once
+  inputs,         // u                                        the pairs, chunk by chunk
+  hidden,         // u' = relu(u W_uᵀ + b_u); with the first chunk, a = f W_vᵀ of the rows
+  norms,          // û, v̂
+  combined,       // c = [û ; v̂] W_cᵀ + b_c
+  score,          // d_c = weight · w_s · [c > 0], in place;  db_c, dw_s
+  back_combined,  // d[û ; v̂] = d_c W_c
+  back_norms,     // d_u, d_v, in place: through the norms and the relus
+  back_hidden,    // d|u| = d_u W_u;                          dW_c = d_cᵀ [û ; v̂], dW_u = d_uᵀ u, db_u, db_v
+  to_rows,        // df and da of the rows, + and − d|u|, d_v
+  back_rows,      // df += da W_v;                            dW_v = daᵀ f           the rows again, once
+  back_unit_rows  // through f / ‖f‖, to where the gradient is wanted
+};
+
+// Numbers of one pair.
 template <class T>
-struct Gradient {
-  T *f, *a;                           // (rows of the workspace, their stride)
-  Strided<T> w_u, w_v, w_c_u, w_c_v;  // W_c's two halves apart
-  T* sums;                            // see SumOffsets
+struct PairNumbers {
+  T scale_u, scale_v;  // 1 and 1/2; with normalize_input 1/‖u‖ and 1/(2‖v‖)
+  T norm_u, norm_v;    // of u' and v', clamped
+  T pull_u, pull_v;    // on ‖u‖ and ‖v‖, for normalize_input only
 };
 
-// Bytes of the packed weights: the forward ones, then those that only a backward call needs.
+// Everything of one backward call. W_v is linear before its relu, so its gradient waits until all pairs are in. With
+// normalize_input a pair of nearly opposite rows has a da of 1/‖v‖, which cancels in dW_v but would take all other
+// pairs' digits with it; there dW_v is summed by pairs, as dW_u is.
+template <class T>
+struct Backward {
+  Unit unit;
+  int64_t dim_panels, hidden_panels, combined_panels, threads;
+  const T *b_u, *b_v, *b_c, *w_s;  // filled up with zeros to whole panels
+  UnitGradient gradient;
+
+  Rows rows;              // `count` rows that a pair names:
+  const int64_t* source;  // data[source[r]], or data[r]
+  T* d_rows;              // likewise; the others are left alone
+  Slab<T> f, a, d_f, d_a;
+  T* norm;
+
+  int64_t pairs;  // of the chunk
+  bool first;     // the parameters' gradients hold nothing yet
+  const int64_t *i, *j;
+  const T* weight;              // upstream gradient
+  Slab<T> u, v, uv, d_c, d_uv;  // v, over its norm, with normalize_input only
+  Slab<T> d_input;              // d|u|
+  PairNumbers<T>* numbers;
+};
+
+// Bytes of the packed weights.
 struct PackedSizes {
-  int64_t w_u, w_c, w_v, w_c_t, w_u_t;
+  int64_t w_u, w_c, w_v;
 };
 
-// Where each parameter's gradient lies among the sums.
-struct SumOffsets {
-  int64_t b_u, b_v, b_c, w_s, b_s, stride;
-};
-
-constexpr int64_t kMaxBackwardGroups = 4;
 constexpr int64_t kMaxLanes = 32;
 
 template <class T>
@@ -89,10 +107,8 @@ class Engine {
   int64_t stride(int64_t width) const { return (width + lanes - 1) / lanes * lanes; }
 
   virtual PackedSizes packed_sizes(const Workspace<T>& w) const = 0;
-  virtual int64_t padded_outputs(int64_t n) const = 0;            // outputs a packed matrix has room for
   virtual int64_t block_groups(const Workspace<T>& w) const = 0;  // groups whose panels fit the second-level cache
   virtual int64_t score_scratch_bytes(const Workspace<T>& w, int64_t groups) const = 0;
-  virtual int64_t backward_scratch_bytes(const Workspace<T>& w, int64_t groups) const = 0;
 
   // Fills the packed weights; `part` of `parts()` independent tasks.
   virtual int64_t pack_parts(const Workspace<T>& w) const = 0;
@@ -104,16 +120,10 @@ class Engine {
   // out[g · lanes + lane] = S of that pair.
   virtual void score(const Workspace<T>& w, const Group* groups, int64_t count, void* scratch, T* out) const = 0;
 
-  virtual SumOffsets sum_offsets(const Workspace<T>& w) const = 0;
-  // Recomputes groups [first, first + count) of the chunk and leaves their gradients in its buffers.
-  virtual void backward(const Workspace<T>& w, const Chunk<T>& chunk, int64_t first, int64_t count,
-                        void* scratch) const = 0;
-  // Adds the chunk to the gradient; every output belongs to one of the `reduce_parts` tasks.
-  virtual int64_t reduce_parts(const Workspace<T>& w) const = 0;
-  virtual void reduce(const Workspace<T>& w, const Chunk<T>& chunk, const Gradient<T>& g, int64_t part) const = 0;
-  // After the last chunk: W_v's gradient, and the rows' through W_v and the normalisation, left in g.f.
-  virtual int64_t finish_parts(const Workspace<T>& w) const = 0;
-  virtual void finish(const Workspace<T>& w, const Gradient<T>& g, int64_t part) const = 0;
+  virtual int64_t slab_rows(int64_t n) const = 0;  // room that a slab of n rows needs
+  virtual int64_t stage_parts(const Backward<T>& b, Stage stage) const = 0;
+  // `panel` has room for the longest packed panel: lanes · lanes · (the most panels a product runs over).
+  virtual void run(const Backward<T>& b, Stage stage, int64_t part, T* panel) const = 0;
 
   // The register tile's multiply-adds on registers alone, `rounds` times: the ceiling of every kernel. Returns the
   // floating-point operations; `sink` takes a number that depends on all of them.

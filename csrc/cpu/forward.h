@@ -215,7 +215,6 @@ PDDM_INLINE void prepare_rows(const Workspace<T>& w, const T* const* rows, int64
     Vec<T> square{};
     for (int64_t k = 0; k < w.f_stride; k += width) square += load(f + k) * load(f + k);
     const T norm = clamped(root(sum_lanes<T>(square, Vec<T>{})));
-    w.inverse_norm[row] = T(1) / norm;
     for (int64_t k = 0; k < w.dim; ++k) f[k] /= norm;
   }
   for (int64_t panel = first; panel < first + count; ++panel) {

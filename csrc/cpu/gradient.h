@@ -2,6 +2,8 @@
 // parameters' gradients in order, so that no sum depends on the number of threads.
 #pragma once
 
+#include <numeric>
+
 #include "dense.h"
 
 namespace pddm::cpu {
@@ -10,89 +12,76 @@ namespace pddm::cpu {
 constexpr int64_t kChunkBytes = 8 << 20;
 constexpr int64_t kMaxChunkPairs = 1024;
 
-// next(i, j, weight) gives the pairs in order and returns false after the last; at most `most` of them. Indices are
-// p's rows.
+// The rows that the pairs name; see Backward.
+template <class T>
+struct NamedRows {
+  Rows rows;
+  const int64_t* source;
+  T* gradient;
+};
+
+// next(i, j, weight) gives the pairs in order and returns false after the last; at most `most` of them.
 template <class T, class Next>
-void backward(Prepared<T>& p, int64_t most, const Next& next, T* const* d_rows, const UnitGradient& out) {
-  const Engine<T>& engine = p.engine;
-  const Workspace<T>& w = p.work;
+void backward(const Engine<T>& engine, const Parallel& parallel, const NamedRows<T>& named, const Unit& unit,
+              int64_t most, const Next& next, const UnitGradient& out) {
   const int64_t lanes = engine.lanes;
-  const int64_t hidden = engine.padded_outputs(w.hidden), combined = engine.padded_outputs(w.combined);
-  const SumOffsets at = engine.sum_offsets(w);
+  const auto panels = [&](int64_t columns) { return engine.stride(columns) / lanes; };
+  Backward<T> b{};
+  b.unit = unit, b.gradient = out, b.threads = parallel.threads;
+  b.rows = named.rows, b.source = named.source, b.d_rows = named.gradient;
+  b.dim_panels = panels(unit.dim), b.hidden_panels = panels(unit.hidden), b.combined_panels = panels(unit.combined);
 
   Arena arena;
-  Gradient<T> g{};
-  g.f = arena.take_zeroed<T>(w.rows * w.f_stride), g.a = arena.take_zeroed<T>(w.rows * w.a_stride);
-  // Weight gradients grow where they are wanted if whole strips fit there, and are copied there otherwise.
-  struct Part {
-    T* to;
-    int64_t to_stride, outputs, inputs;
-    Strided<T>* at;
+  const auto filled_up = [&](const void* from, int64_t n) {
+    T* to = arena.take_zeroed<T>(engine.stride(n));
+    return static_cast<const T*>(std::copy_n(static_cast<const T*>(from), n, to) - n);
   };
-  T* w_c = static_cast<T*>(out.w_c);
-  const Part parts[] = {{static_cast<T*>(out.w_u), w.dim, w.hidden, w.dim, &g.w_u},
-                        {static_cast<T*>(out.w_v), w.dim, w.hidden, w.dim, &g.w_v},
-                        {w_c, 2 * w.hidden, w.combined, w.hidden, &g.w_c_u},
-                        {w_c + w.hidden, 2 * w.hidden, w.combined, w.hidden, &g.w_c_v}};
-  for (const Part& part : parts) {
-    const int64_t stride = engine.stride(part.inputs), outputs = engine.padded_outputs(part.outputs);
-    const bool fits = stride == part.inputs && outputs == part.outputs;
-    *part.at = fits ? Strided<T>{part.to, part.to_stride} : Strided<T>{arena.take<T>(outputs * stride), stride};
-  }
-  g.sums = arena.take_zeroed<T>(at.stride);
+  b.b_u = filled_up(unit.b_u, unit.hidden), b.b_v = filled_up(unit.b_v, unit.hidden);
+  b.b_c = filled_up(unit.b_c, unit.combined), b.w_s = filled_up(unit.w_s, unit.combined);
 
-  const int64_t by_pairs = w.normalize_input ? 2 : 1;  // W_u's gradient, and W_v's
-  const int64_t per_pair = combined + by_pairs * (hidden + w.f_stride) + 3 * w.a_stride + w.f_stride;
-  int64_t capacity = std::min({kChunkBytes / (per_pair * int64_t(sizeof(T))), kMaxChunkPairs, most});
-  capacity = engine.stride(std::max<int64_t>(capacity, 1));
-  Chunk<T> chunk{};
-  chunk.capacity = capacity;
+  const int64_t rows = engine.slab_rows(b.rows.count);
+  const auto slab = [&](int64_t rows, int64_t panels) { return Slab<T>{arena.take<T>(rows * panels * lanes), rows}; };
+  const auto sum_slab = [&](int64_t panels) { return Slab<T>{arena.take_zeroed<T>(rows * panels * lanes), rows}; };
+  b.f = slab(rows, b.dim_panels), b.a = slab(rows, b.hidden_panels);
+  b.d_f = sum_slab(b.dim_panels), b.d_a = sum_slab(b.hidden_panels);
+  b.norm = arena.take<T>(rows);
+
+  const int64_t of_input = unit.normalize_input ? 3 : 2;  // u, d|u|, and v
+  const int64_t per_pair = lanes * (of_input * b.dim_panels + 4 * b.hidden_panels + b.combined_panels);
+  const int64_t fit = std::min({kChunkBytes / (per_pair * int64_t(sizeof(T))), kMaxChunkPairs, most});
+  const int64_t capacity = engine.slab_rows(std::max<int64_t>(fit, 1));
+  b.u = slab(capacity, b.dim_panels), b.d_input = slab(capacity, b.dim_panels);
+  b.uv = slab(capacity, 2 * b.hidden_panels), b.d_uv = slab(capacity, 2 * b.hidden_panels);
+  b.d_c = slab(capacity, b.combined_panels);
+  if (unit.normalize_input) b.v = slab(capacity, b.dim_panels);
+  b.numbers = arena.take<PairNumbers<T>>(capacity);
   int64_t *i = arena.take<int64_t>(capacity), *j = arena.take<int64_t>(capacity);
   T* weight = arena.take<T>(capacity);
-  chunk.i = i, chunk.j = j, chunk.weight = weight;
-  chunk.d_c = arena.take<T>(capacity * combined), chunk.d_u = arena.take<T>(capacity * hidden);
-  chunk.u = arena.take<T>(capacity * w.f_stride), chunk.uv = arena.take<T>(capacity * 2 * w.a_stride);
-  chunk.row_f = arena.take<T>(capacity * w.f_stride), chunk.row_a = arena.take<T>(capacity * w.a_stride);
-  if (w.normalize_input) {
-    chunk.d_v = arena.take<T>(capacity * hidden), chunk.v = arena.take<T>(capacity * w.f_stride);
-    chunk.pull = arena.take<T>(capacity);
+  b.i = i, b.j = j, b.weight = weight;
+
+  const int64_t longest = std::max({b.dim_panels, 2 * b.hidden_panels, b.combined_panels});
+  std::vector<T*> panel(static_cast<size_t>(parallel.threads));
+  for (T*& p : panel) p = arena.take<T>(longest * lanes * lanes);
+  const auto run = [&](Stage stage) {
+    share(parallel, engine.stage_parts(b, stage),
+          [&](int64_t worker, int64_t part) { engine.run(b, stage, part, panel[static_cast<size_t>(worker)]); });
+  };
+
+  run(Stage::unit_rows);
+  T& b_s = *static_cast<T*>(out.b_s) = T(0);
+  b.first = true;
+  for (bool more = true; more; b.first = false) {
+    b.pairs = 0;
+    while (b.pairs < capacity && (more = next(i + b.pairs, j + b.pairs, weight + b.pairs))) ++b.pairs;
+    if (b.pairs == 0 && !b.first) break;
+    count_pairs(b.pairs);
+    b_s += std::accumulate(weight, weight + b.pairs, T(0));
+    for (const Stage stage : {Stage::inputs, Stage::hidden, Stage::norms, Stage::combined, Stage::score,
+                              Stage::back_combined, Stage::back_norms, Stage::back_hidden, Stage::to_rows})
+      run(stage);
   }
-  chunk.sums = arena.take_zeroed<T>(capacity / lanes * at.stride);
-
-  const int64_t threads = p.parallel.threads;
-  std::vector<void*> scratch(static_cast<size_t>(workers(p.parallel, capacity / lanes)));
-  for (void*& s : scratch) s = arena.take_bytes(engine.backward_scratch_bytes(w, kMaxBackwardGroups));
-
-  chunk.first = true;
-  for (bool more = true; more; chunk.first = false) {
-    chunk.pairs = 0;
-    while (chunk.pairs < capacity && (more = next(i + chunk.pairs, j + chunk.pairs, weight + chunk.pairs)))
-      ++chunk.pairs;
-    if (chunk.pairs == 0 && !chunk.first) break;
-    count_pairs(chunk.pairs);
-    chunk.groups = (chunk.pairs + lanes - 1) / lanes;
-    for (int64_t t = chunk.pairs; t < chunk.groups * lanes; ++t) i[t] = i[0], j[t] = j[0], weight[t] = T(0);
-    const int64_t block =
-        std::min(kMaxBackwardGroups, std::max<int64_t>(1, (chunk.groups + 2 * threads - 1) / (2 * threads)));
-    share(p.parallel, (chunk.groups + block - 1) / block, [&](int64_t worker, int64_t b) {
-      engine.backward(w, chunk, b * block, std::min(block, chunk.groups - b * block), scratch[worker]);
-    });
-    share(p.parallel, engine.reduce_parts(w), [&](int64_t, int64_t part) { engine.reduce(w, chunk, g, part); });
-  }
-  share(p.parallel, engine.finish_parts(w), [&](int64_t, int64_t part) { engine.finish(w, g, part); });
-
-  share(p.parallel, w.rows, [&](int64_t, int64_t r) {
-    if (d_rows[r]) std::copy_n(g.f + r * w.f_stride, w.dim, d_rows[r]);
-  });
-  for (const Part& part : parts)
-    if (part.at->data != part.to)
-      for (int64_t r = 0; r < part.outputs; ++r)
-        std::copy_n(part.at->data + r * part.at->stride, part.inputs, part.to + r * part.to_stride);
-  std::copy_n(g.sums + at.b_u, w.hidden, static_cast<T*>(out.b_u));
-  std::copy_n(g.sums + at.b_v, w.hidden, static_cast<T*>(out.b_v));
-  std::copy_n(g.sums + at.b_c, w.combined, static_cast<T*>(out.b_c));
-  std::copy_n(g.sums + at.w_s, w.combined, static_cast<T*>(out.w_s));
-  *static_cast<T*>(out.b_s) = g.sums[at.b_s];
+  run(Stage::back_rows);
+  run(Stage::back_unit_rows);
 }
 
 // d_rows arrives zeroed; the gradient is overwritten.
@@ -106,19 +95,14 @@ void score_pairs_backward(const Engine<T>& engine, const Parallel& parallel, con
       i.push_back(pairs.i[t]), j.push_back(pairs.j[t]), kept.push_back(weight[t]);
   const int64_t count = int64_t(i.size());
   const Touched touched({i.data(), j.data(), count}, rows.count);
-  const int64_t n = int64_t(touched.rows.size());
-  Prepared<T> p(engine, parallel, unit, n, true);
-  p.work.used = n;
-  p.set_rows({rows.data, n}, touched.rows.data());
-  std::vector<T*> to(static_cast<size_t>(p.work.rows), nullptr);
-  for (int64_t r = 0; r < n; ++r) to[r] = d_rows + touched.rows[r] * unit.dim;
   int64_t t = 0;
   const auto next = [&](int64_t* a, int64_t* b, T* w) {
     if (t == count) return false;
     *a = touched.i[t], *b = touched.j[t], *w = kept[t++];
     return true;
   };
-  backward(p, count, next, to.data(), out);
+  const NamedRows<T> named{{rows.data, int64_t(touched.rows.size())}, touched.rows.data(), d_rows};
+  backward(engine, parallel, named, unit, count, next, out);
 }
 
 template <class T>
@@ -126,11 +110,6 @@ void score_matrix_backward(const Engine<T>& engine, const Parallel& parallel, co
                            const T* weight, const Unit& unit, T* d_rows, const UnitGradient& out) {
   const bool symmetric = split < 0;
   const int64_t n = symmetric ? rows.count : split, m = symmetric ? n : rows.count - split;
-  Prepared<T> p(engine, parallel, unit, rows.count, true);
-  p.work.used = rows.count;
-  p.set_rows(rows, nullptr);
-  std::vector<T*> to(static_cast<size_t>(p.work.rows), nullptr);
-  for (int64_t r = 0; r < rows.count; ++r) to[r] = d_rows + r * unit.dim;
   int64_t i = 0, j = -1;
   const auto next = [&](int64_t* a, int64_t* b, T* w) {
     do {
@@ -142,7 +121,7 @@ void score_matrix_backward(const Engine<T>& engine, const Parallel& parallel, co
     *a = i, *b = symmetric ? j : n + j;
     return true;
   };
-  backward(p, n * m, next, to.data(), out);
+  backward(engine, parallel, NamedRows<T>{rows, nullptr, d_rows}, unit, n * m, next, out);
 }
 
 }  // namespace pddm::cpu

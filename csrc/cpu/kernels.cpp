@@ -13,16 +13,14 @@ template <class Op>
 class Kernels final : public cpu::Engine<typename Op::Scalar> {
   using T = typename Op::Scalar;
   using Element = typename Op::Element;
-  using Down = Plain<T>;  // the backward products run in the scalar type
 
  public:
   constexpr Kernels() : cpu::Engine<T>(kLanes<T>) {}
 
   cpu::PackedSizes packed_sizes(const Workspace<T>& w) const override {
-    const int64_t hidden = padded(w.hidden, kUnit), combined = padded(w.combined, kUnit), dim = padded(w.dim, kUnit);
+    const int64_t hidden = padded(w.hidden, kUnit), combined = padded(w.combined, kUnit);
     return {hidden * folded<Op>(w.dim) * int64_t(sizeof(Element)),
-            combined * 2 * folded<Op>(hidden) * int64_t(sizeof(Element)), hidden * w.dim * int64_t(sizeof(T)),
-            2 * hidden * w.combined * int64_t(sizeof(T)), dim * w.hidden * int64_t(sizeof(T))};
+            combined * 2 * folded<Op>(hidden) * int64_t(sizeof(Element)), hidden * w.dim * int64_t(sizeof(T))};
   }
 
   int64_t block_groups(const Workspace<T>& w) const override {
@@ -32,13 +30,9 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
   int64_t score_scratch_bytes(const Workspace<T>& w, int64_t groups) const override {
     return Block<Op>(w, groups, nullptr).bytes(groups);
   }
-  int64_t backward_scratch_bytes(const Workspace<T>& w, int64_t groups) const override {
-    return BackwardBlock<T>(w, groups, nullptr).bytes(groups);
-  }
 
   int64_t pack_parts(const Workspace<T>& w) const override {
-    const int64_t forward = strip_count(w.hidden) + strip_count(w.combined) + 1;
-    return w.w_c_t ? forward + strip_count(w.hidden) + strip_count(w.dim) + 1 : forward;
+    return strip_count(w.hidden) + strip_count(w.combined) + 1;
   }
 
   void pack(const Workspace<T>& w, const Unit& unit, int64_t part) const override {
@@ -50,7 +44,7 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
         constexpr int C = decltype(columns)::value;
         const int64_t steps = folded<Op>(dim);
         pack_strip<Op, C>(static_cast<Element*>(w.w_u) + c * steps, Matrix<T>{w_u, hidden, dim, dim, 1}, c, steps);
-        pack_strip<Down, C>(w.w_v + c * dim, Matrix<T>{w_v, hidden, dim, dim, 1}, c, dim);
+        pack_strip<Plain<T>, C>(w.w_v + c * dim, Matrix<T>{w_v, hidden, dim, dim, 1}, c, dim);
       });
     part -= strip_count(hidden);
     if (part < strip_count(combined))
@@ -62,35 +56,13 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
           pack_strip<Op, C>(strip + which * C * steps, Matrix<T>{w_c + which * hidden, combined, hidden, 2 * hidden, 1},
                             c, steps);
       });
-    part -= strip_count(combined);
-    if (part == 0) {
-      const auto copy = [](T* to, const void* from, int64_t n, int64_t stride) {
-        for (int64_t k = 0; k < stride; ++k) to[k] = k < n ? static_cast<const T*>(from)[k] : T(0);
-      };
-      copy(w.b_u, unit.b_u, hidden, w.a_stride);
-      copy(w.b_v, unit.b_v, hidden, w.a_stride);
-      copy(w.b_c, unit.b_c, combined, padded(combined, kLanes<T>));
-      copy(w.w_s, unit.w_s, combined, padded(combined, kLanes<T>));
-      return;
-    }
-    part -= 1;
-    if (part < strip_count(hidden))
-      return for_strip(hidden, part, [&](auto columns, int64_t c) {
-        constexpr int C = decltype(columns)::value;
-        for (int which = 0; which < 2; ++which)
-          pack_strip<Down, C>(w.w_c_t + (which * half + c) * combined,
-                              Matrix<T>{w_c + which * hidden, hidden, combined, 1, 2 * hidden}, c, combined);
-      });
-    part -= strip_count(hidden);
-    if (part < strip_count(dim))
-      return for_strip(dim, part, [&](auto columns, int64_t c) {
-        pack_strip<Down, decltype(columns)::value>(w.w_u_t + c * hidden, Matrix<T>{w_u, dim, hidden, 1, dim}, c,
-                                                   hidden);
-      });
-    for (int64_t r = 0; r < hidden; ++r) {
-      std::memset(static_cast<void*>(w.w_v_rows + r * w.f_stride), 0, sizeof(T) * w.f_stride);
-      std::memcpy(w.w_v_rows + r * w.f_stride, w_v + r * dim, sizeof(T) * dim);
-    }
+    const auto copy = [](T* to, const void* from, int64_t n, int64_t stride) {
+      for (int64_t k = 0; k < stride; ++k) to[k] = k < n ? static_cast<const T*>(from)[k] : T(0);
+    };
+    copy(w.b_u, unit.b_u, hidden, w.a_stride);
+    copy(w.b_v, unit.b_v, hidden, w.a_stride);
+    copy(w.b_c, unit.b_c, combined, padded(combined, kLanes<T>));
+    copy(w.w_s, unit.w_s, combined, padded(combined, kLanes<T>));
   }
 
   void prepare_panels(const Workspace<T>& w, const T* const* rows, int64_t first, int64_t count) const override {
@@ -100,18 +72,11 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
     score_groups<Op>(w, groups, count, scratch, out);
   }
 
-  cpu::SumOffsets sum_offsets(const Workspace<T>& w) const override { return sum_layout<T>(w); }
-  int64_t padded_outputs(int64_t n) const override { return padded(n, kUnit); }
-  void backward(const Workspace<T>& w, const Chunk<T>& chunk, int64_t first, int64_t count,
-                void* scratch) const override {
-    backward_groups<T>(w, chunk, first, count, scratch);
+  int64_t slab_rows(int64_t n) const override { return padded(n, kUnit); }
+  int64_t stage_parts(const Backward<T>& b, Stage stage) const override { return stage_part_count<T>(b, stage); }
+  void run(const Backward<T>& b, Stage stage, int64_t part, T* panel) const override {
+    run_stage<T>(b, stage, part, panel);
   }
-  int64_t reduce_parts(const Workspace<T>& w) const override { return reduce_part_count<T>(w); }
-  void reduce(const Workspace<T>& w, const Chunk<T>& chunk, const Gradient<T>& g, int64_t part) const override {
-    reduce_part<T>(w, chunk, g, part);
-  }
-  int64_t finish_parts(const Workspace<T>& w) const override { return finish_part_count<T>(w); }
-  void finish(const Workspace<T>& w, const Gradient<T>& g, int64_t part) const override { finish_part<T>(w, g, part); }
 
   int64_t spin(int64_t rounds, T* sink) const override {
     Tile<T, kStrip> tile;

@@ -62,7 +62,7 @@ void mine_batch(const Engine<T>& engine, const Parallel& parallel, const Rows& r
                 const Unit& unit, const Classes& classes, const Slots<T>& slots) {
   const int64_t n = rows.count;
   const std::vector<int64_t>& order = classes.order;
-  Prepared<T> p(engine, parallel, unit, n, false);
+  Prepared<T> p(engine, parallel, unit, n);
   p.set_rows(rows, order.data());
 
   // Pairs are compared by their rows as given; (i, j) with i < j as one number.
@@ -113,7 +113,7 @@ template <class T>
 void mine_rows(const Engine<T>& engine, const Parallel& parallel, const Rows& rows, const int64_t* labels,
                const Unit& unit, const Classes& classes, Mode mode, const Slots<T>& slots) {
   const int64_t n = rows.count, threads = parallel.threads;
-  Prepared<T> p(engine, parallel, unit, n, false);
+  Prepared<T> p(engine, parallel, unit, n);
   p.set_rows(rows, nullptr);
 
   // Where a positive pair's slot is: pairs in the order of i, then j.

@@ -127,11 +127,10 @@ void scan(const Prepared<T>& p, const Plan<Single>& plan, const Use& use) {
   const int64_t panel_groups = walk.size();
   const int64_t groups = panel_groups + (plan.singles.size() + lanes - 1) / lanes;
   if (groups == 0) return;
-  // Equal blocks, as few as fit the cache, and as many for each thread.
+  // Blocks of one size, give or take a group: as few as fit the cache, and as many for each thread.
   const int64_t most = p.parallel.threads * p.engine.block_groups(p.work);
-  const int64_t rounds = p.parallel.threads * ((groups + most - 1) / most);
-  const int64_t block = (groups + rounds - 1) / rounds;
-  const int64_t blocks = (groups + block - 1) / block, threads = workers(p.parallel, blocks);
+  const int64_t blocks = std::min(groups, p.parallel.threads * ((groups + most - 1) / most));
+  const int64_t block = (groups + blocks - 1) / blocks, threads = workers(p.parallel, blocks);
 
   struct Own {
     void* scratch;
@@ -151,7 +150,7 @@ void scan(const Prepared<T>& p, const Plan<Single>& plan, const Use& use) {
 
   share(p.parallel, blocks, [&](int64_t worker, int64_t b) {
     const Own& o = own[static_cast<size_t>(worker)];
-    const int64_t first = b * block, count = std::min(block, groups - first);
+    const int64_t first = b * groups / blocks, count = (b + 1) * groups / blocks - first;
     int64_t pairs = 0;
     for (int64_t g = 0; g < count; ++g) {
       Group& group = o.groups[g];

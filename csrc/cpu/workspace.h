@@ -18,7 +18,7 @@ class Prepared {
   Workspace<T> work;
 
   // Room for `capacity` rows; `set_rows` fills them.
-  Prepared(const Engine<T>& engine, const Parallel& parallel, const Unit& unit, int64_t capacity, bool backward)
+  Prepared(const Engine<T>& engine, const Parallel& parallel, const Unit& unit, int64_t capacity)
       : engine(engine), parallel(parallel), work{} {
     Workspace<T>& w = work;
     w.dim = unit.dim, w.hidden = unit.hidden, w.combined = unit.combined;
@@ -27,15 +27,9 @@ class Prepared {
     w.f_stride = engine.stride(unit.dim), w.a_stride = engine.stride(unit.hidden);
     w.f = arena_.take<T>(w.rows * w.f_stride), w.f_panels = arena_.take<T>(w.rows * w.f_stride);
     w.a = arena_.take<T>(w.rows * w.a_stride), w.a_panels = arena_.take<T>(w.rows * w.a_stride);
-    w.inverse_norm = arena_.take<T>(w.rows);
     const PackedSizes sizes = engine.packed_sizes(w);
     w.w_u = arena_.take_bytes(sizes.w_u), w.w_c = arena_.take_bytes(sizes.w_c);
     w.w_v = static_cast<T*>(arena_.take_bytes(sizes.w_v));
-    if (backward) {
-      w.w_c_t = static_cast<T*>(arena_.take_bytes(sizes.w_c_t));
-      w.w_u_t = static_cast<T*>(arena_.take_bytes(sizes.w_u_t));
-      w.w_v_rows = arena_.take<T>(w.hidden * w.f_stride);
-    }
     w.b_u = arena_.take<T>(w.a_stride), w.b_v = arena_.take<T>(w.a_stride);
     w.b_c = arena_.take<T>(engine.stride(w.combined)), w.w_s = arena_.take<T>(engine.stride(w.combined));
     w.b_s = *static_cast<const T*>(unit.b_s);
