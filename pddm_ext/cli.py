@@ -115,7 +115,7 @@ def info() -> str:
         "torch": f"{torch.__version__} running, {build['built_with_torch']} at build",
         "stable ABI": f"LibTorch {build['stable_abi']} and later",
         "compiler": build["compiler"],
-        "CUDA": f"built ({build['cuda']})" if build["cuda"] else "not built (PDDM_CUDA=on at build, where torch has CUDA)",
+        "CUDA": build["cuda"] or "not built (PDDM_CUDA=on at build, where torch has CUDA)",
         "instruction sets": ", ".join(f"{name} ({'supported' if has else 'not here'})" for name, has in sets.items()),
         "in use": _C.cpu_capability(),
         "bfloat16": "multiplied as such" if _C.multiplies_bfloat16() else "multiplied in float32",

@@ -88,6 +88,17 @@ __device__ __forceinline__ uint32_t round_tf32(float x) {
 
 namespace pddm::cuda {
 
+// The thread's number, read anew: what follows from it is not carried in registers from before a loop.
+__device__ __forceinline__ int fresh_thread_index() {
+#if defined(PDDM_EMULATED)
+  return int(threadIdx.x);
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
+}
+
 __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp_index() { return int(threadIdx.x) / kWarp; }
 

@@ -7,7 +7,7 @@
 
 namespace pddm::cuda {
 
-using MultiplyShape = Shape<64, 64, 2, 2, 2>;
+using MultiplyShape = Shape<64, 64, 2, 2, 2, 2>;
 
 // Pairs of rows of f; −1 is no pair, and zeros.
 template <class Real>
@@ -57,7 +57,7 @@ struct Output {
 };
 
 template <class A>
-__global__ void __launch_bounds__(MultiplyShape::kThreads)
+__global__ void __launch_bounds__(MultiplyShape::kThreads, MultiplyShape::kBlocks)
     multiply_kernel(const __grid_constant__ Operand<typename A::Real> left,
                     const __grid_constant__ Operand<typename A::Real> right,
                     const __grid_constant__ Output<typename A::Real> out) {

@@ -15,15 +15,15 @@ struct Shapes {};
 
 template <class A>
 struct ShapesOf {
-  using List = Shapes<Shape<128, 256, 2, 4, 4>, Shape<64, 128, 2, 4, 3>, Shape<32, 64, 2, 2, 3>>;
+  using List = Shapes<Shape<128, 256, 2, 4, 4, 1>, Shape<64, 128, 2, 4, 3, 2>, Shape<32, 64, 2, 2, 3, 4>>;
 };
 template <>
 struct ShapesOf<ArithmeticF32> {
-  using List = Shapes<Shape<64, 128, 2, 4, 3>, Shape<32, 64, 2, 2, 3>>;
+  using List = Shapes<Shape<64, 128, 2, 4, 3, 1>, Shape<32, 64, 2, 2, 3, 2>>;
 };
 template <>
 struct ShapesOf<ArithmeticF64> {
-  using List = Shapes<Shape<32, 64, 2, 2, 3>>;
+  using List = Shapes<Shape<32, 64, 2, 2, 3, 2>>;
 };
 
 template <class A>

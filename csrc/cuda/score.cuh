@@ -1,14 +1,13 @@
 // The fused scoring kernel. A block owns tiles of kPairs pairs, one after the other; of each it computes
 //
-//     u' = σ(|f_i − f_j| W_uᵀ + b_u)                                  kPairs × hidden, kept in shared memory
-//     c  = σ(v' W_cvᵀ / ‖v'‖ + u' W_cuᵀ / ‖u'‖ + b_c)                 kPairs × combined, never stored
-//     S  = c · w_s + b_s                                              kPairs, handed to select.cuh
+//     u' = σ(|f_i − f_j| W_uᵀ + b_u)                        kPairs × hidden, kept in shared memory
+//     c  = σ(v' W_cvᵀ / ‖v'‖ + u' W_cuᵀ / ‖u'‖ + b_c)       kPairs × combined, never stored
+//     S  = c · w_s + b_s                                    kPairs, handed to select.cuh
 //
-// in blocks of kOutputs outputs, 64 bytes of inputs at a time:
+// in blocks of kOutputs outputs, 64 bytes of inputs at a time. Shared memory:
 //
-//     shared memory   | weights: kStages tiles | left: 2 tiles | u': hidden_tiles tiles | sums over outputs, norms,
-//     rows |
-//                        kOutputs × 64 bytes      kPairs × 64     kPairs × 64
+//     | weights: kStages tiles | left: 2 tiles | sums over outputs, norms, rows | u': hidden_tiles tiles |
+//        kOutputs × 64 bytes      kPairs × 64                                      kPairs × 64
 //
 // The weights come as one endless stream of tiles that lie in memory in the order of their use, kStages − 1 copies
 // ahead of the multiplication. The left tile (|f_i − f_j|, then v' = σ((a_i + a_j) / 2 + b_v)) is made on its way from
@@ -26,6 +25,12 @@ namespace pddm::cuda {
 // Pairs scored since the last reset, by one arithmetic's kernels.
 static __device__ unsigned long long scored_pairs;
 
+// What the threads of a block share about their job, rather than keep in registers.
+struct Plan {
+  int64_t tiles;
+  Pair partner;
+};
+
 template <class A, class S>
 struct Layout {
   using Real = typename A::Real;
@@ -36,7 +41,7 @@ struct Layout {
   static constexpr int kLeftAt = S::kStages * kWeights;
   static constexpr int kRealsAt = kLeftAt + 2 * kLeft;
   static constexpr int kRowsAt = kRealsAt + (2 * kSums + 3 * S::kPairs) * int(sizeof(Real));
-  static constexpr int kUAt = (kRowsAt + 2 * S::kPairs * int(sizeof(int)) + int(sizeof(Pair)) + 127) / 128 * 128;
+  static constexpr int kUAt = (kRowsAt + 2 * S::kPairs * int(sizeof(int)) + int(sizeof(Plan)) + 127) / 128 * 128;
 
   static constexpr int64_t bytes(int64_t resident_tiles) { return kUAt + resident_tiles * kLeft; }
 };
@@ -60,8 +65,9 @@ __device__ __forceinline__ void load(const double* from, double (&x)[Length]) {
 }
 
 template <class A, class S>
-__global__ void __launch_bounds__(S::kThreads) score_kernel(const __grid_constant__ Workspace<typename A::Real> w,
-                                                            const __grid_constant__ Job<typename A::Real> job) {
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+    score_kernel(const __grid_constant__ Workspace<typename A::Real> w,
+                 const __grid_constant__ Job<typename A::Real> job) {
   using Real = typename A::Real;
   using L = Layout<A, S>;
   using Block = Sums<A, S::kPairs, S::kOutputs, S::kRows, S::kColumns>;
@@ -78,12 +84,15 @@ __global__ void __launch_bounds__(S::kThreads) score_kernel(const __grid_constan
   Real* const v_norm = over_v + kPairs;  // ‖v'‖
   int* const at_i = reinterpret_cast<int*>(shared + L::kRowsAt);
   int* const at_j = at_i + kPairs;
-  Pair* const partner = reinterpret_cast<Pair*>(at_j + kPairs);
+  Plan* const plan = reinterpret_cast<Plan*>(at_j + kPairs);
 
   if (thread < kWarp) {
     Pair found{-1, -1};
     if (job.walk == Walk::partners) found = hardest_pair(job.far, job.n);
-    if (thread == 0) *partner = found;
+    if (thread == 0) {
+      plan->partner = found;
+      plan->tiles = count_tiles<kPairs>(job, job.walk == Walk::positives ? job.before[job.n] : 0);
+    }
   }
 
   // The stream of weights.
@@ -92,9 +101,10 @@ __global__ void __launch_bounds__(S::kThreads) score_kernel(const __grid_constan
   const auto copy_weights = [&] {
     const unsigned char* from = w.weights + int64_t(copied) * L::kWeights;
     unsigned char* to = shared + stage * L::kWeights;
+    static_assert(S::kOutputs * kPieces % S::kThreads == 0, "every thread copies as many pieces");
 #pragma unroll
-    for (int piece = thread; piece < S::kOutputs * kPieces; piece += S::kThreads)
-      copy_async(to + piece * kPieceBytes, from + piece * kPieceBytes);
+    for (int piece = 0; piece < S::kOutputs * kPieces; piece += S::kThreads)
+      copy_async(to + (thread + piece) * kPieceBytes, from + (thread + piece) * kPieceBytes);
     commit_copies();
     copied = copied + 1 == stream_length ? 0 : copied + 1;
     stage = stage + 1 == S::kStages ? 0 : stage + 1;
@@ -106,16 +116,14 @@ __global__ void __launch_bounds__(S::kThreads) score_kernel(const __grid_constan
   const int fill_piece = thread % kPieces, fill_input = fill_piece * kLength;
   Real x[kLength], y[kLength], x_squares[kFills], y_squares[kFills];
 
-  const int64_t tiles = count_tiles<kPairs>(job, job.walk == Walk::positives ? job.before[job.n] : 0);
   Block sums;
-  Real row_sums[Block::kSlots];
-  int used = 0;  // the weights' stage of this step
 
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  __syncthreads();
+  for (int64_t tile = blockIdx.x; tile < plan->tiles; tile += gridDim.x) {
     __syncthreads();
     bool there = false;
     if (thread < kPairs) {
-      const Pair at = pair_at<kPairs>(job, tile, thread, *partner);
+      const Pair at = pair_at<kPairs>(job, tile, thread, plan->partner);
       there = at.i >= 0;
       at_i[thread] = there ? at.i : 0, at_j[thread] = there ? at.j : 0;
     }
@@ -127,9 +135,8 @@ __global__ void __launch_bounds__(S::kThreads) score_kernel(const __grid_constan
 
     // What a step multiplies: |f_i − f_j| for every block of outputs, then v' and u' for every block of outputs.
     struct Step {
-      enum { difference, v, u } left = difference;
+      enum { difference, v, u, done } left = difference;
       int block = 0, input = 0;
-      bool done = false;
 
       __device__ void advance(const Workspace<Real>& w) {
         if (++input < (left == difference ? w.dim_tiles : w.hidden_tiles)) return;
@@ -137,7 +144,7 @@ __global__ void __launch_bounds__(S::kThreads) score_kernel(const __grid_constan
         if (left == v) {
           left = u;
         } else if (left == u) {
-          left = v, done = ++block == w.combined_blocks;
+          left = ++block == w.combined_blocks ? done : v;
         } else if (++block == w.hidden_blocks) {
           left = v, block = 0;
         }
@@ -190,15 +197,12 @@ __global__ void __launch_bounds__(S::kThreads) score_kernel(const __grid_constan
         }
       }
     };
-    const auto restart_row_sums = [&] {
-#pragma unroll
-      for (int slot = 0; slot < Block::kSlots; ++slot) row_sums[slot] = 0;
-    };
-    // Over this warp's columns; the other warps' are beside it.
-    const auto finish_row_sums = [&](Real* to) {
-      sums.each_row([&](int slot, int row) {
+    // Adds this warp's columns to those of the blocks before; the other warps' are beside them.
+    const auto add_row_sums = [&](const Real(&row_sums)[Block::kSlots], Real* parts, bool first) {
+      Block::each_row([&](int slot, int row) {
         const Real sum = lanes_sum<Block::kLanesPerRow>(row_sums[slot]);
-        if (lane % Block::kLanesPerRow == 0) to[warp_index() % S::kColumns * kPairs + row] = sum;
+        Real& part = parts[warp_index() % S::kColumns * kPairs + row];
+        if (lane % Block::kLanesPerRow == 0) part = first ? sum : part + sum;
       });
     };
     const auto add_up = [&](const Real* parts, int row) {
@@ -212,18 +216,17 @@ __global__ void __launch_bounds__(S::kThreads) score_kernel(const __grid_constan
     Step now, next;
 #pragma unroll
     for (int fill = 0; fill < kFills; ++fill) load_left(now, fill), store_left(now, fill, left);
-    restart_row_sums();
     sums.clear();
-    for (; !now.done; now = next) {
+    for (; now.left != Step::done; now = next) {
       wait_copies<S::kStages - 2>();
       __syncthreads();
-      copy_weights();
-      const unsigned char* const weights = shared + used * L::kWeights;
-      used = used + 1 == S::kStages ? 0 : used + 1;
+      copy_weights();  // to where the step before has read; the stage after it is this step's
+      const unsigned char* const weights = shared + stage * L::kWeights;
 
       next.advance(w);
-      const bool make = !next.done && next.left != Step::u, fetch = !next.done && !make && w.u;
-      const unsigned char* const now_left = now.left == Step::u && !w.u ? u + now.input * L::kLeft : left;
+      const bool make = next.left == Step::difference || next.left == Step::v, fetch = next.left == Step::u && w.u;
+      const bool resident = now.left == Step::u && !w.u;
+      const unsigned char* const now_left = resident ? shared + L::kUAt + now.input * L::kLeft : left;
       if (make) load_left(next, 0);
       sums.multiply(now_left, weights, 0);
       if (kFills == 2 && make) store_left(next, 0, next_left), load_left(next, 1);
@@ -243,9 +246,9 @@ __global__ void __launch_bounds__(S::kThreads) score_kernel(const __grid_constan
 
       // The end of a block of outputs, or of its half that meets v'.
       const int first_output = now.block * S::kOutputs;
-      Real scale[Block::kSlots];
+      Real scale[Block::kSlots], row_sums[Block::kSlots] = {};
       if (now.left == Step::difference) {
-        sums.each_row([&](int slot, int row) { scale[slot] = w.normalize_input ? over_u[row] : Real(1); });
+        Block::each_row([&](int slot, int row) { scale[slot] = w.normalize_input ? over_u[row] : Real(1); });
         sums.each([&](int slot, int row, int column, Real& sum) {
           const int output = first_output + column, input = output / kDepth<A>;
           const Real value = relu(sum * scale[slot] + __ldg(w.b_u + output));
@@ -254,29 +257,26 @@ __global__ void __launch_bounds__(S::kThreads) score_kernel(const __grid_constan
             *reinterpret_cast<typename A::Element*>(u + input * L::kLeft + element_offset<A>(row, output % kDepth<A>)) =
                 A::element(value);
         });
-        if (next.left == Step::v) {
-          finish_row_sums(u_sums);
-          restart_row_sums();
-        }
+        add_row_sums(row_sums, u_sums, now.block == 0);
         sums.clear();
       } else if (now.left == Step::v) {
         // From here on in units of 1 / ‖u'‖.
-        sums.each_row([&](int slot, int row) { scale[slot] = floored(sqrt(add_up(u_sums, row))) / v_norm[row]; });
+        Block::each_row([&](int slot, int row) { scale[slot] = floored(sqrt(add_up(u_sums, row))) / v_norm[row]; });
         sums.each([&](int slot, int, int, Real& sum) { sum *= scale[slot]; });
       } else {
-        sums.each_row([&](int slot, int row) { scale[slot] = 1 / floored(sqrt(add_up(u_sums, row))); });
+        Block::each_row([&](int slot, int row) { scale[slot] = 1 / floored(sqrt(add_up(u_sums, row))); });
         sums.each([&](int slot, int, int column, Real& sum) {
           const int output = first_output + column;
           row_sums[slot] += relu(sum * scale[slot] + __ldg(w.b_c + output)) * __ldg(w.w_s + output);
         });
+        add_row_sums(row_sums, score_sums, now.block == 0);
         sums.clear();
       }
     }
-    finish_row_sums(score_sums);
     __syncthreads();
     if (thread < kPairs) {
       // Found again rather than kept: at_i and at_j name row 0 for pairs that are not there.
-      const Pair at = pair_at<kPairs>(job, tile, thread, *partner);
+      const Pair at = pair_at<kPairs>(job, tile, thread, plan->partner);
       take_score<kPairs>(job, tile, thread, at, add_up(score_sums, thread) + *w.b_s);
     }
   }

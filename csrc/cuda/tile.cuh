@@ -130,7 +130,7 @@ class Sums<A, TM, TN, WM, WN, true> {
 
   template <class F>
   __device__ __forceinline__ void each(const F& f) {
-    const int lane = lane_index(), warp = warp_index();
+    const int thread = fresh_thread_index(), lane = thread % kWarp, warp = thread / kWarp;
     const int row = warp / WN * (TM / WM) + lane / 4, column = warp % WN * (TN / WN) + 2 * (lane % 4);
 #pragma unroll
     for (int c = 0; c < 2 * kColumns; ++c)
@@ -139,8 +139,8 @@ class Sums<A, TM, TN, WM, WN, true> {
         f(r, row + 8 * r, column + c / 2 * 8 + c % 2, sum_[r / 2][c / 2][r % 2 * 2 + c % 2]);
   }
   template <class F>
-  __device__ __forceinline__ void each_row(const F& f) {
-    const int row = warp_index() / WN * (TM / WM) + lane_index() / 4;
+  __device__ static __forceinline__ void each_row(const F& f) {
+    const int thread = fresh_thread_index(), row = thread / kWarp / WN * (TM / WM) + thread % kWarp / 4;
 #pragma unroll
     for (int r = 0; r < 2 * kRows; ++r) f(r, row + 8 * r);
   }
@@ -188,7 +188,7 @@ class Sums<A, TM, TN, WM, WN, false> {
 
   template <class F>
   __device__ __forceinline__ void each(const F& f) {
-    const int lane = lane_index(), warp = warp_index();
+    const int thread = fresh_thread_index(), lane = thread % kWarp, warp = thread / kWarp;
     const int row = warp / WN * (TM / WM) + lane / 8, column = warp % WN * (TN / WN) + lane % 8;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
@@ -196,8 +196,8 @@ class Sums<A, TM, TN, WM, WN, false> {
       for (int r = 0; r < kRows; ++r) f(r, row + 4 * r, column + 8 * c, sum_[r][c]);
   }
   template <class F>
-  __device__ __forceinline__ void each_row(const F& f) {
-    const int row = warp_index() / WN * (TM / WM) + lane_index() / 8;
+  __device__ static __forceinline__ void each_row(const F& f) {
+    const int thread = fresh_thread_index(), row = thread / kWarp / WN * (TM / WM) + thread % kWarp / 8;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) f(r, row + 4 * r);
   }

@@ -24,8 +24,7 @@
 
 constexpr int warpSize = 32;
 
-// --- Numbers
-// ----------------------------------------------------------------------------------------------------------
+// --- Numbers ---------------------------------------------------------------------------------------------------------
 
 namespace pddm::emulation {
 
@@ -52,8 +51,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
-// --- Threads together
-// -------------------------------------------------------------------------------------------------
+// --- Threads together ------------------------------------------------------------------------------------------------
 
 inline void __syncthreads() { pddm::emulation::barrier("__syncthreads", false); }
 inline int __syncthreads_or(int vote) { return pddm::emulation::barrier("__syncthreads_or", vote != 0); }
@@ -161,8 +159,7 @@ PDDM_ATOMICS(unsigned)
 PDDM_ATOMICS(unsigned long long)
 #undef PDDM_ATOMICS
 
-// --- The runtime
-// ------------------------------------------------------------------------------------------------------
+// --- The runtime -----------------------------------------------------------------------------------------------------
 
 enum cudaError_t {
   cudaSuccess = 0,

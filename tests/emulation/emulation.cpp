@@ -176,7 +176,7 @@ class Machine {
   unsigned warp_count_, warp_, lane_;  // the last two: who runs
   uint32_t ready_warps_;
   unsigned live_, arrived_;
-  bool vote_, result_;
+  bool vote_, result_, anew_;  // the last one: the block has come through a barrier
   std::exception_ptr error_;
 };
 
@@ -234,7 +234,7 @@ void Machine::run_block(const uint3& index) {
   const dim3& size = launch_->block;
   blockIdx = index;
   shared_->clear();
-  live_ = size.x * size.y * size.z, arrived_ = 0, vote_ = false;
+  live_ = size.x * size.y * size.z, arrived_ = 0, vote_ = anew_ = false;
   warp_count_ = (live_ + kLanes - 1) / kLanes;
   for (unsigned w = 0; w < warp_count_; ++w) {
     const unsigned lanes = std::min(kLanes, live_ - w * kLanes);
@@ -258,9 +258,7 @@ void Machine::run_block(const uint3& index) {
 }
 
 void Machine::run_thread() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
-#endif
+  Fiber::entered();
   try {
     launch_->body(launch_->context);
     wait(warps_[warp_]);
@@ -278,7 +276,8 @@ void Machine::go_on(bool leaving) {
     Fiber::change(from.fiber, scheduler_, leaving);
     return;
   }
-  if (!warps_[warp_].ready || order_->leave_warp()) warp_ = unsigned(order_->pick(ready_warps_));
+  if (anew_ || !warps_[warp_].ready || order_->leave_warp()) warp_ = unsigned(order_->pick(ready_warps_));
+  anew_ = false;
   lane_ = unsigned(order_->pick(warps_[warp_].ready));
   Thread& to = thread();
   if (&to == &from) return;
@@ -331,7 +330,7 @@ void Machine::release() {
     warps_[w].ready = warps_[w].at_barrier, warps_[w].at_barrier = 0;
     if (warps_[w].ready) ready_warps_ |= 1u << w;
   }
-  result_ = vote_, vote_ = false, arrived_ = 0;
+  result_ = vote_, vote_ = false, arrived_ = 0, anew_ = true;
 }
 
 // Runs of threads that wait for the same thing.

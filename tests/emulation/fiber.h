@@ -14,14 +14,15 @@
 #include <setjmp.h>
 #include <ucontext.h>
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__)  // wants to know whose stack it is
+#include <pthread.h>
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace pddm::emulation {
 
-constexpr size_t kPage = 4096, kStackBytes = 64 << 10;
+constexpr size_t kPage = 4096, kStackBytes = 128 << 10;
 
 // Each stack ends at a page that faults. They live as long as the host thread.
 class Stacks {
@@ -52,13 +53,21 @@ extern "C" __attribute__((visibility("hidden"))) void pddm_emulation_switch(void
 
 class Fiber {
  public:
+#if defined(__SANITIZE_ADDRESS__)
+  Fiber() {  // the host thread's own
+    pthread_attr_t attributes;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &bottom_, &bytes_);
+    pthread_attr_destroy(&attributes);
+  }
+#endif
   // The first switch calls `entry`, which must not return.
   void start(unsigned char* stack, unsigned color, void (*entry)()) {
-    stack_ = stack;
     // Stacks are whole pages apart; were all tops at the same place, they would share a few lines of the cache.
     unsigned char* const top = stack + kStackBytes - color % 16 * 256;
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(stack, kStackBytes);
+    bottom_ = stack, bytes_ = kStackBytes;
 #endif
 #if defined(PDDM_PORTABLE_FIBERS)
     getcontext(&begin_);
@@ -73,11 +82,18 @@ class Fiber {
 #endif
   }
 
+  // At the beginning of `entry`.
+  static void entered() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+  }
+
   // `leaving`: nobody comes back.
   static void change(Fiber& from, Fiber& to, bool leaving = false) {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
-    __sanitizer_start_switch_fiber(leaving ? nullptr : &fake, to.stack_, kStackBytes);
+    __sanitizer_start_switch_fiber(leaving ? nullptr : &fake, to.bottom_, to.bytes_);
 #else
     (void)leaving;
 #endif
@@ -96,7 +112,10 @@ class Fiber {
   }
 
  private:
-  unsigned char* stack_ = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  void* bottom_;
+  size_t bytes_;
+#endif
 #if defined(PDDM_PORTABLE_FIBERS)
   jmp_buf here_;
   ucontext_t begin_;
