@@ -1,15 +1,17 @@
 # make demo   train an embedding on drawn characters and write a report (runs/glyphs/report.html)
-# make test   native and Python tests
+# make test   native and Python tests, and the CUDA kernels emulated on the host
 # Both make their own .venv, install, build and run; the second time only what has changed.
+# make cuda   compile the CUDA kernels for every architecture; registers, shared memory and spills of each
+# make test-cuda, make bench-cuda   the tests and benchmarks on a GPU
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp) CMakeLists.txt setup.py pyproject.toml
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/native/*.cpp')
+NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: help demo test test-native test-python bench lint format sanitize dist clean
+.PHONY: help demo test test-native test-python test-emulated cuda test-cuda bench bench-cuda lint format sanitize dist clean
 
 help:
 	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -35,7 +37,7 @@ $(VENV)/lint: $(VENV)/tools
 demo: $(VENV)/installed
 	$(BIN)/pddm-ext train
 
-test: test-native test-python
+test: test-native test-python test-emulated
 
 test-native: $(VENV)/tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja
@@ -45,11 +47,48 @@ test-native: $(VENV)/tools
 test-python: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2
 
+# The CUDA kernels' own sources on the host, where they answer for CPU tensors; see tests/emulation.
+EMULATED := build/emulated/package
+$(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/* pddm_ext/*.py)
+	PDDM_CUDA=emulated $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --upgrade \
+	  --target $(EMULATED) .
+	@touch $@
+
+test-emulated: $(EMULATED)/built
+	PYTHONPATH=$(EMULATED) $(BIN)/pytest -n 2 $(addprefix tests/test_,numerics.py mining.py gradients.py laws.py emulation.py)
+
+ARITHMETICS := $(addprefix pddm_cuda_,F32 F64 Tf32 Bf16 F16)
+cuda: $(VENV)/tools
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja -DPDDM_CUDA=on -DCMAKE_CUDA_FLAGS="-Xptxas -v" \
+	  "-DCMAKE_CUDA_COMPILER_LAUNCHER=$(CURDIR)/$(BIN)/python;$(CURDIR)/tests/cuda/resources.py;keep"
+	$(BIN)/cmake --build build/cuda --target cuda_shapes $(ARITHMETICS)
+	$(BIN)/python tests/cuda/resources.py report build/cuda build/cuda/tests/emulation/cuda_shapes
+
 # bench/results/cpu.json and the README's table, too: make bench STORE=--store
 bench: $(VENV)/bench
 	@mkdir -p build
-	$(BIN)/python -m pytest bench --benchmark-json=build/bench.json --benchmark-quiet -p no:cacheprovider
-	$(BIN)/python bench/table.py build/bench.json $(STORE)
+	$(BIN)/python -m pytest bench/test_cpu.py --benchmark-json=build/bench-cpu.json --benchmark-quiet -p no:cacheprovider
+	$(BIN)/python bench/table.py cpu build/bench-cpu.json $(STORE)
+
+# On a machine with a GPU and a CUDA build of torch, in whatever Python has them: make test-cuda PYTHON=python3
+CUDA_PACKAGE := build/cuda/package
+$(CUDA_PACKAGE)/built: $(NATIVE) $(wildcard pddm_ext/*.py pddm_ext/training/*)
+	PDDM_CUDA=on $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --upgrade \
+	  --target $(CUDA_PACKAGE) .
+	@touch $@
+
+ON_CUDA := PYTHONPATH=$(CUDA_PACKAGE) PDDM_TEST_DEVICE=cuda
+# Not python -m pytest, which would find the source folder first.
+PYTEST_CUDA := $(PYTHON) -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))'
+test-cuda: $(CUDA_PACKAGE)/built
+	$(ON_CUDA) $(PYTEST_CUDA) -q tests --ignore=tests/test_training.py
+	$(ON_CUDA) compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
+	$(ON_CUDA) compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
+
+bench-cuda: $(CUDA_PACKAGE)/built
+	$(ON_CUDA) $(PYTEST_CUDA) bench/test_cuda.py --benchmark-json=build/bench-cuda.json --benchmark-quiet \
+	  -p no:cacheprovider
+	PYTHONPATH=$(CUDA_PACKAGE) $(PYTHON) bench/table.py cuda build/bench-cuda.json $(STORE)
 
 lint: $(VENV)/lint $(VENV)/installed
 	$(BIN)/ruff check .

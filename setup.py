@@ -17,8 +17,8 @@ class CMakeBuild(build_ext):
         import torch
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
         cuda = os.environ.get("PDDM_CUDA", "auto")
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}-cuda-{cuda}"
         configure = [
             "cmake",
             f"-S{ROOT}",

@@ -1,8 +1,8 @@
-"""From pytest-benchmark's JSON to the table: print it, keep the run, and put it into the README.
+"""From pytest-benchmark's JSON to a table: print it, keep the run, and put it into the README.
 
-python bench/table.py build/bench.json             print
-python bench/table.py build/bench.json --store     and keep it in bench/results/, and write the README's table
-python bench/table.py --check                      fail if the README's table is not that of the stored run
+python bench/table.py cpu build/bench-cpu.json             print
+python bench/table.py cpu build/bench-cpu.json --store     and keep it in bench/results/, and write the README's table
+python bench/table.py --check                              fail if a table of the README is not that of its stored run
 """
 
 from __future__ import annotations
@@ -20,24 +20,27 @@ import pddm_ext
 from pddm_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
-STORED = ROOT / "bench" / "results" / "cpu.json"
+RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- bench/results/cpu.json: begin -->", "<!-- bench/results/cpu.json: end -->"
+DEVICES = ("cpu", "cuda")
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(device: str, path: Path) -> dict[str, Any]:
     """What is worth keeping of a run; nothing that names the machine beyond its processor."""
     raw = json.loads(path.read_text())
-    cpu = raw["machine_info"]["cpu"]
-    return {
+    run = {
         "date": raw["datetime"][:10],
-        "processor": cpu.get("brand_raw", "unknown"),
-        "threads": torch.get_num_threads(),
-        "instructions": _C.cpu_capability(),
         "torch": torch.__version__,
         "pddm_ext": pddm_ext.__version__,
         "compiler": _C.build_info()["compiler"],
         "rows": [b["extra_info"] for b in raw["benchmarks"]],
+    }
+    if device == "cuda":
+        return run | {"processor": torch.cuda.get_device_name(), "cuda": _C.build_info()["cuda"]}
+    return run | {
+        "processor": raw["machine_info"]["cpu"].get("brand_raw", "unknown"),
+        "threads": torch.get_num_threads(),
+        "instructions": _C.cpu_capability(),
         "bfloat16": _C.multiplies_bfloat16(),
     }
 
@@ -45,6 +48,8 @@ def read_run(path: Path) -> dict[str, Any]:
 def text(name: str, value: float) -> str:
     if name == "peak":
         return f"{value:.0%} of the multiply-add peak"
+    if name == "matmul":
+        return f"{value:.0%} of torch.matmul's rate"
     if name == "MiB":
         return f"{value:.1f} MiB"
     if "÷" in name:
@@ -67,6 +72,21 @@ def render(run: dict[str, Any]) -> str:
             f"| {r['what']} | {', '.join(measured)} | {', '.join(wanted)} | "
             f"{'' if ours is None else f'{ours:.2f} ms'} | {ceiling} |"
         )
+    return "\n".join([*lines, "", cuda_notes(run) if "cuda" in run else cpu_notes(run)])
+
+
+def cuda_notes(run: dict[str, Any]) -> str:
+    notes = f"{run['processor']}, CUDA {run['cuda']}, torch {run['torch']}, {run['compiler']}, {run['date']}."
+    for r in run["rows"]:
+        if "matmul_tflops" in r:
+            notes += f" torch.matmul 8192³ beside the {r['what']}: {r['matmul_tflops']:.0f} TFLOP/s."
+        if "launches" in r:
+            ours = r["milliseconds"]["ours"]
+            notes += f" Of the step's {ours:.2f} ms, mining is {r['mining_ms']:.2f} ms in {r['launches']} launches."
+    return notes
+
+
+def cpu_notes(run: dict[str, Any]) -> str:
     peaks = sorted(r["peak_gflops"] for r in run["rows"] if "peak_gflops" in r)
     notes = (
         f"{run['processor']}, {run['threads']} threads, {run['instructions']}, multiply-add peak "
@@ -81,7 +101,7 @@ def render(run: dict[str, Any]) -> str:
             )
     if not run["bfloat16"]:
         notes += " No AVX-512-BF16 here: the two bfloat16 rows were not measured."
-    return "\n".join([*lines, "", notes])
+    return notes
 
 
 def replace(path: Path, content: str) -> None:
@@ -90,32 +110,41 @@ def replace(path: Path, content: str) -> None:
     os.replace(temporary, path)
 
 
-def readme_with(table: str) -> str:
+def readme_with(device: str, table: str) -> str:
+    begin, end = (f"<!-- bench/results/{device}.json: {which} -->" for which in ("begin", "end"))
     content = README.read_text()
-    before, _, rest = content.partition(BEGIN)
-    _, found, after = rest.partition(END)
+    before, _, rest = content.partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        sys.exit(f"{README.name} has no '{BEGIN}' … '{END}'")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+        sys.exit(f"{README.name} has no '{begin}' … '{end}'")
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("device", choices=DEVICES, nargs="?")
     parser.add_argument("run", type=Path, nargs="?", help="pytest-benchmark's JSON")
     parser.add_argument("--store", action="store_true", help="keep the run and write the README's table")
-    parser.add_argument("--check", action="store_true", help="compare the README's table with the stored run")
+    parser.add_argument("--check", action="store_true", help="compare the README's tables with the stored runs")
     arguments = parser.parse_args()
     if arguments.check:
-        if README.read_text() != readme_with(render(json.loads(STORED.read_text()))):
-            print("README.md's table is not that of bench/results/cpu.json", file=sys.stderr)
-            return 1
-        return 0
-    run = read_run(arguments.run)
+        stored = [(device, RESULTS / f"{device}.json") for device in DEVICES]
+        stale = [
+            device
+            for device, path in stored
+            if path.exists() and README.read_text() != readme_with(device, render(json.loads(path.read_text())))
+        ]
+        for device in stale:
+            print(f"README.md's table is not that of bench/results/{device}.json", file=sys.stderr)
+        return bool(stale)
+    if arguments.run is None:
+        parser.error("a device and pytest-benchmark's JSON are needed")
+    run = read_run(arguments.device, arguments.run)
     table = render(run)
     print(table)
     if arguments.store:
-        replace(STORED, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
-        replace(README, readme_with(table))
+        replace(RESULTS / f"{arguments.device}.json", json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+        replace(README, readme_with(arguments.device, table))
     return 0
 
 

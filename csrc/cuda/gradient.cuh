@@ -15,7 +15,8 @@
 
 namespace pddm::cuda {
 
-constexpr int64_t kChunk = 2048;
+// Bytes of a chunk's buffers, and pairs in it.
+constexpr int64_t kChunkBytes = 16 << 20, kMaxChunk = 2048;
 constexpr int kGradientThreads = 256, kGradientWarps = kGradientThreads / kWarp;
 
 // Where a chunk's pairs come from: a list, or the entries of a matrix (of all rows with themselves, i <= j, where both
@@ -277,7 +278,8 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
   Real *f = context.take<Real>(n * stride), *norm = context.take<Real>(n);
   context.launch(unit_rows_kernel<Real>, divided_up(n, kGradientWarps), kGradientThreads, 0, given(rows.data), n,
                  int(d), stride, f, norm);
-  const int64_t most = std::min(kChunk, source.count);
+  const int64_t per_pair = (4 * h + m + 2 * d) * int64_t(sizeof(Real));
+  const int64_t most = std::min({kMaxChunk, std::max<int64_t>(kChunkBytes / per_pair, 1), source.count});
   Chunk<Real> c{};
   c.i = context.take<int>(most), c.j = context.take<int>(most), c.weight = context.take<Real>(most);
   if (unit.normalize_input) c.over_u = context.take<Real>(most), c.over_v = context.take<Real>(most);
@@ -285,8 +287,8 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
   c.x = context.take<Real>(most * 2 * h), c.c = context.take<Real>(most * m), c.dx = context.take<Real>(most * 2 * h);
   c.du = context.take<Real>(most * d), c.dv = context.take<Real>(most * d);
 
-  for (int64_t first = 0; first < source.count; first += kChunk) {
-    const int64_t pairs = std::min(kChunk, source.count - first);
+  for (int64_t first = 0; first < source.count; first += most) {
+    const int64_t pairs = std::min(most, source.count - first);
     const int count = int(pairs);
     const bool add = first > 0;
     const int64_t warps = divided_up(pairs, kGradientWarps), row_warps = divided_up(n, kGradientWarps);

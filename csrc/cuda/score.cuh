@@ -40,7 +40,7 @@ struct Layout {
   // Where everything starts. What has a fixed place comes first.
   static constexpr int kLeftAt = S::kStages * kWeights;
   static constexpr int kRealsAt = kLeftAt + 2 * kLeft;
-  static constexpr int kRowsAt = kRealsAt + (2 * kSums + 3 * S::kPairs) * int(sizeof(Real));
+  static constexpr int kRowsAt = kRealsAt + (kSums + 3 * S::kPairs) * int(sizeof(Real));
   static constexpr int kUAt = (kRowsAt + 2 * S::kPairs * int(sizeof(int)) + int(sizeof(Plan)) + 127) / 128 * 128;
 
   static constexpr int64_t bytes(int64_t resident_tiles) { return kUAt + resident_tiles * kLeft; }
@@ -77,22 +77,19 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   const int thread = int(threadIdx.x), lane = lane_index();
   unsigned char* const shared = shared_memory();
   unsigned char* const u = w.u ? w.u + int64_t(blockIdx.x) * w.hidden_tiles * L::kLeft : shared + L::kUAt;
-  Real* const u_sums = reinterpret_cast<Real*>(shared + L::kRealsAt);
-  Real* const score_sums = u_sums + L::kSums;
-  Real* const over_u = score_sums + L::kSums;  // 1 / ‖u‖ and 1 / ‖v‖ with normalize_input
-  Real* const over_v = over_u + kPairs;
-  Real* const v_norm = over_v + kPairs;  // ‖v'‖
+  Real* const row_parts = reinterpret_cast<Real*>(shared + L::kRealsAt);  // of ‖u'‖², then of S
+  Real* const u_norm = row_parts + L::kSums;                              // 1 / ‖u‖ with normalize_input, then ‖u'‖
+  Real* const over_v = u_norm + kPairs;                                   // 1 / ‖v‖ with normalize_input
+  Real* const v_norm = over_v + kPairs;                                   // ‖v'‖
   int* const at_i = reinterpret_cast<int*>(shared + L::kRowsAt);
   int* const at_j = at_i + kPairs;
   Plan* const plan = reinterpret_cast<Plan*>(at_j + kPairs);
 
-  if (thread < kWarp) {
-    Pair found{-1, -1};
-    if (job.walk == Walk::partners) found = hardest_pair(job.far, job.n);
-    if (thread == 0) {
-      plan->partner = found;
-      plan->tiles = count_tiles<kPairs>(job, job.walk == Walk::positives ? job.before[job.n] : 0);
-    }
+  Pair partner{-1, -1};
+  if (job.walk == Walk::partners) partner = hardest_pair(job.far, job.n, shared);
+  if (thread == 0) {
+    plan->partner = partner;
+    plan->tiles = count_tiles<kPairs>(job, job.walk == Walk::positives ? job.before[job.n] : 0);
   }
 
   // The stream of weights.
@@ -189,7 +186,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
         if (fill_piece == 0) {
           const Real x_norm = sqrt(x_sum), y_norm = sqrt(y_sum) / 2;
           if (first) {
-            over_u[row] = 1 / floored(x_norm);
+            u_norm[row] = 1 / floored(x_norm);
             over_v[row] = 1 / floored(y_norm);
           } else {
             v_norm[row] = floored(x_norm);
@@ -198,17 +195,17 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       }
     };
     // Adds this warp's columns to those of the blocks before; the other warps' are beside them.
-    const auto add_row_sums = [&](const Real(&row_sums)[Block::kSlots], Real* parts, bool first) {
+    const auto add_row_sums = [&](const Real(&row_sums)[Block::kSlots], bool first) {
       Block::each_row([&](int slot, int row) {
         const Real sum = lanes_sum<Block::kLanesPerRow>(row_sums[slot]);
-        Real& part = parts[warp_index() % S::kColumns * kPairs + row];
+        Real& part = row_parts[warp_index() % S::kColumns * kPairs + row];
         if (lane % Block::kLanesPerRow == 0) part = first ? sum : part + sum;
       });
     };
-    const auto add_up = [&](const Real* parts, int row) {
-      Real sum = parts[row];
+    const auto add_up = [&](int row) {
+      Real sum = row_parts[row];
 #pragma unroll
-      for (int part = 1; part < S::kColumns; ++part) sum += parts[part * kPairs + row];
+      for (int part = 1; part < S::kColumns; ++part) sum += row_parts[part * kPairs + row];
       return sum;
     };
 
@@ -248,7 +245,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       const int first_output = now.block * S::kOutputs;
       Real scale[Block::kSlots], row_sums[Block::kSlots] = {};
       if (now.left == Step::difference) {
-        Block::each_row([&](int slot, int row) { scale[slot] = w.normalize_input ? over_u[row] : Real(1); });
+        Block::each_row([&](int slot, int row) { scale[slot] = w.normalize_input ? u_norm[row] : Real(1); });
         sums.each([&](int slot, int row, int column, Real& sum) {
           const int output = first_output + column, input = output / kDepth<A>;
           const Real value = relu(sum * scale[slot] + __ldg(w.b_u + output));
@@ -257,19 +254,23 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
             *reinterpret_cast<typename A::Element*>(u + input * L::kLeft + element_offset<A>(row, output % kDepth<A>)) =
                 A::element(value);
         });
-        add_row_sums(row_sums, u_sums, now.block == 0);
+        add_row_sums(row_sums, now.block == 0);
+        if (next.left == Step::v) {
+          __syncthreads();
+          if (thread < kPairs) u_norm[thread] = floored(sqrt(add_up(thread)));
+        }
         sums.clear();
       } else if (now.left == Step::v) {
         // From here on in units of 1 / ‖u'‖.
-        Block::each_row([&](int slot, int row) { scale[slot] = floored(sqrt(add_up(u_sums, row))) / v_norm[row]; });
+        Block::each_row([&](int slot, int row) { scale[slot] = u_norm[row] / v_norm[row]; });
         sums.each([&](int slot, int, int, Real& sum) { sum *= scale[slot]; });
       } else {
-        Block::each_row([&](int slot, int row) { scale[slot] = 1 / floored(sqrt(add_up(u_sums, row))); });
+        Block::each_row([&](int slot, int row) { scale[slot] = 1 / u_norm[row]; });
         sums.each([&](int slot, int, int column, Real& sum) {
           const int output = first_output + column;
           row_sums[slot] += relu(sum * scale[slot] + __ldg(w.b_c + output)) * __ldg(w.w_s + output);
         });
-        add_row_sums(row_sums, score_sums, now.block == 0);
+        add_row_sums(row_sums, now.block == 0);
         sums.clear();
       }
     }
@@ -277,7 +278,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     if (thread < kPairs) {
       // Found again rather than kept: at_i and at_j name row 0 for pairs that are not there.
       const Pair at = pair_at<kPairs>(job, tile, thread, plan->partner);
-      take_score<kPairs>(job, tile, thread, at, add_up(score_sums, thread) + *w.b_s);
+      take_score<kPairs>(job, tile, thread, at, add_up(thread) + *w.b_s);
     }
   }
   wait_copies<0>();

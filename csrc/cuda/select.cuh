@@ -58,8 +58,7 @@ struct Bests<float> {
   __device__ bool found(int64_t row) const { return best[row] != 0; }
   __device__ float score(int64_t row) const { return unordered(best[row] >> 32, 0.0f); }
   __device__ int index(int64_t row) const { return int(~uint32_t(best[row])); }
-  // Whether row's best beats the other's by score alone.
-  __device__ bool above(int64_t row, int64_t other) const { return best[row] >> 32 > best[other] >> 32; }
+  __device__ Word score_word(int64_t row) const { return best[row] >> 32; }
 };
 
 template <>
@@ -77,7 +76,7 @@ struct Bests<double> {
   __device__ bool found(int64_t row) const { return best[row] != 0; }
   __device__ double score(int64_t row) const { return unordered(best[row], 0.0); }
   __device__ int index(int64_t row) const { return int(~uint32_t(where[row])); }
-  __device__ bool above(int64_t row, int64_t other) const { return best[row] > best[other]; }
+  __device__ Word score_word(int64_t row) const { return best[row]; }
 };
 
 enum class Walk { pairs, triangle, rectangle, positives, partners };
@@ -189,19 +188,39 @@ __device__ Pair pair_at(const Job<Real>& job, int64_t tile, int p, const Pair& p
   return {-1, -1};
 }
 
-// The hardest positive pair of all, found by one warp; ties go to the lowest row, whose word has the lowest partner.
-template <class Real>
-__device__ Pair hardest_pair(const Bests<Real>& far, int64_t n) {
-  int64_t best = -1;
-  for (int64_t r = lane_index(); r < n; r += kWarp)
-    if (far.found(r) && (best < 0 || far.above(r, best))) best = r;
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
-    const int64_t other = __shfl_xor_sync(~0u, static_cast<long long>(best), apart);
-    if (other < 0) continue;
-    if (best < 0 || far.above(other, best) || (!far.above(best, other) && other < best)) best = other;
+// The hardest positive pair of all, found by the whole block in Hardest::kBytes of shared memory and known to all of
+// it. Ties go to the lowest row, whose word has the lowest partner.
+struct Hardest {
+  Word score;
+  int64_t row;
+
+  static constexpr int kBytes = 2 * kWarp * int(sizeof(Word));
+
+  __device__ void offer(Word other, int64_t other_row) {
+    if (other > score || (other == score && other_row < row)) score = other, row = other_row;
   }
-  if (best < 0) return {-1, -1};
-  return {int(best), far.index(best)};
+  __device__ void settle_warp() {
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+      const Word other = __shfl_xor_sync(~0u, score, apart);
+      offer(other, __shfl_xor_sync(~0u, static_cast<long long>(row), apart));
+    }
+  }
+};
+
+template <class Real>
+__device__ Pair hardest_pair(const Bests<Real>& far, int64_t n, unsigned char* shared) {
+  Hardest hardest{0, n};
+#pragma unroll 4
+  for (int64_t r = threadIdx.x; r < n; r += blockDim.x) hardest.offer(far.score_word(r), r);
+  hardest.settle_warp();
+  auto* const scores = reinterpret_cast<Word*>(shared);
+  auto* const rows = reinterpret_cast<long long*>(scores + kWarp);
+  if (lane_index() == 0) scores[warp_index()] = hardest.score, rows[warp_index()] = hardest.row;
+  __syncthreads();
+  hardest = {0, n};
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) hardest.offer(scores[warp], rows[warp]);
+  __syncthreads();
+  return hardest.score ? Pair{int(hardest.row), far.index(hardest.row)} : Pair{-1, -1};
 }
 
 // Offers of a tile of the triangle, by the warps that hold its pairs: lane % 16 is the column.

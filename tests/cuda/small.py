@@ -1,0 +1,27 @@
+"""Every kernel once or twice at sizes that fill no tile: what compute-sanitizer runs over."""
+
+import torch
+
+import pddm_ext
+
+torch.manual_seed(0)
+for dtype, dim, hidden, combined in [
+    (torch.float32, 9, 17, 5),
+    (torch.float64, 5, 3, 9),
+    (torch.bfloat16, 33, 70, 65),
+    (torch.float16, 16, 32, 64),
+]:
+    for normalize_input in (False, True):
+        unit = pddm_ext.PDDM(dim, hidden, combined, normalize_input=normalize_input).cuda()
+        feats = torch.randn(70, dim, device="cuda").to(dtype).requires_grad_()
+        labels = torch.arange(70, device="cuda") // 3
+        for mode in ("batch", "anchor", "pair"):
+            quads = unit.mine(feats, labels, mode=mode)
+            pddm_ext.QuadrupletLoss()(feats, quads).backward()
+        pddm_ext.score_matrix(feats, unit, feats[:9]).sum().backward()
+        pddm_ext.score_matrix(feats[:20], unit).sum().backward()
+        pddm_ext.topk(feats[:5], feats, 12, unit)
+with torch.no_grad():
+    torch.set_float32_matmul_precision("high")
+    pddm_ext.score_matrix(torch.randn(40, 9, device="cuda"), pddm_ext.PDDM(9).cuda())
+torch.cuda.synchronize()
