@@ -57,9 +57,17 @@ $(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/* pddm_ext/*.py)
 test-emulated: $(EMULATED)/built
 	PYTHONPATH=$(EMULATED) $(BIN)/pytest -n 2 $(addprefix tests/test_,numerics.py mining.py gradients.py laws.py emulation.py)
 
+# nvcc of this machine, or else one of its own.
+NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+$(VENV)/nvcc: $(VENV)/tools
+	$(if $(NVCC),,$(BIN)/pip install --quiet --disable-pip-version-check \
+	  $(foreach part,cuda-nvcc cuda-runtime cuda-crt nvvm cuda-cccl,"nvidia-$(part)==13.0.*"))
+	ln -sf $(or $(NVCC),$$(echo $(CURDIR)/$(VENV)/lib/python*/site-packages/nvidia/cu13/bin/nvcc)) $@
+
 ARITHMETICS := $(addprefix pddm_cuda_,F32 F64 Tf32 Bf16 F16)
-cuda: $(VENV)/tools
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja -DPDDM_CUDA=on -DCMAKE_CUDA_FLAGS="-Xptxas -v" \
+cuda: $(VENV)/nvcc
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja -DPDDM_CUDA=on -DPDDM_NVCC=$$(readlink $(VENV)/nvcc) \
+	  -DCMAKE_CUDA_FLAGS="-Xptxas -v" \
 	  "-DCMAKE_CUDA_COMPILER_LAUNCHER=$(CURDIR)/$(BIN)/python;$(CURDIR)/tests/cuda/resources.py;keep"
 	$(BIN)/cmake --build build/cuda --target cuda_shapes $(ARITHMETICS)
 	$(BIN)/python tests/cuda/resources.py report build/cuda build/cuda/tests/emulation/cuda_shapes

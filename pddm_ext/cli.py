@@ -107,6 +107,10 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "but torch finds no GPU here"
+
+
 def info() -> str:
     """What was built, and what this machine will use, one line each."""
     build, sets = _C.build_info(), _C.cpu_capabilities()
@@ -115,7 +119,7 @@ def info() -> str:
         "torch": f"{torch.__version__} running, {build['built_with_torch']} at build",
         "stable ABI": f"LibTorch {build['stable_abi']} and later",
         "compiler": build["compiler"],
-        "CUDA": build["cuda"] or "not built (PDDM_CUDA=on at build, where torch has CUDA)",
+        "CUDA": f"{build['cuda']}, {_gpu()}" if build["cuda"] else "not built (PDDM_CUDA=on at build, where nvcc is)",
         "instruction sets": ", ".join(f"{name} ({'supported' if has else 'not here'})" for name, has in sets.items()),
         "in use": _C.cpu_capability(),
         "bfloat16": "multiplied as such" if _C.multiplies_bfloat16() else "multiplied in float32",

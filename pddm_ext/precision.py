@@ -19,10 +19,11 @@ def score_dtype(feats: Tensor) -> torch.dtype:
     return torch.float64 if feats.dtype == torch.float64 else torch.float32
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def allow_tf32() -> bool:
     """Whether CUDA products of float32 features may round their operands to TF32; the CPU's are IEEE float32 always.
 
-    A compiled graph keeps what was set when it was traced.
+    What ``torch.set_float32_matmul_precision`` or ``torch.backends.cuda.matmul.fp32_precision`` has set. The compiler
+    can read only the first one's form of it.
     """
-    return torch.get_float32_matmul_precision() != "highest"
+    matmul = torch.backends.cuda.matmul
+    return bool(matmul.allow_tf32 if torch.compiler.is_compiling() else matmul.fp32_precision == "tf32")
