@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -19,21 +24,84 @@ from pddm_ext import _C, reference
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Where the suite's tensors are, and whose kernels answer. Three ways to run it: the CPU's kernels; with
+# PDDM_TEST_DEVICE=cuda those of a GPU; and a build in which the CUDA kernels, emulated, answer for CPU tensors.
+DEVICE = torch.device(os.environ.get("PDDM_TEST_DEVICE", "cpu"))
+ON_CUDA = DEVICE.type == "cuda"
+EMULATED = not ON_CUDA and _C.build_info()["cuda"] == "emulated"
+ON_GPU_KERNELS = ON_CUDA or EMULATED
+
 MODES = ("batch", "anchor", "pair")
 CAPABILITIES = [name for name, supported in _C.cpu_capabilities().items() if supported]
+if ON_GPU_KERNELS:
+    CAPABILITIES = ["emulated" if EMULATED else "cuda"]
 PARAMETERS = [f"{layer}.{kind}" for layer in "uvcs" for kind in ("weight", "bias")]
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # (n, d, h, m). A tile is 32, 16 or 8 lanes of 12 or 6 outputs: one of everything, ragged ends, and whole tiles.
 SIZES = [(1, 1, 1, 1), (2, 3, 1, 2), (9, 7, 5, 11), (33, 17, 13, 25), (70, 33, 29, 7), (96, 32, 24, 48)]
 
 
+def cpu_only(reason: str) -> pytest.MarkDecorator:
+    """A promise of the CPU's kernels that the GPU's do not make, or do not make like this."""
+    return pytest.mark.skipif(ON_GPU_KERNELS, reason=f"the CPU's kernels only: {reason}")
+
+
+def gpu_only(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not ON_GPU_KERNELS, reason=f"the GPU's kernels only: {reason}")
+
+
+def host_only(reason: str) -> pytest.MarkDecorator:
+    """Of tensors in the host's memory, whoever computes."""
+    return pytest.mark.skipif(ON_CUDA, reason=f"tensors in the host's memory only: {reason}")
+
+
+def not_emulated(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(EMULATED, reason=f"not under the emulation: {reason}")
+
+
+ANY_CALL = "a pair has the same bits in every call; on the GPU it has them in the same call"
+
+
+def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """With this package and these helpers, wherever the suite was started."""
+    places = [str(Path(pddm_ext.__file__).parents[1]), str(Path(__file__).parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), **environment}
+    # Not from the repository: its package would come first.
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=places[1], capture_output=True, text=True, timeout=300
+    )
+
+
+def counters() -> dict[str, int]:
+    return _C.counters(DEVICE.type)
+
+
+def reset_counters() -> None:
+    _C.reset_counters(DEVICE.type)
+
+
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
+    if ON_GPU_KERNELS:
+        yield
+        return
     _C.set_cpu_capability(name)
     try:
         yield
     finally:
         _C.set_cpu_capability("")
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
@@ -57,8 +125,17 @@ def on_one_thread(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+# What is made here is made on the CPU, the same numbers everywhere, and then moved.
+
+
 def make_unit(
-    dim: int, hidden: int | None = None, combined: int | None = None, *, normalize_input: bool = False, seed: int = 0
+    dim: int,
+    hidden: int | None = None,
+    combined: int | None = None,
+    *,
+    normalize_input: bool = False,
+    seed: int = 0,
+    device: torch.device | str = DEVICE,
 ) -> pddm_ext.PDDM:
     """A unit whose layers all matter: what enters W_u, W_v and W_c has unit norm, so their outputs are of order 1."""
     unit = pddm_ext.PDDM(dim, hidden, combined, normalize_input=normalize_input)
@@ -68,31 +145,45 @@ def make_unit(
             layer.weight.normal_(generator=generator)
             layer.bias.normal_(generator=generator).mul_(0.3)
         unit.s.weight.mul_(unit.combined**-0.5)
-    return unit
+    return unit.to(device)
 
 
-def make_features(n: int, d: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64).to(dtype)
+def make_features(
+    n: int, d: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = DEVICE
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1000)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
 
-def make_labels(n: int, *, per_class: int = 4, seed: int = 0) -> Tensor:
+def make_labels(n: int, *, per_class: int = 4, seed: int = 0, device: torch.device | str = DEVICE) -> Tensor:
     """About `per_class` rows of each class, in no order, with ids that are no row numbers."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + 2000))
-    return 7 * (order // per_class) - 3
+    return (7 * (order // per_class) - 3).to(device)
+
+
+def random_rows(n: int, *shape: int, seed: int = 0) -> Tensor:
+    """Row numbers below n."""
+    return torch.randint(0, n, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def all_pairs(n: int, m: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(n, device=DEVICE).repeat_interleave(m), torch.arange(m, device=DEVICE).repeat(n)
 
 
 def in_double(unit: reference.PDDM) -> reference.PDDM:
-    """The same parameters in float64, on the plain-PyTorch unit."""
-    plain = reference.PDDM(unit.dim, unit.hidden, unit.combined, normalize_input=unit.normalize_input).double()
+    """The same parameters in float64, on the plain-PyTorch unit, where they are."""
+    plain = reference.PDDM(unit.dim, unit.hidden, unit.combined, normalize_input=unit.normalize_input)
+    plain = plain.double().to(unit.u.weight.device)
     plain.load_state_dict(unit.state_dict())
     return plain
 
 
 @on_one_thread
 def truth(x: Tensor, unit: reference.PDDM, y: Tensor | None = None) -> Tensor:
-    """score_matrix by `reference` in float64."""
+    """score_matrix by `reference` in float64, on the CPU."""
     with torch.no_grad():
-        return reference.score_matrix(x.double(), in_double(unit), None if y is None else y.double())
+        y = None if y is None else y.cpu().double()
+        return reference.score_matrix(x.cpu().double(), in_double(unit).cpu(), y)
 
 
 def rounding_unit(dtype: torch.dtype) -> float:
@@ -107,16 +198,20 @@ def rounding_bound(x: Tensor, unit: reference.PDDM, y: Tensor | None = None, *, 
     A running error analysis, layer by layer. A sum of k products errs by at most γ_k = k·ε/(1 − k·ε) times the sum of
     their magnitudes (Higham, *Accuracy and Stability*, section 3.1); errors of the inputs pass through |W|, a relu
     passes them on where it may be alive, and a division by a norm divides them by it. ``operand`` is the relative
-    rounding of what enters the products of W_u and W_c, for bfloat16.
+    rounding of what enters the products of W_u and W_c. The GPU rounds there what a norm divides afterwards, which is
+    the same but for float16: below its normal numbers an operand errs by 2^-25, and the norm divides that.
     """
     eps = rounding_unit(x.dtype)
+    # Tensor cores cut off what they add, where others round it.
+    sum_eps = 2 * eps if operand and ON_GPU_KERNELS else eps
+    below_normal = 2.0**-25 if x.dtype == torch.float16 and operand else 0.0
 
-    def gamma(k: int) -> float:
+    def gamma(k: int, eps: float = eps) -> float:
         return k * eps / (1 - k * eps)
 
-    parameter = {name: value.detach().double() for name, value in unit.named_parameters()}
+    parameter = {name: value.detach().cpu().double() for name, value in unit.named_parameters()}
     d, h, m = unit.dim, unit.hidden, unit.combined
-    f, g = (F.normalize(t.detach().double(), dim=-1) for t in (x, x if y is None else y))
+    f, g = (F.normalize(t.detach().cpu().double(), dim=-1) for t in (x, x if y is None else y))
     a, b = f[:, None, :], g[None, :, :]
     e_rows = gamma(d + 4) * (a.abs() + b.abs())
 
@@ -132,6 +227,10 @@ def rounding_bound(x: Tensor, unit: reference.PDDM, y: Tensor | None = None, *, 
     def relu(t: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         return F.relu(t), torch.where(t < -error, 0.0, error)
 
+    def operands_below_normal(t: Tensor, weight: Tensor, given: Tensor, norm: Tensor) -> Tensor:
+        """The weights' errors times t, and those of what was given (zeros have none), divided by its norm."""
+        return below_normal * (t.sum(-1, keepdim=True) + (given > 0).double() @ weight.abs().T / norm)
+
     # Equal rows have u = 0, and rows of opposite sign v = 0, in any precision.
     difference, total = (a - b).abs(), a + b
     equal, opposite = (difference == 0).all(-1, keepdim=True), (total == 0).all(-1, keepdim=True)
@@ -139,8 +238,9 @@ def rounding_bound(x: Tensor, unit: reference.PDDM, y: Tensor | None = None, *, 
     e_v = torch.where(opposite, 0.0, e_rows + eps * total.abs())
     u, v = difference, total / 2
     scale_v = torch.ones_like(v[..., :1])
-    e_scale = torch.zeros_like(scale_v)
+    e_scale, norm_u = torch.zeros_like(scale_v), torch.ones_like(scale_v)
     if unit.normalize_input:
+        norm_u = u.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         u, e_u = over_norm(u, e_u, d + 4)
         norm_v, e_norm = v.norm(dim=-1, keepdim=True), (e_v / 2).norm(dim=-1, keepdim=True)
         scale_v = 1 / norm_v.clamp(min=1e-12)
@@ -149,7 +249,8 @@ def rounding_bound(x: Tensor, unit: reference.PDDM, y: Tensor | None = None, *, 
     pre_u = u @ parameter["u.weight"].T + parameter["u.bias"]
     e_u = (
         linear(e_u, "u.weight")
-        + (gamma(d + 4) + 2 * operand) * linear(u, "u.weight")
+        + (gamma(d + 4, sum_eps) + 2 * operand) * linear(u, "u.weight")
+        + operands_below_normal(u, parameter["u.weight"], difference, norm_u)
         + gamma(4) * parameter["u.bias"].abs()
     )
     # W_v meets the rows before they are added.
@@ -157,25 +258,38 @@ def rounding_bound(x: Tensor, unit: reference.PDDM, y: Tensor | None = None, *, 
     e_v = (linear(e_v, "v.weight") + gamma(d + 4) * linear(a.abs() + b.abs(), "v.weight")) / 2 * scale_v
     e_v = torch.where(opposite, 0.0, e_v + linear(v.abs(), "v.weight") * e_scale) + gamma(4) * parameter["v.bias"].abs()
 
-    u, e_u = over_norm(*relu(pre_u, e_u), h + 4)
-    v, e_v = over_norm(*relu(pre_v, e_v), h + 4)
+    alive = [relu(pre_u, e_u), relu(pre_v, e_v)]
+    (u, e_u), (v, e_v) = (over_norm(*t, h + 4) for t in alive)
     both, e_both = torch.cat([u, v], -1), torch.cat([e_u, e_v], -1)
     pre_c = both @ parameter["c.weight"].T + parameter["c.bias"]
     e_c = (
-        linear(e_both + (gamma(2 * h + 8) + 2 * operand) * (both + e_both), "c.weight")
+        linear(e_both + (gamma(2 * h + 8, sum_eps) + 2 * operand) * (both + e_both), "c.weight")
         + gamma(4) * parameter["c.bias"].abs()
     )
+    for t, (before, e), weight in zip((u, v), alive, parameter["c.weight"].split(h, dim=1), strict=True):
+        norm = (before.norm(dim=-1, keepdim=True) - e.norm(dim=-1, keepdim=True)).clamp(min=1e-12)
+        e_c = e_c + operands_below_normal(t, weight, before + e, norm)
     c, e_c = relu(pre_c, e_c)
     return (linear(e_c + gamma(m + 4) * (c + e_c), "s.weight") + gamma(4) * parameter["s.bias"].abs()).squeeze(-1)
 
 
-def bfloat16_operand(dtype: torch.dtype) -> float:
-    """Relative rounding of a product's operand: 8 significant bits where bfloat16 is multiplied as such."""
+def operand_rounding(dtype: torch.dtype) -> float:
+    """Relative rounding of a product's operand: half a unit in the last of the digits that features of this dtype are
+    multiplied with, 0 where those are the sums' own.
+    """
+    if ON_GPU_KERNELS:
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        return {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-11 * tf32}.get(dtype, 0.0)
     return 2.0**-8 if dtype == torch.bfloat16 and _C.multiplies_bfloat16() else 0.0
 
 
+def bound_of(x: Tensor, unit: reference.PDDM, y: Tensor | None = None) -> Tensor:
+    """The bound of what is scored now: by these kernels, in the precision that is set."""
+    return rounding_bound(x, unit, y, operand=operand_rounding(x.dtype))
+
+
 def assert_within(got: Tensor, expected: Tensor, bound: Tensor) -> None:
-    error = (got.detach().double() - expected).abs()
+    error = (got.detach().cpu().double() - expected.cpu()).abs()
     assert not error.isnan().any(), "an unexpected NaN"
     # The truth is rounded too, at 2^-53.
     assert (error <= bound * (1 + 1e-6) + 1e-13).all(), f"off by up to {(error / (bound + 1e-30)).max():.3g} bounds"
@@ -183,7 +297,7 @@ def assert_within(got: Tensor, expected: Tensor, bound: Tensor) -> None:
 
 def bits(t: Tensor) -> Tensor:
     """The bit patterns, so that equality tells NaN and the sign of zero."""
-    t = t.detach().contiguous()
+    t = t.detach().cpu().contiguous()
     return t.view({4: torch.int32, 8: torch.int64, 2: torch.int16, 1: torch.int8}[t.element_size()])
 
 
@@ -201,8 +315,9 @@ def assert_same_bits(got, expected) -> None:
 def decided(scores: Tensor, bound: Tensor, allowed: Tensor, chosen: Tensor, smallest: bool) -> Tensor:
     """Assert, per row, that the chosen entry may be the best within rounding; returns the rows where only one may be.
 
-    Where the margin between best and second best exceeds the bounds this is equality of indices.
+    Where the margin between best and second best exceeds the bounds this is equality of indices. A NaN is never chosen.
     """
+    allowed = allowed & ~scores.isnan()
     if not smallest:
         scores = -scores
     low, high = scores - bound, (scores + bound).masked_fill(~allowed, torch.inf)
@@ -216,8 +331,10 @@ def decided(scores: Tensor, bound: Tensor, allowed: Tensor, chosen: Tensor, smal
 @on_one_thread
 def assert_mined(quads: pddm_ext.Quadruplets, feats: Tensor, labels: Tensor, unit: reference.PDDM, mode: str) -> float:
     """Compare with the truth; returns the share of choices that rounding left no doubt about."""
-    n = len(labels)
-    expected = reference.select_quadruplets(truth(feats, unit), labels, mode)
+    n, labels = len(labels), labels.cpu()
+    quads = type(quads)(*(field.detach().cpu() for field in quads))
+    scores = truth(feats, unit)
+    expected = reference.select_quadruplets(scores, labels, mode)
     assert torch.equal(quads.valid, expected.valid)
     for name in "ijkl":
         assert (getattr(quads, name)[~quads.valid] == -1).all()
@@ -225,7 +342,7 @@ def assert_mined(quads: pddm_ext.Quadruplets, feats: Tensor, labels: Tensor, uni
         assert (getattr(quads, name)[~quads.valid] == 0).all()
     if not quads.valid.any():
         return 1.0
-    scores, bound = truth(feats, unit), rounding_bound(feats, unit, operand=bfloat16_operand(feats.dtype))
+    bound = bound_of(feats, unit)
     i, j, k, l = (index[quads.valid] for index in quads[:4])  # noqa: E741
     same = labels[:, None] == labels[None, :]
     positive = same & ~torch.eye(n, dtype=torch.bool)
@@ -242,6 +359,43 @@ def assert_mined(quads: pddm_ext.Quadruplets, feats: Tensor, labels: Tensor, uni
     for got, (r, c) in zip(quads[4:7], ((i, j), (i, k), (j, l)), strict=True):
         assert_within(got[quads.valid], scores[r, c], bound[r, c])
     return torch.cat(sure).double().mean().item()
+
+
+def assert_lowest(quads: pddm_ext.Quadruplets, feats: Tensor, labels: Tensor, mode: str) -> None:
+    """Ties to the lowest index, lexicographic for pairs: of equal rows, a choice is the first that it may be."""
+    labels = labels.cpu()
+    kind = bits(feats).unique(dim=0, return_inverse=True)[1]  # equal rows are of one kind
+    rows = torch.arange(len(labels))
+    for i, j, k, l in zip(*(field[quads.valid].tolist() for field in quads[:4]), strict=True):  # noqa: E741
+        for row, chosen in ((i, k), (j, l)):
+            assert chosen == rows[(kind == kind[chosen]) & (labels != labels[row])][0]
+        if mode == "anchor":
+            assert j == rows[(kind == kind[j]) & (labels == labels[i]) & (rows != i)][0]
+        if mode == "batch":
+            first, second = kind[:, None], kind[None, :]
+            alike = (first == kind[i]) & (second == kind[j]) | (first == kind[j]) & (second == kind[i])
+            positive = (labels[:, None] == labels[None, :]) & (rows[:, None] < rows[None, :])
+            assert [i, j] == (alike & positive).nonzero()[0].tolist()
+
+
+def assert_selected(quads: pddm_ext.Quadruplets, feats: Tensor, labels: Tensor, unit: pddm_ext.PDDM, mode: str) -> None:
+    """The quadruplets of the kernels' own scores: to the bit where those are the same in every call."""
+    if ON_GPU_KERNELS:
+        assert_mined(quads, feats, labels, unit, mode)
+        assert_lowest(quads, feats, labels, mode)
+    else:
+        matrix = pddm_ext.score_matrix(feats, unit).detach()
+        assert_same_bits(quads, reference.select_quadruplets(matrix, labels, mode))
+
+
+def assert_ranked(scores: Tensor, columns: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """A ranking of each row of the truth within its bounds: nothing better was left out, and ties are in order."""
+    scores, columns = scores.detach().cpu(), columns.cpu()
+    assert_within(scores, expected.gather(1, columns), bound.gather(1, columns))
+    before, after = scores[:, :-1], scores[:, 1:]
+    assert ((before > after) | ((before == after) & (columns[:, :-1] < columns[:, 1:]))).all()
+    left_out = torch.ones_like(expected, dtype=torch.bool).scatter(1, columns, False)
+    assert ((expected - bound).masked_fill(~left_out, -torch.inf) <= scores[:, -1:].double()).all()
 
 
 def kill_relus(unit: pddm_ext.PDDM, layers: str) -> None:
@@ -270,7 +424,7 @@ def batches(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,),
         draw(_sizes), draw(_sizes), draw(_sizes), normalize_input=draw(st.booleans()), seed=draw(st.integers(0, 50))
     )
     kill_relus(unit, draw(st.sampled_from(["", "", "", "", "u", "v", "c", "uv", "uvc"])))
-    feats = make_features(n, unit.dim, seed=seed, dtype=draw(st.sampled_from(dtypes)))
+    feats = make_features(n, unit.dim, seed=seed, dtype=draw(st.sampled_from(dtypes)), device="cpu")
     rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     if n > 1 and draw(st.booleans()):
         feats[rows[: n // 4]] = feats[rows[-(n // 4) :]] if n >= 4 else feats[rows[:1]]  # duplicates: u = 0
@@ -282,9 +436,9 @@ def batches(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,),
     kind = draw(st.sampled_from(["few", "few", "fours", "one", "singletons", "huge"]))
     labels = {
         "few": lambda: torch.randint(0, 3, (n,), generator=torch.Generator().manual_seed(seed)),
-        "fours": lambda: make_labels(n, seed=seed),
+        "fours": lambda: make_labels(n, seed=seed, device="cpu"),
         "one": lambda: torch.full((n,), -5),
         "singletons": lambda: rows - n // 2,
         "huge": lambda: torch.tensor([-(2**63), 2**63 - 1, 2**32, 0, -1])[rows % 5],
     }[kind]()
-    return Batch(feats, labels, unit, draw(st.sampled_from(CAPABILITIES)))
+    return Batch(feats.to(DEVICE), labels.to(DEVICE), unit, draw(st.sampled_from(CAPABILITIES)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pddm_ext
-from helpers import assert_same_bits, make_features, make_labels, make_unit, threads
+from helpers import DEVICE, assert_same_bits, host_only, make_features, make_labels, make_unit, threads
 from pddm_ext import ops, reference
 from pddm_ext.quadruplets import MODES
 
@@ -22,7 +22,7 @@ def _fresh_graphs():
 def operator_calls(dtype: torch.dtype, requires_grad: bool) -> dict[str, tuple]:
     unit = make_unit(5, 4, 3).requires_grad_(requires_grad)
     x, labels = make_features(9, 5, dtype=dtype).requires_grad_(requires_grad), make_labels(9, per_class=3)
-    i, j = torch.tensor([0, 3, 3, 8]), torch.tensor([1, 2, 3, 0])
+    i, j = torch.tensor([[0, 3, 3, 8], [1, 2, 3, 0]], device=DEVICE)
     out = torch.float64 if dtype == torch.float64 else torch.float32
     p = ops.unit_arguments(unit)
     return {
@@ -31,8 +31,14 @@ def operator_calls(dtype: torch.dtype, requires_grad: bool) -> dict[str, tuple]:
         "score_matrix": (torch.ops.pddm.score_matrix, (x, -1, *p)),
         "score_matrix of two": (torch.ops.pddm.score_matrix, (x, 4, *p)),
         "topk": (torch.ops.pddm.topk, (x[:4].detach(), x.detach(), 3, *(t.detach() for t in p[:8]), *p[8:])),
-        "score_pairs_backward": (torch.ops.pddm.score_pairs_backward, (torch.ones(4, dtype=out), x, i, j, *p)),
-        "score_matrix_backward": (torch.ops.pddm.score_matrix_backward, (torch.ones(9, 9, dtype=out), x, -1, *p)),
+        "score_pairs_backward": (
+            torch.ops.pddm.score_pairs_backward,
+            (torch.ones(4, dtype=out, device=DEVICE), x, i, j, *p),
+        ),
+        "score_matrix_backward": (
+            torch.ops.pddm.score_matrix_backward,
+            (torch.ones(9, 9, dtype=out, device=DEVICE), x, -1, *p),
+        ),
     }
 
 
@@ -67,7 +73,7 @@ def training_step(mode: str):
 
 
 def compare_steps(step, compiled, n: int = 20) -> None:
-    net, unit = torch.nn.Linear(6, 5), make_unit(5)
+    net, unit = torch.nn.Linear(6, 5).to(DEVICE), make_unit(5)
     images, labels = make_features(n, 6), make_labels(n)
     results = []
     for function in (step, compiled):
@@ -104,7 +110,7 @@ def test_a_batch_of_another_size_does_not_break_a_compiled_step():
 @pytest.mark.parametrize("call", ["score_pairs", "score_matrix", "score_matrix of two", "topk", "unit", "method"])
 def test_every_entry_compiles_into_one_graph(call):
     unit, x, labels = make_unit(5), make_features(12, 5), make_labels(12)
-    i = torch.arange(12)
+    i = torch.arange(12, device=DEVICE)
     functions = {
         "score_pairs": lambda x: pddm_ext.score_pairs(x, i, i.flip(0), unit),
         "score_matrix": lambda x: pddm_ext.score_matrix(x, unit),
@@ -121,13 +127,14 @@ def test_autocast_holds_in_a_compiled_graph():
     unit, x, labels = make_unit(5), make_features(12, 5), make_labels(12)
 
     def mined(x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             return unit.mine(x, labels, mode="anchor").s_ij
 
     assert_same_bits(torch.compile(mined, fullgraph=True, backend="aot_eager")(x), mined(x))
     assert_same_bits(mined(x), unit.mine(x.bfloat16(), labels, mode="anchor").s_ij)
 
 
+@host_only("others are checked by the kernels")
 def test_a_row_number_out_of_range_is_still_an_error_when_compiled():
     unit, x = make_unit(5), make_features(12, 5)
     compiled = torch.compile(lambda x, i: pddm_ext.score_pairs(x, i, i, unit), fullgraph=True, backend="aot_eager")
@@ -137,7 +144,7 @@ def test_a_row_number_out_of_range_is_still_an_error_when_compiled():
 
 def test_mining_with_the_default_unit_compiles_where_it_exists():
     x, labels = make_features(12, 31), make_labels(12)
-    pddm_ext.default_unit(31)
+    pddm_ext.default_unit(31, DEVICE)
     compiled = torch.compile(lambda x: pddm_ext.mine_and_score(x, labels).s_ij, fullgraph=True, backend="aot_eager")
     assert_same_bits(compiled(x), pddm_ext.mine_and_score(x, labels).s_ij)
 
@@ -154,7 +161,7 @@ def test_fake_shapes_are_the_real_ones():
 
 
 def test_the_reference_compiles_too():
-    unit, x, labels = reference.PDDM(5), make_features(12, 5), make_labels(12)
+    unit, x, labels = reference.PDDM(5).to(DEVICE), make_features(12, 5), make_labels(12)
     compiled = torch.compile(
         lambda x: reference.mine_and_score(x, labels, unit, mode="anchor").s_ij, fullgraph=True, backend="aot_eager"
     )

@@ -8,27 +8,34 @@ from hypothesis import given
 
 import pddm_ext
 from helpers import (
+    ANY_CALL,
+    DEVICE,
+    EMULATED,
+    FLOATS,
+    MODES,
+    ON_GPU_KERNELS,
     SIZES,
     Batch,
+    all_pairs,
+    assert_mined,
+    assert_ranked,
     assert_same_bits,
     assert_within,
     batches,
-    bfloat16_operand,
+    bound_of,
+    cpu_only,
+    gpu_only,
     instruction_set,
     kill_relus,
     make_features,
     make_labels,
     make_unit,
+    matmul_precision,
+    operand_rounding,
     rounding_bound,
     truth,
 )
-from pddm_ext import _C, reference
-
-FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def all_pairs(n: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.arange(n).repeat_interleave(m), torch.arange(m).repeat(n)
+from pddm_ext import reference
 
 
 @cache
@@ -43,10 +50,11 @@ def case(size, dtype, normalize_input, operand):
 
 
 @pytest.mark.parametrize("normalize_input", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS[:3])  # float16 is float32 from here on, to the bit: see below
+# float16 is float32 on the CPU from here on, to the bit: see below.
+@pytest.mark.parametrize("dtype", FLOATS if ON_GPU_KERNELS else FLOATS[:3])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_entry_scores_as_the_reference(capability, size, dtype, normalize_input):
-    unit, x, y, within, across = case(size, dtype, normalize_input, bfloat16_operand(dtype))
+    unit, x, y, within, across = case(size, dtype, normalize_input, operand_rounding(dtype))
     n, d = x.shape
     assert_within(pddm_ext.score_matrix(x, unit), *within)
     assert_within(pddm_ext.score_matrix(x, unit, y), *across)
@@ -55,6 +63,54 @@ def test_every_entry_scores_as_the_reference(capability, size, dtype, normalize_
     assert_within(unit(x[i].reshape(n, n, d), x[j].reshape(n, n, d)), *within)
     scores, columns = pddm_ext.topk(x, y, n + 3, unit)
     assert_within(scores, *(t.gather(1, columns) for t in across))
+
+
+# (n, d, h, m) about the GPU's tiles: 16 × 16 blocks of pairs, tiles of 32, 64 and 128 pairs, of 64, 128 and 256
+# outputs, and of 8, 16 or 32 inputs.
+TILE_SIZES = [
+    (16, 16, 16, 16),
+    (17, 15, 33, 31),
+    (34, 64, 128, 256),
+    (33, 65, 129, 257),
+    (20, 300, 520, 40),
+    (130, 31, 24, 18),
+]
+
+
+@gpu_only("the CPU's tiles are smaller")
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", [*TILE_SIZES, pytest.param((130, 65, 129, 257), id="large")], ids=str)
+def test_sizes_about_the_tiles_score_and_mine_as_the_reference(request, size, dtype, precision):
+    if precision == "high" and dtype != torch.float32:
+        pytest.skip("the precision of float32 products only")
+    if EMULATED and request.node.callspec.id.startswith("large") and (dtype, precision) != (torch.bfloat16, "highest"):
+        pytest.skip("too slow under the emulation in every dtype")
+    with matmul_precision(precision):
+        unit, x, y, within, across = case(size, dtype, False, operand_rounding(dtype))
+        assert_within(pddm_ext.score_matrix(x, unit), *within)
+        if size[0] < 100:
+            assert_within(pddm_ext.score_matrix(x, unit, y), *across)
+            labels = make_labels(len(x))
+            for mode in MODES:
+                assert_mined(unit.mine(x, labels, mode=mode), x, labels, unit, mode)
+
+
+@gpu_only("the CPU's float32 is IEEE's in every setting")
+@pytest.mark.parametrize("normalize_input", [False, True])
+@pytest.mark.parametrize("size", SIZES[2:], ids=str)
+def test_high_matmul_precision_rounds_float32_operands_to_tf32_and_no_further(size, normalize_input):
+    exact = pddm_ext.score_matrix(*reversed(case(size, torch.float32, normalize_input, 0.0)[:2]))
+    with matmul_precision("high"):
+        unit, x, y, within, across = case(size, torch.float32, normalize_input, operand_rounding(torch.float32))
+        i, j = all_pairs(len(x), len(x))
+        got = pddm_ext.score_matrix(x, unit)
+        assert_within(got, *within)
+        assert_within(pddm_ext.score_matrix(x, unit, y), *across)
+        assert_within(pddm_ext.score_pairs(x, i, j, unit).reshape_as(got), *within)
+        double = pddm_ext.score_matrix(x.double(), unit)
+    assert (got != exact).any()  # it did round
+    assert_same_bits(double, pddm_ext.score_matrix(x.double(), unit))  # float64 is left alone
 
 
 def test_the_bound_is_tight_enough_to_catch_a_wrong_term():
@@ -76,7 +132,7 @@ def test_any_batch_scores_as_the_reference(batch: Batch):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_scores_are_float32_or_float64_for_float64(dtype):
     unit, x = make_unit(5), make_features(6, 5, dtype=dtype)
-    i = torch.arange(6)
+    i = torch.arange(6, device=DEVICE)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert pddm_ext.score_matrix(x, unit).dtype == expected
     assert pddm_ext.score_pairs(x, i, i, unit).dtype == expected
@@ -86,9 +142,10 @@ def test_scores_are_float32_or_float64_for_float64(dtype):
         assert unit.mine(x, make_labels(6), mode=mode).s_ij.dtype == expected
 
 
+@cpu_only("the GPU multiplies both as they are")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features_are_scored_in_float32(capability, dtype):
-    if dtype == torch.bfloat16 and _C.multiplies_bfloat16():
+    if operand_rounding(dtype):
         pytest.skip("bfloat16 products are compared with their bound elsewhere")
     unit, x = make_unit(19, 9, 14), make_features(40, 19, dtype=dtype)
     assert_same_bits(pddm_ext.score_matrix(x, unit), pddm_ext.score_matrix(x.float(), unit))
@@ -102,6 +159,7 @@ def test_parameters_of_any_dtype_are_taken_in_the_features_precision(parameters,
     assert_within(pddm_ext.score_matrix(x, unit), truth(x, unit), rounding_bound(x, unit))
 
 
+@cpu_only(ANY_CALL)
 @pytest.mark.parametrize("normalize_input", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_pair_scores_the_same_bits_wherever_it_stands(capability, dtype, normalize_input):
@@ -133,6 +191,26 @@ def test_a_pair_scores_the_same_bits_wherever_it_stands(capability, dtype, norma
 
 
 @pytest.mark.parametrize("normalize_input", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_pair_scores_the_same_bits_wherever_it_stands_in_a_call(capability, dtype, normalize_input):
+    n, d = 75, 21
+    unit = make_unit(d, 13, 18, normalize_input=normalize_input)
+    x = make_features(n, d, dtype=dtype)
+    x[[17, 40, 41, 74]] = x[3].clone()
+    matrix = pddm_ext.score_matrix(x, unit)
+    assert_same_bits(matrix, matrix.T)
+    for copy in (17, 40, 41, 74):
+        assert_same_bits(matrix[copy], matrix[3])
+    across = pddm_ext.score_matrix(x[:20], unit, x)
+    assert_same_bits(across[17], across[3])
+    assert_same_bits(across[:, 74], across[:, 3])
+    i, j = all_pairs(5, n)
+    pairs = pddm_ext.score_pairs(x, torch.cat([i, j]), torch.cat([j, i]), unit).reshape(2, 5, n)
+    assert_same_bits(pairs[0], pairs[1])
+    assert_same_bits(pairs[0, :, 40], pairs[0, :, 3])
+
+
+@pytest.mark.parametrize("normalize_input", [False, True])
 @pytest.mark.parametrize("dead", ["", "u", "v", "c", "uv", "uvc"])
 def test_vanishing_norms_score_as_the_reference(capability, dead, normalize_input):
     """u = 0, v = 0, a row of zeros, and relus that are all dead: each is a norm of 0."""
@@ -157,7 +235,7 @@ def test_norms_are_clamped_as_by_normalize(capability, scale):
 
 def test_length_of_a_row_does_not_matter(capability):
     unit, x = make_unit(16), make_features(20, 16)
-    scale = 2.0 ** torch.arange(-10, 10)[:, None]  # powers of two, which round nothing
+    scale = 2.0 ** torch.arange(-10, 10, device=DEVICE)[:, None]  # powers of two, which round nothing
     assert_same_bits(pddm_ext.score_matrix(x * scale, unit), pddm_ext.score_matrix(x, unit))
 
 
@@ -171,10 +249,10 @@ def test_a_row_of_nan_or_infinity_reaches_its_own_pairs_and_no_other(capability,
     got = pddm_ext.score_matrix(x, unit)
     assert got[40].isnan().all()
     assert got[:, 40].isnan().all()
-    others = torch.arange(n) != 40
+    others = torch.arange(n, device=DEVICE) != 40
     assert_same_bits(got[others][:, others], clean[others][:, others])
-    i = torch.tensor([40, 3, 40, 5])
-    j = torch.tensor([3, 40, 40, 6])
+    i = torch.tensor([40, 3, 40, 5], device=DEVICE)
+    j = torch.tensor([3, 40, 40, 6], device=DEVICE)
     assert pddm_ext.score_pairs(x, i, j, unit).isnan().tolist() == [True, True, True, False]
     assert unit(x[i], x[j]).isnan().tolist() == [True, True, True, False]
 
@@ -186,29 +264,31 @@ def test_a_nan_in_any_parameter_reaches_the_scores(capability, name):
     unit, x = make_unit(6, 5, 4), make_features(20, 6)
     with torch.no_grad():
         unit.get_parameter(name).view(-1)[0] = float("nan")
-    assert pddm_ext.score_matrix(x, unit).isnan().all() == truth(x, unit).isnan().all()
-    assert pddm_ext.score_matrix(x, unit).isnan().any()
+    got = pddm_ext.score_matrix(x, unit)
+    assert got.isnan().all().item() == truth(x, unit).isnan().all().item()
+    assert got.isnan().any()
 
 
 def test_any_strides_give_the_same_bits():
     unit, x = make_unit(12, 7, 9), make_features(40, 12)
     i, j = all_pairs(40, 40)
-    expected = pddm_ext.score_matrix(x, unit)
-    wide = torch.zeros(80, 36)
+    expected, listed = pddm_ext.score_matrix(x, unit), pddm_ext.score_pairs(x, i, j, unit)
+    across = pddm_ext.score_matrix(x, unit, x)
+    wide = torch.zeros(80, 36, device=DEVICE)
     wide[::2, 5:29:2] = x
-    unaligned = torch.zeros(481)[1:].view(40, 12)
+    unaligned = torch.zeros(481, device=DEVICE)[1:].view(40, 12)
     unaligned.copy_(x)
     views = [x.T.contiguous().T, wide[::2, 5:29:2], x.flip(0).flip(0), unaligned, torch._neg_view(-x)]
     for view in views:
         assert_same_bits(pddm_ext.score_matrix(view, unit), expected)
-        assert_same_bits(pddm_ext.score_pairs(view, i.flip(0).flip(0), j, unit).reshape(40, 40), expected)
-        assert_same_bits(pddm_ext.score_matrix(x, unit, view), expected)
+        assert_same_bits(pddm_ext.score_pairs(view, i.flip(0).flip(0), j, unit), listed)
+        assert_same_bits(pddm_ext.score_matrix(x, unit, view), across)
         assert_same_bits(pddm_ext.topk(view, x, 3, unit), pddm_ext.topk(x, view, 3, unit))
         assert_same_bits(unit.mine(view, make_labels(40)), unit.mine(x, make_labels(40)))
     one = x[:1].expand(40, 12)
     assert_same_bits(pddm_ext.score_matrix(one, unit), expected[:1, :1].expand(40, 40))
     strided = torch.stack([i, j], 1)
-    assert_same_bits(pddm_ext.score_pairs(x, strided[:, 0], strided[:, 1], unit).reshape(40, 40), expected)
+    assert_same_bits(pddm_ext.score_pairs(x, strided[:, 0], strided[:, 1], unit), listed)
 
 
 def test_parameters_of_any_strides_give_the_same_bits():
@@ -224,14 +304,14 @@ def test_parameters_of_any_strides_give_the_same_bits():
 )
 def test_row_numbers_of_any_integer_dtype(dtype):
     unit, x = make_unit(4), make_features(9, 4)
-    i, j = torch.tensor([0, 8, 3]), torch.tensor([1, 2, 3])
+    i, j = torch.tensor([0, 8, 3], device=DEVICE), torch.tensor([1, 2, 3], device=DEVICE)
     assert_same_bits(pddm_ext.score_pairs(x, i.to(dtype), j.to(dtype), unit), pddm_ext.score_pairs(x, i, j, unit))
 
 
 def test_empty_and_single_row_inputs_have_empty_and_single_results():
     unit = make_unit(4)
-    none, one = torch.zeros(0, 4), make_features(1, 4)
-    index = torch.zeros(0, dtype=torch.int64)
+    none, one = make_features(0, 4), make_features(1, 4)
+    index = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     assert pddm_ext.score_matrix(none, unit).shape == (0, 0)
     assert pddm_ext.score_matrix(none, unit, one).shape == (0, 1)
     assert pddm_ext.score_matrix(one, unit, none).shape == (1, 0)
@@ -239,11 +319,12 @@ def test_empty_and_single_row_inputs_have_empty_and_single_results():
     assert pddm_ext.score_pairs(one, index, index, unit).shape == (0,)
     assert [t.shape for t in pddm_ext.topk(none, one, 1, unit)] == [(0, 1)] * 2
     assert unit(none, none).shape == (0,)
-    assert unit(torch.zeros(3, 0, 4), torch.zeros(3, 0, 4)).shape == (3, 0)
+    assert unit(none.reshape(3, 0, 4), none.reshape(3, 0, 4)).shape == (3, 0)
     assert unit(one[0], one[0]).shape == ()
     assert_within(pddm_ext.score_matrix(one, unit), truth(one, unit), rounding_bound(one, unit))
 
 
+@cpu_only(ANY_CALL)
 @given(batches(dtypes=(torch.float32, torch.float64)))
 def test_topk_is_the_stable_sort_of_the_matrix(batch: Batch):
     n = len(batch.feats)
@@ -257,21 +338,35 @@ def test_topk_is_the_stable_sort_of_the_matrix(batch: Batch):
             assert torch.equal(columns, expected.indices[:, :k])
 
 
+@given(batches(dtypes=(torch.float32, torch.float64)))
+def test_topk_ranks_any_batch_as_the_reference(batch: Batch):
+    n = len(batch.feats)
+    queries = batch.feats[: n // 3]
+    expected, bound = (f(queries, batch.unit, batch.feats) for f in (truth, bound_of))
+    with instruction_set(batch.capability):
+        for k in {1, (n + 1) // 2, n} if n else ():
+            assert_ranked(*pddm_ext.topk(queries, batch.feats, k, batch.unit), expected, bound)
+
+
 def test_topk_streams_a_long_gallery_in_order(capability):
-    # Longer than the pieces it passes by in, with ties across them, and a NaN in each.
-    g = 4500
+    # Longer than the pieces it passes by in (2,048 rows on the CPU, 40 of this unit's on the GPU), with ties across
+    # them, and a NaN in each.
+    g = 500 if EMULATED else 4500
     unit = make_unit(6, 5, 4)
     gallery, queries = make_features(g, 6), make_features(5, 6, seed=1)
-    best = pddm_ext.topk(queries, gallery, 1, unit)[1][0, 0]
-    gallery[[11, 2047, 2048, 4499]] = gallery[best].clone()
-    gallery[[0, 2100, 4498]] = float("nan")
+    best = pddm_ext.topk(queries, gallery, 1, unit)[1][0, 0].item()
+    copies = [11, g // 2 - 203, g // 2 - 202, g - 1]
+    gallery[copies] = gallery[best].clone()
+    gallery[[0, g // 2 - 151, g - 2]] = float("nan")
     scores, columns = pddm_ext.topk(queries, gallery, 40, unit)
-    matrix = pddm_ext.score_matrix(queries, unit, gallery).detach().nan_to_num(nan=-torch.inf)
-    expected = matrix.sort(dim=-1, descending=True, stable=True)
-    assert torch.equal(columns, expected.indices[:, :40])
-    assert_same_bits(scores, expected.values[:, :40])
-    tied = [11, 2047, 2048, 4499, best.item()]
-    assert columns[0, :5].tolist() == sorted(tied)
+    expected = truth(queries, unit, gallery)
+    assert_ranked(scores, columns, expected.nan_to_num(nan=-torch.inf), bound_of(queries, unit, gallery).nan_to_num())
+    assert columns[0, :5].tolist() == sorted([*copies, best])
+    if not ON_GPU_KERNELS:  # where a pair has the same bits in both calls
+        matrix = pddm_ext.score_matrix(queries, unit, gallery).detach().nan_to_num(nan=-torch.inf)
+        stable = matrix.sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(columns, stable.indices[:, :40])
+        assert_same_bits(scores, stable.values[:, :40])
 
 
 def test_topk_puts_nan_last_and_agrees_with_the_reference(capability):
@@ -303,7 +398,7 @@ def test_autocast_scores_features_in_its_dtype(dtype):
     unit, x, labels = make_unit(17, 8, 9), make_features(40, 17), make_labels(40)
     i, j = all_pairs(40, 40)
     cast = x.to(dtype)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE.type, dtype=dtype):
         got = [pddm_ext.score_pairs(x, i, j, unit), pddm_ext.score_matrix(x, unit), unit(x[i], x[j])]
         got += [*pddm_ext.topk(x, x, 4, unit), *pddm_ext.mine_and_score(x, labels, unit, mode="anchor")]
         double = pddm_ext.score_matrix(x.double(), unit)

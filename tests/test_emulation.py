@@ -1,0 +1,102 @@
+"""What the emulation of a GPU can show and a GPU cannot: other devices, and threads that run in other orders."""
+
+import pytest
+import torch
+
+import pddm_ext
+from helpers import (
+    EMULATED,
+    FLOATS,
+    MODES,
+    assert_lowest,
+    assert_mined,
+    assert_within,
+    bound_of,
+    counters,
+    in_a_new_process,
+    make_features,
+    make_labels,
+    make_unit,
+    reset_counters,
+    truth,
+)
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="this build does not emulate a GPU")
+
+
+def scratch(call) -> int:
+    reset_counters()
+    call()
+    return counters()["bytes_peak"]
+
+
+def assert_all_of_it(x: torch.Tensor, unit: pddm_ext.PDDM) -> None:
+    expected, bound = truth(x, unit), bound_of(x, unit)
+    assert_within(pddm_ext.score_matrix(x, unit), expected, bound)
+    i, j = torch.triu_indices(len(x), len(x))
+    assert_within(pddm_ext.score_pairs(x, i, j, unit), expected[i, j], bound[i, j])
+    labels = make_labels(len(x))
+    for mode in MODES:
+        quads = unit.mine(x, labels, mode=mode)
+        assert_mined(quads, x, labels, unit, mode)
+        assert_lowest(quads, x, labels, mode)
+
+
+@pytest.mark.parametrize("normalize_input", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_shape_of_the_tiles_scores_as_the_reference(monkeypatch, dtype, normalize_input):
+    """The largest is taken that leaves no multiprocessor idle: of 300 pairs there are 3 tiles of 128, 5 of 64, 10 of
+    32. float32 has two shapes, float64 one. Their weights are filled up to different numbers of outputs, which tells
+    them apart.
+    """
+    unit, x = make_unit(33, 70, 132, normalize_input=normalize_input), make_features(24, 33, dtype=dtype)
+    x[20] = x[5].clone()
+    seen = set()
+    for multiprocessors in (1, 5, 6):
+        monkeypatch.setenv("PDDM_EMULATION_MULTIPROCESSORS", str(multiprocessors))
+        assert_all_of_it(x, unit)
+        seen.add(scratch(lambda: pddm_ext.score_matrix(x, unit)))
+    assert len(seen) == {torch.float32: 2, torch.float64: 1}.get(dtype, 3)
+
+
+@pytest.mark.parametrize("normalize_input", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "hidden"),
+    [(torch.float32, 712), (torch.float64, 360), (torch.bfloat16, 1416), (torch.float16, 1416)],
+    ids=str,
+)
+def test_u_that_does_not_fit_in_shared_memory_is_kept_outside(monkeypatch, dtype, hidden, normalize_input):
+    unit = make_unit(8, hidden, 10, normalize_input=normalize_input)
+    x = make_features(12, 8, dtype=dtype)
+    used = {}
+    for device, multiprocessors in (("sm_90", 1), ("sm_86", 1), ("sm_86", 4)):
+        monkeypatch.setenv("PDDM_EMULATION_DEVICE", device)
+        monkeypatch.setenv("PDDM_EMULATION_MULTIPROCESSORS", str(multiprocessors))
+        used[device, multiprocessors] = scratch(lambda: pddm_ext.score_matrix(x, unit))
+        assert_all_of_it(x, unit)
+    # On one multiprocessor one block comes back to the same memory; on four each has its own.
+    assert used["sm_90", 1] != used["sm_86", 1] < used["sm_86", 4]
+
+
+def test_no_order_of_the_threads_changes_a_bit():
+    """What depends on it lacks a barrier, or takes the first to arrive."""
+    code = """
+import hashlib, torch
+from helpers import bits, make_features, make_labels, make_unit, matmul_precision
+from test_laws import everything
+digest = hashlib.sha256()
+f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+for dtype, normalize_input in (f32, False), (f32, True), (f64, True), (bf16, False), (f16, True):
+    unit, x = make_unit(17, 21, 30, normalize_input=normalize_input), make_features(34, 17, dtype=dtype)
+    x[30:34] = x[3].clone()
+    with matmul_precision("high" if normalize_input else "highest"):
+        for t in everything(x, make_labels(34), unit):
+            digest.update(bits(t).numpy().tobytes())
+print(digest.hexdigest())
+"""
+    seen = set()
+    for order in ("ascending", "descending", "shuffled", "shuffled:2"):
+        done = in_a_new_process(code, PDDM_EMULATION_ORDER=order)
+        assert done.returncode == 0, done.stderr
+        seen.add(done.stdout)
+    assert len(seen) == 1
