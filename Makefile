@@ -67,7 +67,7 @@ $(VENV)/nvcc: $(VENV)/tools
 ARITHMETICS := $(addprefix pddm_cuda_,F32 F64 Tf32 Bf16 F16)
 cuda: $(VENV)/nvcc
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja -DPDDM_CUDA=on -DPDDM_NVCC=$$(readlink $(VENV)/nvcc) \
-	  -DCMAKE_CUDA_FLAGS="-Xptxas -v" \
+	  -DCMAKE_CUDA_FLAGS="-Xptxas -v" "-DCMAKE_CUDA_ARCHITECTURES=80-real;86-real;90a-real;100a-real;120-real" \
 	  "-DCMAKE_CUDA_COMPILER_LAUNCHER=$(CURDIR)/$(BIN)/python;$(CURDIR)/tests/cuda/resources.py;keep"
 	$(BIN)/cmake --build build/cuda --target cuda_shapes $(ARITHMETICS)
 	$(BIN)/python tests/cuda/resources.py report build/cuda build/cuda/tests/emulation/cuda_shapes

@@ -256,7 +256,9 @@ Gradients backward(const Tensor& weight, const Tensor& feats, PDDM_UNIT, const R
   const Call call(feats, allow_tf32);
   const Tensor rows = dense(feats, call.dtype), upstream = dense(weight, call.dtype);
   UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
-  Tensor d_rows = torch::stable::new_zeros(rows, rows.sizes());
+  // The CPU's backward pass touches only the rows it must.
+  Tensor d_rows =
+      call.on_host ? torch::stable::new_zeros(rows, rows.sizes()) : torch::stable::new_empty(rows, rows.sizes());
   const UnitGradient gradient = tensors.make_gradient();
   run(call, Call::rows(rows), upstream, tensors.unit, d_rows.mutable_data_ptr(), gradient);
   if (feats.scalar_type() != call.dtype) d_rows = torch::stable::to(d_rows, feats.scalar_type());

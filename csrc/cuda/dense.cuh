@@ -75,12 +75,15 @@ __global__ void __launch_bounds__(kMergeThreads)
           high = middle;
       }
       place = low;
+      if (place >= k) continue;
     }
     for (int64_t other = 0; other < count && place < k; ++other)
       place += precedes(fresh[other], first + other, score, index);
     if (place < k) merged.scores[query * k + place] = score, merged.indices[query * k + place] = index;
   }
 }
+
+constexpr int64_t kTopkScores = 4 << 20;
 
 // Copies the gallery behind the queries.
 template <class Real>
@@ -99,8 +102,9 @@ void topk(const Context& context, const Rows& queries, const Rows& gallery, int6
   context.launch(join_kernel<Real>, divided_up((q + g) * unit.dim, kPrepareThreads), kPrepareThreads, 0,
                  static_cast<const Real*>(queries.data), q * unit.dim, static_cast<const Real*>(gallery.data),
                  g * unit.dim, rows);
-  // A query's chunk is no longer than its features, or than its answer.
-  const int64_t length = std::min(g, std::max({unit.hidden + unit.combined, k, int64_t(kColumns)}));
+  // All queries' chunks together are no longer than what is computed of the rows, or than the answer.
+  const int64_t room = std::min((q + g) * (unit.hidden + unit.combined), kTopkScores) / q;
+  const int64_t length = std::min(g, std::max({room, k, int64_t(kColumns)}));
   Prepared<A> p(context, {rows, q + g}, unit, q * length);
   Real* chunk = context.take<Real>(q * length);
   Ranking<Real> now{scores, indices}, other{context.take<Real>(q * k), context.take<int64_t>(q * k)};

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kGradientThreads)
   sum_columns<2, Real>(
       combined + 1, count,
       [&](int pair, int64_t column, Real(&sums)[2]) {
-        const Real weight = chunk.weight[pair];
+        const Real weight = __ldg(chunk.weight + pair);
         if (column == combined) {
           sums[0] += weight;
           return;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kGradientThreads)
         const Real before = c;
         // 0 for a pair without a gradient, whatever it holds.
         if (weight != 0) sums[0] += weight * before;
-        c = weight == 0 || before <= 0 ? Real(0) : weight * w_s[column];
+        c = weight == 0 || before <= 0 ? Real(0) : weight * __ldg(w_s + column);
         sums[1] += c;
       },
       [&](int which, int64_t column, Real sum) {
@@ -207,30 +207,42 @@ __global__ void __launch_bounds__(kGradientThreads)
   }
 }
 
-// A warp to a row: the gradients of the chunk's pairs that name it, in the order of the pairs.
+// A warp to a row and kGathered of its columns: the gradients of the chunk's pairs that name the row, in their order.
+constexpr int kGatheredPerLane = 4, kGathered = kGatheredPerLane * kWarp;
 template <class Real>
 __global__ void __launch_bounds__(kGradientThreads)
     gather_kernel(int64_t n, const Real* f, int64_t f_stride, int dim, int count, bool add,
                   const __grid_constant__ Chunk<Real> chunk, Real* d_f) {
-  const int64_t row = int64_t(blockIdx.x) * kGradientWarps + warp_index();
+  const int parts = (dim + kGathered - 1) / kGathered;
+  const int64_t task = int64_t(blockIdx.x) * kGradientWarps + warp_index(), row = task / parts;
   if (row >= n) return;
-  const int lane = lane_index();
-  Real* to = d_f + row * dim;
-  if (!add)
-    for (int k = lane; k < dim; k += kWarp) to[k] = 0;
+  const int lane = lane_index(), column = int(task % parts) * kGathered + lane;
+  Real sums[kGatheredPerLane];
+#pragma unroll
+  for (int q = 0; q < kGatheredPerLane; ++q) {
+    const int k = column + q * kWarp;
+    sums[q] = add && k < dim ? d_f[row * dim + k] : Real(0);
+  }
   for (int first = 0; first < count; first += kWarp) {
-    const int t = first + lane;
-    const bool named = t < count && (chunk.i[t] == row || chunk.j[t] == row);
-    for (unsigned left = __ballot_sync(~0u, named); left; left &= left - 1) {
-      const int pair = first + __ffs(int(left)) - 1, i = chunk.i[pair], j = chunk.j[pair];
+    const int t = first + lane, own_i = t < count ? chunk.i[t] : -1, own_j = t < count ? chunk.j[t] : -1;
+    for (unsigned left = __ballot_sync(~0u, own_i == row || own_j == row); left; left &= left - 1) {
+      const int bit = __ffs(int(left)) - 1;
+      const int i = __shfl_sync(~0u, own_i, bit), j = __shfl_sync(~0u, own_j, bit);
       const Real sign = i == j ? Real(0) : i == row ? Real(1) : Real(-1), twice = i == j ? Real(1) : Real(0.5);
-      for (int k = lane; k < dim; k += kWarp) {
+#pragma unroll
+      for (int q = 0; q < kGatheredPerLane; ++q) {
+        const int k = column + q * kWarp;
+        if (k >= dim) break;
         const Real a = f[i * f_stride + k], b = f[j * f_stride + k];
         const Real slope = a > b ? sign : a < b ? -sign : Real(0);
-        to[k] += slope * chunk.du[int64_t(pair) * dim + k] + twice * chunk.dv[int64_t(pair) * dim + k];
+        const int64_t at = int64_t(first + bit) * dim + k;
+        sums[q] += slope * chunk.du[at] + twice * chunk.dv[at];
       }
     }
   }
+#pragma unroll
+  for (int q = 0; q < kGatheredPerLane; ++q)
+    if (column + q * kWarp < dim) d_f[row * dim + column + q * kWarp] = sums[q];
 }
 
 // From the unit rows back to the rows as given, in place.
@@ -291,7 +303,8 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
     const int64_t pairs = std::min(most, source.count - first);
     const int count = int(pairs);
     const bool add = first > 0;
-    const int64_t warps = divided_up(pairs, kGradientWarps), row_warps = divided_up(n, kGradientWarps);
+    const int64_t warps = divided_up(pairs, kGradientWarps),
+                  gathers = divided_up(n * divided_up(d, kGathered), kGradientWarps);
     const auto by_warps = [&](auto kernel, const auto&... arguments) {
       context.launch(kernel, warps, kGradientThreads, 0, arguments...);
     };
@@ -333,7 +346,7 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
     multiply<A>(context, plain(c.dx, pairs, h, 2 * h, 1), plain(given(unit.w_u), d, h, 1, d), {c.du, d});
     multiply<A>(context, plain(c.dx + h, pairs, h, 2 * h, 1), plain(given(unit.w_v), d, h, 1, d), {c.dv, d});
     if (unit.normalize_input) by_warps(through_input_norms_kernel<Real>, f, stride, int(d), count, c);
-    context.launch(gather_kernel<Real>, row_warps, kGradientThreads, 0, n, f, stride, int(d), count, add, c, d_rows);
+    context.launch(gather_kernel<Real>, gathers, kGradientThreads, 0, n, f, stride, int(d), count, add, c, d_rows);
   }
   context.launch(through_row_norms_kernel<Real>, divided_up(n, kGradientWarps), kGradientThreads, 0, n, f, stride, norm,
                  int(d), d_rows);

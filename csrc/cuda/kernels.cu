@@ -56,12 +56,14 @@ std::unique_ptr<const Backend> make_backend(const Caller& caller) { return std::
 
 int64_t read_scored() {
   unsigned long long scored = 0;
+  check(cudaDeviceSynchronize(), "the device has failed");
   check(cudaMemcpyFromSymbol(&scored, scored_pairs, sizeof scored), "the counter could not be read");
   return static_cast<int64_t>(scored);
 }
 
 void reset_scored() {
   const unsigned long long none = 0;
+  check(cudaDeviceSynchronize(), "the device has failed");
   check(cudaMemcpyToSymbol(scored_pairs, &none, sizeof none), "the counter could not be reset");
 }
 

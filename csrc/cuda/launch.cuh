@@ -18,7 +18,10 @@ extern std::atomic<int64_t> launches, bytes_alive, bytes_peak;  // for Counters
 
 class Context {
  public:
-  explicit Context(const Caller& caller) : caller_(caller) {}
+  // The runtime in here is not the host framework's, and has a current device of its own.
+  explicit Context(const Caller& caller) : caller_(caller) {
+    check(cudaSetDevice(caller.device), "the device is not there");
+  }
   Context(const Context&) = delete;
   ~Context() { bytes_alive -= taken_; }
 

@@ -39,7 +39,8 @@ template <class Real>
 __global__ void finish_batch_kernel(int64_t n, Bests<Real> far, Bests<Real> near,
                                     const __grid_constant__ Slots<Real> out) {
   const Pair hardest = hardest_pair(far, n, shared_memory());
-  if (threadIdx.x == 0) out.write(0, hardest.i, hardest.j, hardest.i < 0 ? Real(0) : -far.score(hardest.i), near, 0, 1);
+  if (threadIdx.x == 0)
+    out.write(0, hardest.i, hardest.j, hardest.i < 0 ? Real(0) : 0 - far.score(hardest.i), near, 0, 1);
 }
 
 template <class Real>
@@ -49,7 +50,7 @@ __global__ void finish_anchor_kernel(int64_t n, Bests<Real> far, Bests<Real> nea
   if (i >= n) return;
   const bool found = far.found(i);
   const int j = found ? far.index(i) : -1;
-  out.write(i, int(i), j, found ? -far.score(i) : Real(0), near, i, found ? j : i);
+  out.write(i, int(i), j, found ? 0 - far.score(i) : Real(0), near, i, found ? j : i);
 }
 
 // Row i's positive pairs have their slots one after the other; the walk has left their scores there.
@@ -103,7 +104,7 @@ void mine(const Context& context, const Rows& rows, const int64_t* labels, const
     p.score(job, all);
     job.walk = Walk::partners, job.near = near;
     p.score(job);
-    context.launch(finish_batch_kernel<Real>, 1, kFinishThreads, Hardest::kBytes, n, far, near, out);
+    context.launch(finish_batch_kernel<Real>, 1, 1024, Hardest::kBytes, n, far, near, out);
   } else if (mode == Mode::anchor) {
     job.walk = Walk::triangle, job.far = far, job.near = near;
     p.score(job);

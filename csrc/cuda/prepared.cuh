@@ -9,17 +9,18 @@
 
 namespace pddm::cuda {
 
-// From the largest to the smallest. Larger ones read the weights less often; smaller ones leave no multiprocessor idle.
+// From the largest to the smallest. Larger ones read the weights less often, and take fewer steps with each barrier.
 template <class... S>
 struct Shapes {};
 
 template <class A>
 struct ShapesOf {
-  using List = Shapes<Shape<128, 256, 2, 4, 4, 1>, Shape<64, 128, 2, 4, 3, 2>, Shape<32, 64, 2, 2, 3, 4>>;
+  using List = Shapes<Shape<128, 256, 2, 4, 4, 1>, Shape<64, 256, 2, 4, 4, 1>, Shape<64, 128, 2, 4, 3, 2>,
+                      Shape<32, 64, 2, 2, 3, 4>>;
 };
 template <>
 struct ShapesOf<ArithmeticF32> {
-  using List = Shapes<Shape<64, 128, 2, 4, 3, 1>, Shape<32, 64, 2, 2, 3, 2>>;
+  using List = Shapes<Shape<64, 256, 2, 4, 3, 1>, Shape<64, 128, 2, 4, 3, 1>, Shape<32, 64, 2, 2, 3, 2>>;
 };
 template <>
 struct ShapesOf<ArithmeticF64> {
@@ -84,23 +85,34 @@ class Prepared {
   }
 
  private:
-  // The first shape whose u' fits in shared memory and that gives every multiprocessor a tile; failing that the
-  // smallest, with u' in global memory if it must.
+  // The first shape that gives every multiprocessor a tile and keeps u' in shared memory; failing that the first that
+  // gives every one a tile. Where there are too few pairs for either, what counts is how long one tile takes: the first
+  // of at most 64 pairs that keeps u'. The smallest takes whatever is left. (u' in global memory is read from the
+  // second level cache; the smallest shape would read the weights from there four times as often.)
   template <class... S>
   void choose(Shapes<S...>, int64_t pairs) {
-    const int64_t most = context_.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    int at = 0;
-    const auto consider = [&](auto shape) {
-      using T = decltype(shape);
-      const bool last = at + 1 == int(sizeof...(S));
-      const bool fits = Layout<A, T>::bytes(w.hidden_tiles) <= most;
-      if (shape_ < 0 && (last || (fits && tiles_of<T::kPairs>(pairs) >= multiprocessors_))) {
-        shape_ = at, resident_ = fits, outputs_ = T::kOutputs;
-        shared_ = Layout<A, T>::bytes(fits ? w.hidden_tiles : 0);
-      }
-      ++at;
+    struct Fit {
+      int64_t tiles, resident, streamed;
+      int pairs, outputs;
     };
-    (consider(S{}), ...);
+    const Fit fits[] = {{tiles_of<S::kPairs>(pairs), Layout<A, S>::resident(w.hidden_tiles), Layout<A, S>::streamed(),
+                         S::kPairs, S::kOutputs}...};
+    constexpr int kCount = int(sizeof...(S));
+    shared_ = context_.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    const auto take = [&](const auto& fit) {
+      for (int at = 0; at < kCount && shape_ < 0; ++at)
+        if (fit(fits[at])) shape_ = at;
+    };
+    if (kCount > 1) {
+      const auto enough = [&](const Fit& f) { return f.pairs >= 64 && f.tiles >= multiprocessors_; };
+      take([&](const Fit& f) { return enough(f) && f.resident <= shared_; });
+      take([&](const Fit& f) { return enough(f) && f.streamed <= shared_; });
+      take([&](const Fit& f) { return f.pairs <= 64 && f.resident <= shared_; });
+    }
+    if (shape_ < 0) shape_ = kCount - 1;
+    resident_ = fits[shape_].resident <= shared_;
+    used_ = resident_ ? fits[shape_].resident : fits[shape_].streamed;
+    outputs_ = fits[shape_].outputs;
   }
 
   template <class First, class... Rest>
@@ -114,14 +126,15 @@ class Prepared {
     const auto kernel = score_kernel<A, S>;
     if (blocks_ == 0) {
       int per_multiprocessor = 0;
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_)),
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(shared_)),  // the most there is: other calls may be at the same kernel
             "shared memory was refused");
-      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, S::kThreads, size_t(shared_)),
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, S::kThreads, size_t(used_)),
             "the device does not answer");
       blocks_ = int64_t(multiprocessors_) * std::max(per_multiprocessor, 1);
       if (!resident_) w.u = context_.take<unsigned char>(blocks_ * w.hidden_tiles * S::kPairs * kRowBytes);
     }
-    context_.launch(kernel, std::min(blocks_, count_tiles<S::kPairs>(job, positives)), S::kThreads, shared_, w, job);
+    context_.launch(kernel, std::min(blocks_, count_tiles<S::kPairs>(job, positives)), S::kThreads, used_, w, job);
   }
 
   // a = W_v f, in the arithmetic of everything that is no product of pairs.
@@ -137,7 +150,7 @@ class Prepared {
   const Context& context_;
   int shape_ = -1, outputs_ = 0, multiprocessors_ = 0;
   bool resident_ = true;
-  int64_t shared_ = 0, blocks_ = 0;
+  int64_t shared_ = 0, used_ = 0, blocks_ = 0;  // shared memory that may be and is used; blocks at once
 };
 
 }  // namespace pddm::cuda

@@ -43,7 +43,10 @@ struct Layout {
   static constexpr int kRowsAt = kRealsAt + (kSums + 3 * S::kPairs) * int(sizeof(Real));
   static constexpr int kUAt = (kRowsAt + 2 * S::kPairs * int(sizeof(int)) + int(sizeof(Plan)) + 127) / 128 * 128;
 
-  static constexpr int64_t bytes(int64_t resident_tiles) { return kUAt + resident_tiles * kLeft; }
+  // With all of u', or with a tile of it for every stage of the weights: then it lies in global memory, and its tiles
+  // are copied beside the weights that they meet.
+  static constexpr int64_t resident(int64_t tiles) { return kUAt + tiles * kLeft; }
+  static constexpr int64_t streamed() { return kUAt + S::kStages * kLeft; }
 };
 
 // kLength numbers from 16-byte aligned memory.
@@ -76,7 +79,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
   const int thread = int(threadIdx.x), lane = lane_index();
   unsigned char* const shared = shared_memory();
-  unsigned char* const u = w.u ? w.u + int64_t(blockIdx.x) * w.hidden_tiles * L::kLeft : shared + L::kUAt;
+  // u' in global memory, where it does not fit in shared memory.
+  unsigned char* const u = w.u ? w.u + int64_t(blockIdx.x) * w.hidden_tiles * L::kLeft : nullptr;
   Real* const row_parts = reinterpret_cast<Real*>(shared + L::kRealsAt);  // of ‖u'‖², then of S
   Real* const u_norm = row_parts + L::kSums;                              // 1 / ‖u‖ with normalize_input, then ‖u'‖
   Real* const over_v = u_norm + kPairs;                                   // 1 / ‖v‖ with normalize_input
@@ -102,6 +106,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 #pragma unroll
     for (int piece = 0; piece < S::kOutputs * kPieces; piece += S::kThreads)
       copy_async(to + (thread + piece) * kPieceBytes, from + (thread + piece) * kPieceBytes);
+    if (w.u) {
+      // The step that reads these weights may read u' too, which by now lies in global memory.
+      const int input = (copied - w.hidden_blocks * w.dim_tiles) % (2 * w.hidden_tiles) - w.hidden_tiles;
+      if (copied >= w.hidden_blocks * w.dim_tiles && input >= 0)
+        for (int piece = thread; piece < kPairs * kPieces; piece += S::kThreads)
+          copy_async(shared + L::kUAt + stage * L::kLeft + piece * kPieceBytes,
+                     u + input * L::kLeft + piece * kPieceBytes);
+    }
     commit_copies();
     copied = copied + 1 == stream_length ? 0 : copied + 1;
     stage = stage + 1 == S::kStages ? 0 : stage + 1;
@@ -124,7 +136,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       there = at.i >= 0;
       at_i[thread] = there ? at.i : 0, at_j[thread] = there ? at.j : 0;
     }
-    if (thread < kPairs && job.pass == 0) {
+    if (thread < kPairs) {
       const unsigned scored = __ballot_sync(~0u, there);
       if (lane == 0 && scored) atomicAdd(&scored_pairs, static_cast<unsigned long long>(__popc(scored)));
     }
@@ -221,22 +233,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       const unsigned char* const weights = shared + stage * L::kWeights;
 
       next.advance(w);
-      const bool make = next.left == Step::difference || next.left == Step::v, fetch = next.left == Step::u && w.u;
-      const bool resident = now.left == Step::u && !w.u;
-      const unsigned char* const now_left = resident ? shared + L::kUAt + now.input * L::kLeft : left;
+      const bool make = next.left == Step::difference || next.left == Step::v;
+      const unsigned char* const now_left =
+          now.left == Step::u ? shared + L::kUAt + (w.u ? stage : now.input) * L::kLeft : left;
       if (make) load_left(next, 0);
       sums.multiply(now_left, weights, 0);
       if (kFills == 2 && make) store_left(next, 0, next_left), load_left(next, 1);
       sums.multiply(now_left, weights, 1);
       if (make) store_left(next, kFills - 1, next_left);
-      if (fetch) {
-        for (int fill = 0; fill < kFills; ++fill) {
-          const int offset = (thread + fill * S::kThreads) * kPieceBytes;
-          copy_async(next_left + offset, u + next.input * L::kLeft + offset);
-        }
-        commit_copies();
-        wait_copies<0>();
-      }
       unsigned char* const read = left;
       left = next_left, next_left = read;
       if (next.left == now.left && next.block == now.block) continue;
@@ -246,14 +250,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       Real scale[Block::kSlots], row_sums[Block::kSlots] = {};
       if (now.left == Step::difference) {
         Block::each_row([&](int slot, int row) { scale[slot] = w.normalize_input ? u_norm[row] : Real(1); });
-        sums.each([&](int slot, int row, int column, Real& sum) {
-          const int output = first_output + column, input = output / kDepth<A>;
-          const Real value = relu(sum * scale[slot] + __ldg(w.b_u + output));
-          row_sums[slot] += value * value;
-          if (input < w.hidden_tiles)
-            *reinterpret_cast<typename A::Element*>(u + input * L::kLeft + element_offset<A>(row, output % kDepth<A>)) =
-                A::element(value);
+        sums.each([&](int slot, int, int column, Real& sum) {
+          sum = relu(sum * scale[slot] + __ldg(w.b_u + first_output + column));
+          row_sums[slot] += sum * sum;
         });
+        if (w.u)
+          sums.put(u, first_output, w.hidden_tiles);
+        else
+          sums.put(shared + L::kUAt, first_output, w.hidden_tiles);
         add_row_sums(row_sums, now.block == 0);
         if (next.left == Step::v) {
           __syncthreads();

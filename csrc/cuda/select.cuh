@@ -154,12 +154,12 @@ __device__ Pair pair_at(const Job<Real>& job, int64_t tile, int p, const Pair& p
     case Walk::pairs: {
       if (at >= job.count) return {-1, -1};
       const int64_t i = job.i[at], j = job.j[at];
-      if (i >= job.n || j >= job.n) {
+      if (i < 0 || j < 0 || i >= job.n || j >= job.n) {
         printf("pddm: pair %lld is (%lld, %lld), out of range for %lld rows\n", static_cast<long long>(at),
                static_cast<long long>(i), static_cast<long long>(j), static_cast<long long>(job.n));
         __trap();
       }
-      return i < 0 || j < 0 ? Pair{-1, -1} : Pair{int(i), int(j)};
+      return {int(i), int(j)};
     }
     case Walk::triangle: {
       // Block (g, c) with g <= c is number c (c + 1) / 2 + g; the root finds c but for rounding.
@@ -262,10 +262,7 @@ __device__ void offer_both(const Job<Real>& job, const Pair& at, Real score) {
 template <int Pairs, class Real>
 __device__ void take_score(const Job<Real>& job, int64_t tile, int p, const Pair& at, Real score) {
   if (job.walk == Walk::triangle && !job.mirrored) return offer_both(job, at, score);
-  if (at.i < 0) {
-    if (job.walk == Walk::pairs && tile * Pairs + p < job.count) job.scores[tile * Pairs + p] = 0;
-    return;
-  }
+  if (at.i < 0) return;
   switch (job.walk) {
     case Walk::pairs: job.scores[tile * Pairs + p] = score; break;
     case Walk::triangle:

@@ -23,13 +23,12 @@ __device__ __forceinline__ int piece_offset(int row, int piece) {
   return row * kRowBytes + ((piece ^ ((row >> 1) & 3)) * kPieceBytes);
 }
 
-// An arithmetic: what operands are stored as (in pieces, and one by one), and what everything else is computed in.
+// An arithmetic: what operands are stored as, and what everything else is computed in.
 template <class Operand>
 struct Half {
   using Element = uint16_t;
   using Real = float;
   static constexpr bool kTensor = true;
-  __device__ static Element element(float x) { return static_cast<Element>(pack(Operand{}, x, 0)); }
   __device__ static uint4 piece(const float (&x)[8]) {
     return {pack(Operand{}, x[0], x[1]), pack(Operand{}, x[2], x[3]), pack(Operand{}, x[4], x[5]),
             pack(Operand{}, x[6], x[7])};
@@ -51,7 +50,6 @@ struct ArithmeticTf32 {
   using Element = uint32_t;
   using Real = float;
   static constexpr bool kTensor = true;
-  __device__ static Element element(float x) { return round_tf32(x); }
   __device__ static uint4 piece(const float (&x)[4]) {
     return {round_tf32(x[0]), round_tf32(x[1]), round_tf32(x[2]), round_tf32(x[3])};
   }
@@ -60,7 +58,6 @@ struct ArithmeticF32 {
   using Element = float;
   using Real = float;
   static constexpr bool kTensor = false;
-  __device__ static Element element(float x) { return x; }
   __device__ static uint4 piece(const float (&x)[4]) {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
   }
@@ -69,7 +66,6 @@ struct ArithmeticF64 {
   using Element = double;
   using Real = double;
   static constexpr bool kTensor = false;
-  __device__ static Element element(double x) { return x; }
   __device__ static uint4 piece(const double (&x)[2]) {
     const auto a = static_cast<unsigned long long>(__double_as_longlong(x[0]));
     const auto b = static_cast<unsigned long long>(__double_as_longlong(x[1]));
@@ -138,6 +134,28 @@ class Sums<A, TM, TN, WM, WN, true> {
       for (int r = 0; r < 2 * kRows; ++r)
         f(r, row + 8 * r, column + c / 2 * 8 + c % 2, sum_[r / 2][c / 2][r % 2 * 2 + c % 2]);
   }
+  // Stores the sums as operands: column k goes to tile (first + k) / kDepth of those that start at `to`, up to `tiles`.
+  __device__ __forceinline__ void put(unsigned char* to, int first, int tiles) const {
+    constexpr int kPerTile = kDepth<A> / 8, kElement = int(sizeof(typename A::Element));
+    static_assert(TN / WN % kDepth<A> == 0, "a warp's columns are whole tiles");
+    const int thread = fresh_thread_index(), lane = thread % kWarp, warp = thread / kWarp;
+    const int row = warp / WN * (TM / WM) + lane / 4, tile = (first + warp % WN * (TN / WN)) / kDepth<A>;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (tile + c / kPerTile >= tiles) break;
+      // Rows of this thread are 8 apart, which leaves a piece's place in its row the same.
+      unsigned char* const at =
+          to + (tile + c / kPerTile) * TM * kRowBytes + element_offset<A>(row, c % kPerTile * 8 + 2 * (lane % 4));
+#pragma unroll
+      for (int r = 0; r < 2 * kRows; ++r) {
+        const float low = sum_[r / 2][c][r % 2 * 2], high = sum_[r / 2][c][r % 2 * 2 + 1];
+        if constexpr (kElement == 2)
+          *reinterpret_cast<uint32_t*>(at + r * 8 * kRowBytes) = pack(typename A::Operand{}, low, high);
+        else
+          *reinterpret_cast<uint2*>(at + r * 8 * kRowBytes) = {round_tf32(low), round_tf32(high)};
+      }
+    }
+  }
   template <class F>
   __device__ static __forceinline__ void each_row(const F& f) {
     const int thread = fresh_thread_index(), row = thread / kWarp / WN * (TM / WM) + thread % kWarp / 4;
@@ -194,6 +212,14 @@ class Sums<A, TM, TN, WM, WN, false> {
     for (int c = 0; c < kColumns; ++c)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) f(r, row + 4 * r, column + 8 * c, sum_[r][c]);
+  }
+  __device__ __forceinline__ void put(unsigned char* to, int first, int tiles) {
+    each([&](int, int row, int column, Real& sum) {
+      const int tile = (first + column) / kDepth<A>;
+      if (tile < tiles)
+        *reinterpret_cast<Real*>(to + tile * TM * kRowBytes + element_offset<A>(row, (first + column) % kDepth<A>)) =
+            sum;
+    });
   }
   template <class F>
   __device__ static __forceinline__ void each_row(const F& f) {
