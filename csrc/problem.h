@@ -16,8 +16,8 @@ namespace pddm {
 
 constexpr double kNormFloor = 1e-12;  // F.normalize's eps
 
-// Of the two matrix products. Arrays are float64 for `float64` and float32 for all others, whose operands are rounded on
-// their way into the product while sums stay float32. A backend may be more precise than it is asked to be.
+// Of the two matrix products. Arrays are float64 for `float64` and float32 for all others, whose operands are rounded
+// on their way into the product while sums stay float32. A backend may be more precise than it is asked to be.
 enum class Precision { float32, float64, bfloat16, float16, tfloat32 };
 
 // What to mine. `batch`: the hardest positive pair of the batch; `anchor`: every row with its own hardest positive;
