@@ -62,9 +62,9 @@ def default_unit(dim: int, device: torch.device | str | None = None) -> PDDM:
     where = torch.device(device or "cpu")
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
-    found = _default_units.get((dim, where))
-    if found is None:
+    if (dim, where) not in _default_units:
         # Made in ordinary mode even if an evaluation under inference_mode is the first to ask, or it could never train.
         with _default_units_lock, torch.inference_mode(False):
-            found = _default_units.setdefault((dim, where), _default_units.get((dim, where)) or PDDM(dim).to(where))
-    return found
+            if (dim, where) not in _default_units:
+                _default_units[dim, where] = PDDM(dim).to(where)
+    return _default_units[dim, where]

@@ -130,13 +130,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   __syncthreads();
   for (int64_t tile = blockIdx.x; tile < plan->tiles; tile += gridDim.x) {
     __syncthreads();
-    bool there = false;
-    if (thread < kPairs) {
+    if (thread < kPairs) {  // whole warps
       const Pair at = pair_at<kPairs>(job, tile, thread, plan->partner);
-      there = at.i >= 0;
+      const bool there = at.i >= 0;
       at_i[thread] = there ? at.i : 0, at_j[thread] = there ? at.j : 0;
-    }
-    if (thread < kPairs) {
       const unsigned scored = __ballot_sync(~0u, there);
       if (lane == 0 && scored) atomicAdd(&scored_pairs, static_cast<unsigned long long>(__popc(scored)));
     }
