@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pddm_ext import PDDM
+from pddm_ext import PDDM, QuadrupletLoss
 
 Contender = Callable[[], Any]
 
@@ -66,3 +66,18 @@ def batch(n: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[torch.T
 def pair_operations(pairs: float, dim: int) -> float:
     """Irreducible floating-point operations of scoring: 2dh + 4hm a pair, d = h = m."""
     return pairs * 6 * dim * dim
+
+
+def training_step(
+    feats: torch.Tensor, labels: torch.Tensor, unit: PDDM, mode: str, mine: Callable[..., Any]
+) -> Contender:
+    """Forward, loss and backward with fresh gradients; the contender is mine(feats, labels, unit, mode=mode)."""
+    feats.requires_grad_()
+    loss = QuadrupletLoss()
+
+    def run() -> None:
+        feats.grad = None
+        unit.zero_grad()
+        loss(feats, mine(feats, labels, unit, mode=mode)).backward()
+
+    return run

@@ -5,15 +5,15 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from pddm_ext import _C, QuadrupletLoss, mine_and_score, reference
+from pddm_ext import _C, mine_and_score, reference
 from peers import chunked_mine, compiled_mine
-from races import Contender, batch, pair_operations, race, row, seconds
+from races import Contender, batch, pair_operations, race, row, seconds, training_step
 
 
 def efficiency(benchmark: Any, ours: Contender, operations: float, dtype: str, rounds: int = 15) -> float:
@@ -87,17 +87,7 @@ def test_forward_bfloat16(benchmark: Any, n: int, dim: int) -> None:
 @pytest.mark.parametrize(("mode", "wanted", "rounds"), [("batch", 500, 5), ("anchor", 30, 5)])
 def test_training_step(benchmark: Any, mode: str, wanted: float, rounds: int) -> None:
     feats, labels, unit = batch(256, 512)
-    feats.requires_grad_()
-    loss = QuadrupletLoss()
-
-    def step(mine: Callable[..., Any]) -> Contender:
-        def run() -> None:
-            feats.grad = None
-            unit.zero_grad()
-            loss(feats, mine(feats, labels, unit, mode=mode)).backward()
-
-        return run
-
+    step = partial(training_step, feats, labels, unit, mode)
     ratio = race(
         benchmark,
         step(mine_and_score),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from pddm_ext import _C, QuadrupletLoss, mine_and_score
 from peers import chunked_mine
-from races import Contender, batch, pair_operations, race, row, seconds
+from races import batch, pair_operations, race, row, seconds, training_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -72,17 +73,7 @@ def test_forward_anchor(benchmark: Any, dtype: torch.dtype) -> None:
 
 def test_training_step(benchmark: Any) -> None:
     feats, labels, unit = on_gpu(1024, 512, torch.bfloat16)
-    feats.requires_grad_()
-    loss = QuadrupletLoss()
-
-    def step(mine: Callable[..., Any]) -> Contender:
-        def run() -> None:
-            feats.grad = None
-            unit.zero_grad()
-            loss(feats, mine(feats, labels, unit, mode="batch")).backward()
-
-        return run
-
+    step = partial(training_step, feats, labels, unit, "batch")
     chunk = quickest_chunk(lambda rows: step(lambda f, y, u, mode: chunked_mine(f, y, u, mode, rows))())
     peers = {"chunked": step(lambda f, y, u, mode: chunked_mine(f, y, u, mode, chunk))}
     ratio = race(benchmark, step(mine_and_score), peers, rounds=15)

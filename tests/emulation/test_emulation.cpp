@@ -23,21 +23,11 @@ struct Tf32 {};
 }  // namespace pddm::cuda
 #include <emulated_device.h>
 
+#include "../native/check.h"
+
 namespace {
 
 using namespace pddm::cuda;
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++failures;                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (0)
 
 template <class F>
 __global__ void call(const F f) {

@@ -12,6 +12,7 @@
 #include "../../csrc/cpu/dense.h"
 #include "../../csrc/cpu/gradient.h"
 #include "../../csrc/cpu/mine.h"
+#include "check.h"
 
 namespace pddm {
 namespace plain {
@@ -28,18 +29,6 @@ const cpu::Engine<float>* bfloat16_engine();
 namespace {
 
 using namespace pddm;
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++failures;                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (0)
 
 void run_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
   std::vector<std::thread> pool;
