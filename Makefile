@@ -40,7 +40,7 @@ demo: $(VENV)/installed
 test: test-native test-python test-emulated
 
 test-native: $(VENV)/tools
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DPDDM_CUDA=emulated
 	$(BIN)/cmake --build build/native
 	$(BIN)/ctest --test-dir build/native --output-on-failure
 
@@ -112,7 +112,8 @@ format: $(VENV)/lint
 
 # The native tests under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/tools
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DPDDM_SANITIZE=address,undefined
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DPDDM_CUDA=emulated \
+	  -DPDDM_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
