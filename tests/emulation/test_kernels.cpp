@@ -89,7 +89,7 @@ Answers<T> ask(const Backend& backend, const Sizes& z) {
   std::vector<T> best(static_cast<size_t>(split * k));
   backend.topk({rows.data(), split}, given, k, unit, best.data(), a.ranked.data());
 
-  const std::vector<T> weights = filled(z.n * z.n);
+  const std::vector<T> weights = filled(std::max<int64_t>(z.n * z.n, 3));
   for (int which = 0; which < 3; ++which) {
     std::vector<T> d_rows(rows.size(), T(0)), d[8];
     for (int q = 0; q < 8; ++q) d[q].resize(p[q].size());
