@@ -55,7 +55,7 @@ $(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/* pddm_ext/*.py)
 	@touch $@
 
 test-emulated: $(EMULATED)/built
-	PYTHONPATH=$(EMULATED) $(BIN)/pytest -n 2 $(addprefix tests/test_,numerics.py mining.py gradients.py laws.py emulation.py)
+	PYTHONPATH=$(CURDIR)/$(EMULATED) $(BIN)/pytest -n 2 $(addprefix tests/test_,numerics.py mining.py gradients.py laws.py emulation.py)
 
 # nvcc of this machine, or else one of its own.
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
@@ -85,7 +85,7 @@ $(CUDA_PACKAGE)/built: $(NATIVE) $(wildcard pddm_ext/*.py pddm_ext/training/*)
 	  --target $(CUDA_PACKAGE) .
 	@touch $@
 
-ON_CUDA := PYTHONPATH=$(CUDA_PACKAGE) PDDM_TEST_DEVICE=cuda
+ON_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA_PACKAGE) PDDM_TEST_DEVICE=cuda
 # Not python -m pytest, which would find the source folder first.
 PYTEST_CUDA := $(PYTHON) -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))'
 test-cuda: $(CUDA_PACKAGE)/built
@@ -96,7 +96,7 @@ test-cuda: $(CUDA_PACKAGE)/built
 bench-cuda: $(CUDA_PACKAGE)/built
 	$(ON_CUDA) $(PYTEST_CUDA) bench/test_cuda.py --benchmark-json=build/bench-cuda.json --benchmark-quiet \
 	  -p no:cacheprovider
-	PYTHONPATH=$(CUDA_PACKAGE) $(PYTHON) bench/table.py cuda build/bench-cuda.json $(STORE)
+	PYTHONPATH=$(CURDIR)/$(CUDA_PACKAGE) $(PYTHON) bench/table.py cuda build/bench-cuda.json $(STORE)
 
 lint: $(VENV)/lint $(VENV)/installed
 	$(BIN)/ruff check .
