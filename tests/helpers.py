@@ -57,10 +57,6 @@ def host_only(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(ON_CUDA, reason=f"tensors in the host's memory only: {reason}")
 
 
-def not_emulated(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(EMULATED, reason=f"not under the emulation: {reason}")
-
-
 ANY_CALL = "a pair has the same bits in every call; on the GPU it has them in the same call"
 
 
