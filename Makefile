@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: help demo test test-native test-python test-emulated cuda test-cuda bench bench-cuda lint format sanitize dist clean
+.PHONY: help demo test test-native test-python test-emulated cuda test-cuda bench bench-cuda results lint format sanitize dist clean
 
 help:
 	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -35,7 +35,7 @@ $(VENV)/lint: $(VENV)/tools
 	@touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/pddm-ext train
+	$(BIN)/pddm-ext compare --data glyphs --methods pddm-anchor euclidean-anchor --seeds 1
 
 test: test-native test-python test-emulated
 
@@ -85,11 +85,11 @@ $(CUDA_PACKAGE)/built: $(NATIVE) $(wildcard pddm_ext/*.py pddm_ext/training/*)
 	  --target $(CUDA_PACKAGE) .
 	@touch $@
 
-ON_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA_PACKAGE) PDDM_TEST_DEVICE=cuda
+ON_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA_PACKAGE):$$PYTHONPATH PDDM_TEST_DEVICE=cuda
 # Not python -m pytest, which would find the source folder first.
 PYTEST_CUDA := $(PYTHON) -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))'
 test-cuda: $(CUDA_PACKAGE)/built
-	$(ON_CUDA) $(PYTEST_CUDA) -q tests --ignore=tests/test_training.py
+	$(ON_CUDA) $(PYTEST_CUDA) -q tests $(patsubst %,--ignore=tests/test_%.py,training compare datasets evaluation report)
 	$(ON_CUDA) compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 
@@ -98,12 +98,17 @@ bench-cuda: $(CUDA_PACKAGE)/built
 	  -p no:cacheprovider
 	PYTHONPATH=$(CURDIR)/$(CUDA_PACKAGE) $(PYTHON) bench/table.py cuda build/bench-cuda.json $(STORE)
 
+# The grids behind docs/results.md, an hour on two cores: make results OMNIGLOT=folder of images_background_small1.zip
+results: $(VENV)/installed
+	$(BIN)/python bench/retrieval.py $(if $(OMNIGLOT),--omniglot $(OMNIGLOT))
+
 lint: $(VENV)/lint $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/python bench/table.py --check
+	$(BIN)/python bench/retrieval.py --check
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .

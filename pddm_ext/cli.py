@@ -1,18 +1,19 @@
-"""The command line: ``pddm-ext train`` and ``pddm-ext info``."""
+"""The command line: ``pddm-ext train``, ``eval``, ``compare`` and ``info``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import _C, __version__
-from .quadruplets import MODES
-from .training.settings import Settings
+from .training.settings import Settings, option, parse, read, written
 
 _EXTRAS = "pip install 'pddm-ext[train]'"
 
@@ -20,95 +21,197 @@ _EXTRAS = "pip install 'pddm-ext[train]'"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for bad input (a line on stderr says what), 130 when interrupted."""
     arguments = _parser().parse_args(argv)
-    if arguments.command == "info":
-        print(info())
-        return 0
-    return _train(arguments)
+    try:
+        command = {"info": _info, "train": _train, "eval": _eval, "compare": _compare}[arguments.command]
+        return command(arguments)
+    except ModuleNotFoundError as error:
+        print(
+            f"pddm-ext: error: this needs {error.name}, which is not there; training's packages come with {_EXTRAS}, "
+            f"those of a backbone by themselves",
+            file=sys.stderr,
+        )
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"pddm-ext: error: {error}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pddm-ext", description="Deep metric learning with PDDM.")
     parser.add_argument("--version", action="version", version=f"pddm-ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    # Without abbreviations, of which compare's --seed would be one of --seeds.
+    exact: dict[str, Any] = {"allow_abbrev": False}
 
     commands.add_parser("info", help="what was built, and what this machine will use")
 
     train = commands.add_parser(
         "train",
-        help="train an embedding and report its retrieval on classes never seen",
-        description="Train the same convnet on quadruplets mined by PDDM and by Euclidean distance, and compare their "
-        "retrieval on classes never seen.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="train an embedding and measure its retrieval on classes never seen",
+        description="Train an embedding on some classes and measure how it retrieves classes never seen. The folder "
+        "gets config.json, checkpoint.pt, metrics.json and TensorBoard logs.",
+        **exact,
     )
-    default = Settings()
-    train.add_argument("--data", choices=("glyphs", "omniglot"), default=default.data, help="what to train on")
-    train.add_argument("--root", type=Path, help="omniglot's folder or zip", default=argparse.SUPPRESS)
-    train.add_argument("--mode", choices=MODES, default=default.mode, help="which quadruplets to mine")
-    train.add_argument("--steps", type=int, default=default.steps, help="updates of each net")
-    train.add_argument("--classes", type=int, default=default.classes, help="classes in a batch")
-    train.add_argument("--samples", type=int, default=default.samples, help="samples of a class in a batch")
-    train.add_argument("--dim", type=int, default=default.dim, help="length of a feature")
-    train.add_argument("--lr", type=float, default=default.lr, help="learning rate of Adam")
-    train.add_argument(
-        "--unit-lr-factor", type=float, default=default.unit_lr_factor, help="the PDDM unit's learning rate over --lr"
+    _add_settings(train)
+    train.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA/METHOD/seed-SEED)")
+    train.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a checkpoint",
+        description="Measure a checkpoint's embedding on the test classes of its data: by distance, and where it "
+        "has a PDDM unit by score and re-ranked.",
+        **exact,
     )
-    train.add_argument("--seed", type=int, default=default.seed, help="of weights, batches and the test set")
-    train.add_argument("--every", type=int, default=default.every, help="evaluate and checkpoint every so many steps")
-    train.add_argument(
-        "--out", type=Path, help="report folder, also of the checkpoint (default: runs/DATA)", default=argparse.SUPPRESS
+    evaluate.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run")
+    evaluate.add_argument("--root", help="where the data are now, if they have moved")
+    evaluate.add_argument("--backbone", help="confirms a backbone MODULE:CALLABLE, whose code will run")
+    evaluate.add_argument(
+        "--candidates", type=int, default=100, help="nearest rows that are re-ranked by score (default: 100)"
     )
-    train.add_argument(
-        "--resume", action="store_true", help="continue from the checkpoint in --out", default=argparse.SUPPRESS
+    evaluate.add_argument("--json", type=Path, help="write every figure to this file, too")
+
+    compare = commands.add_parser(
+        "compare",
+        help="run a grid of methods and seeds, and report it on one page",
+        description="Train each method with each seed on equal steps and write report.html. Runs that have "
+        "finished are kept: the same command goes on where it stopped.",
+        **exact,
     )
+    _add_settings(compare, but=("method", "seed"))
+    compare.add_argument(
+        "--methods",
+        nargs="+",
+        default=["pddm-anchor", "euclidean-anchor"],
+        metavar="METHOD[:SETTING=VALUE,...]",
+        help="what to compare (default: pddm-anchor euclidean-anchor)",
+    )
+    compare.add_argument("--seeds", type=int, default=5, help="runs of each method (default: 5)")
+    compare.add_argument(
+        "--lrs", type=float, nargs="+", default=[], help="learning rates to choose from on validation classes"
+    )
+    compare.add_argument("--tries", type=int, default=1, help="runs for each of --lrs (default: 1)")
+    compare.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    compare.add_argument("--out", type=Path, help="folder of the grid (default: runs/DATA)")
     return parser
 
 
-def _fail(message: str) -> int:
-    print(f"pddm-ext: error: {message}", file=sys.stderr)
-    return 2
+def _add_settings(parser: argparse.ArgumentParser, but: tuple[str, ...] = ()) -> None:
+    """An option for each setting; one that is not given is left out, for ``--config`` to decide."""
+    parser.add_argument(
+        "--config", type=Path, help="JSON of settings, such as a run's config.json; options override it"
+    )
+    for setting in fields(Settings):
+        if setting.name in but:
+            continue
+        default = setting.default if setting.default != "" else "none"
+        kind: dict[str, Any] = {"type": type(setting.default)}
+        if isinstance(setting.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+            default = "yes" if setting.default else "no"
+        elif setting.metadata["choices"]:
+            kind["choices"] = setting.metadata["choices"]
+        parser.add_argument(
+            option(setting.name),
+            help=f"{setting.metadata['help']} (default: {default})",
+            default=argparse.SUPPRESS,
+            **kind,
+        )
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    given = {} if arguments.config is None else read(arguments.config)
+    options = {name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__}
+    return Settings(**{**given, **parse(options, "the command line")})
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    given = vars(arguments)
-    root: Path | None = given.get("root")
-    folder: Path = given.get("out", Path("runs") / arguments.data)
-    try:
-        settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
-        if (root is not None) != (settings.data == "omniglot"):
-            raise ValueError("--data omniglot and --root go together: the folder or zip is read from there")
+    settings = _settings(arguments)
+    folder = arguments.out or Path("runs") / settings.data / settings.method / f"seed-{settings.seed}"
 
-        from .training import glyphs, omniglot, report
-        from .training.loop import Run
+    from lightning_fabric.utilities.rank_zero import rank_zero_only
 
-        dataset = glyphs.load() if root is None else omniglot.load(root)
-        run = Run(settings, dataset)
-        checkpoint = folder / "checkpoint.pt"
-        if given.get("resume"):
-            run.resume(checkpoint)
-        folder.mkdir(parents=True, exist_ok=True)
-    except ModuleNotFoundError as error:
-        return _fail(f"training needs {error.name}, which is not there; install with {_EXTRAS}")
-    except (ValueError, OSError) as error:
-        return _fail(str(error))
+    from .training import checkpoint, datasets, loop, outcome, report
+
+    if not arguments.resume and (folder / loop.CHECKPOINT).exists():
+        raise ValueError(f"{folder} holds a run; --resume continues it, another --out begins a new one")
+    dataset = datasets.load(settings)
+    run = loop.Run(settings, dataset, folder)
+    if arguments.resume:
+        run.resume()
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_bytes(folder / loop.CONFIG, written(settings))
 
     for verb, split in (("train on", dataset.train), ("search among", dataset.test)):
-        print(f"{verb} {len(split.names)} classes, {len(split.labels)} drawings: {', '.join(split.groups)}")
+        rank_zero_only(print)(
+            f"{verb} {len(split.names)} classes, {len(split.labels)} pictures: {', '.join(split.groups)}"
+        )
     try:
-        run.train(checkpoint)
-    except FloatingPointError as error:
-        return _fail(str(error))
+        run.train()
     except KeyboardInterrupt:
-        left = f"{checkpoint} is there; --resume continues from it" if checkpoint.exists() else "no checkpoint yet"
-        print(f"\nstopped after {run.taken} steps; {left}", file=sys.stderr)
+        left = folder / loop.CHECKPOINT
+        hint = f"{left} is there; --resume continues from it" if left.exists() else "no checkpoint yet"
+        print(f"\nstopped after {run.taken} steps; {hint}", file=sys.stderr)
         return 130
-    metrics = report.measure(run)
-    print(report.table(metrics))
-    print(f"report: {report.write(run, metrics, folder)}")
+    if not run.leads:
+        return 0
+    metrics = outcome.figures(run)
+    outcome.write(folder, metrics)
+    print(report.summary(metrics))
+    print(f"run: {folder}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from .training import checkpoint, datasets, loop, outcome, report
+
+    state = checkpoint.load(arguments.checkpoint)
+    saved = parse(state["settings"], str(arguments.checkpoint))
+    if arguments.root is not None:
+        saved["root"] = arguments.root
+    if ":" in saved["backbone"] and arguments.backbone != saved["backbone"]:
+        raise ValueError(
+            f"{arguments.checkpoint} has a backbone whose code would run; confirm with --backbone {saved['backbone']}"
+        )
+    settings = Settings(**{**saved, "download": False})
+    run = loop.Run(settings, datasets.load(settings), arguments.checkpoint.parent)
+    run.resume(arguments.checkpoint)
+    metrics = outcome.figures(run, arguments.candidates)
+    if arguments.json is not None:
+        checkpoint.write_bytes(arguments.json, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
+    print(report.summary(metrics))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    common = _settings(arguments)
+    folder = arguments.out or Path("runs") / common.data
+    if arguments.seeds < 1 or arguments.jobs < 1:
+        raise ValueError(f"--seeds is {arguments.seeds} and --jobs {arguments.jobs}; at least 1 is accepted")
+
+    from .training import compare, report
+
+    grid = compare.Grid(
+        common, arguments.methods, range(arguments.seeds), folder, lrs=arguments.lrs, tries=arguments.tries
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        cells = grid.run(arguments.jobs)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what has finished is in {folder}, and the same command goes on from there", file=sys.stderr)
+        return 130
+    examples, raw = compare.examples(grid)
+    print(report.table(cells, raw))
+    print(f"report: {report.write(folder / 'report.html', cells, raw, examples)}")
     return 0
 
 
 def _gpu() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "but torch finds no GPU here"
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    print(info())
+    return 0
 
 
 def info() -> str:

@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
-KEYS = {"settings", "data_digest", "taken", "generator", "curves", "losses", "learners"}
+FORMAT = 2
+KEYS = {"settings", "data_digest", "taken", "seconds", "curves", "generators"} | {
+    "learner",
+    "optimizer",
+    "scheduler",
+    "precision",
+}
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -1,62 +1,145 @@
-"""Drawings, and how a batch or a test set is drawn from them."""
+"""Labelled pictures, split by class, and how batches and a test set are drawn from them."""
 
 from __future__ import annotations
 
 import hashlib
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.utils import common_functions
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-#: Side of a stored drawing, of its ink, and of the picture a net sees, in pixels.
-CANVAS, INK, PICTURE = 64, 44, 32
+from .augment import View
+
+#: Side of a stored drawing and of its ink, in pixels.
+CANVAS, INK = 64, 44
+
+
+class Pictures(Protocol):
+    """Stored pictures: a tensor (n, c, H, W) uint8, or what reads such rows when asked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Split:
-    """Drawings of one side of the open-set protocol.
+    """Pictures of one side of the open-set protocol.
 
     Attributes:
-        drawings: (n, 64, 64) uint8, ink 255 on 0, normalised by :func:`fit`.
+        pictures: rows of (c, H, W) uint8.
         labels: (n,) int64 into ``names``.
         names: one per class.
         groups: what the classes come from (scripts, alphabets), for people.
+        digest: identifies the pictures, so that a resumed run is known to see the same ones.
+        group_of: each class's place in ``groups``, where they are kinds of classes.
     """
 
-    drawings: Tensor
+    pictures: Pictures
     labels: Tensor
     names: tuple[str, ...]
     groups: tuple[str, ...]
+    digest: str
+    group_of: tuple[int, ...] = ()
+
+    def classes(self, chosen: Tensor) -> Split:
+        """The split's classes ``chosen`` (k,), labelled anew in that order."""
+        rows = torch.cat([(self.labels == c).nonzero().flatten() for c in chosen])
+        new = torch.full((len(self.names),), -1)
+        new[chosen] = torch.arange(len(chosen))
+        names = tuple(self.names[c] for c in chosen.tolist())
+        group_of = [self.group_of[c] for c in chosen.tolist()] if self.group_of else []
+        groups = sorted(set(group_of)) or range(len(self.groups))
+        return Split(
+            Rows(self.pictures, rows),
+            new[self.labels[rows]],
+            names,
+            tuple(self.groups[g] for g in groups),
+            f"{self.digest}:{hashlib.sha256(chosen.numpy().tobytes()).hexdigest()}",
+            tuple(groups.index(g) for g in group_of),
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of stored pictures."""
+
+    pictures: Pictures
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.pictures[self.rows[rows]]
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Training classes, and test classes that share nothing with them.
 
-    ``distort_test``: whether a test sample is a distorted drawing (few distinct drawings, as with fonts) or the drawing
-    itself (real handwriting).
+    ``distort_test``: whether a test sample is a distorted picture (few distinct ones, as with fonts) or the picture
+    itself.
     """
 
     name: str
+    view: View
     train: Split
     test: Split
-    distort_test: bool
+    distort_test: bool = False
 
     def digest(self) -> str:
-        """Identifies the pictures and labels, so that a resumed run is known to see the same ones."""
+        """Identifies the pictures and labels."""
         sha = hashlib.sha256()
         for split in (self.train, self.test):
-            for tensor in (split.drawings, split.labels):
-                sha.update(tensor.numpy().tobytes())
+            sha.update(split.digest.encode() + split.labels.numpy().tobytes())
         return sha.hexdigest()
+
+    def validation(self, fold: int) -> Dataset:
+        """Some training classes in the test classes' place, to choose settings by.
+
+        The last group of classes in fold 0, the one before in fold 1, and so on around; without groups, a quarter of
+        the classes.
+
+        Raises:
+            ValueError: too few classes.
+        """
+        classes = torch.arange(len(self.train.names))
+        if len(self.train.groups) > 1 and self.train.group_of:
+            held = torch.tensor(self.train.group_of) == (-1 - fold) % len(self.train.groups)
+        else:
+            held = classes % 4 == (-1 - fold) % 4
+        if held.sum() < 2 or (~held).sum() < 2:
+            raise ValueError(
+                f"{self.name} has {len(classes)} classes to train on; too few to hold some out for validation"
+            )
+        train, test = self.train.classes(classes[~held]), self.train.classes(classes[held])
+        return Dataset(f"{self.name} (validation {fold})", self.view, train, test, self.distort_test)
+
+
+def in_memory(groups: dict[str, dict[str, Tensor]]) -> Split:
+    """A split of pictures (n, c, H, W) uint8 held in memory, by group and class."""
+    classes = [pictures for group in groups.values() for pictures in group.values()]
+    pictures = torch.cat(classes)
+    return Split(
+        pictures,
+        labels=torch.repeat_interleave(torch.tensor([len(rows) for rows in classes])),
+        names=tuple(name for group in groups.values() for name in group),
+        groups=tuple(groups),
+        digest=hashlib.sha256(pictures.numpy().tobytes()).hexdigest(),
+        group_of=tuple(place for place, group in enumerate(groups.values()) for _ in group),
+    )
 
 
 def fit(picture: Image.Image) -> Tensor:
-    """The ink of a grey picture (ink bright), cropped, scaled to a longer side of 44 and centred: (64, 64) uint8.
+    """The ink of a grey picture (ink bright), cropped, scaled to a longer side of 44 and centred: (1, 64, 64) uint8.
 
     Raises:
         ValueError: there is no ink.
@@ -69,61 +152,74 @@ def fit(picture: Image.Image) -> Tensor:
     ink = ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.LANCZOS)
     canvas = Image.new("L", (CANVAS, CANVAS))
     canvas.paste(ink, ((CANVAS - ink.width) // 2, (CANVAS - ink.height) // 2))
-    return torch.from_numpy(np.array(canvas))
+    return torch.from_numpy(np.array(canvas))[None]
 
 
-def plain(drawings: Tensor) -> Tensor:
-    """Pictures as a net sees them, undistorted: (n, 64, 64) uint8 to (n, 1, 32, 32) float32 in [0, 1]."""
-    return F.avg_pool2d(drawings[:, None].float() / 255, CANVAS // PICTURE)
+class _Batches:
+    """Fetches a whole batch at once where PyTorch's loader would fetch sample by sample."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split.labels)
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(rows)
+        return self.split.pictures[index], self.split.labels[index]
 
 
-def distort(drawings: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures under a random rotation (±12°), scale (0.85 to 1.15), shift (±2 pixels) and noise (σ 0.1).
+def batches(
+    split: Split, classes: int, samples: int, count: int, *, seed: int, workers: int = 0, skip: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``count`` batches of ``classes`` × ``samples`` stored pictures: (c·s, …) uint8 and labels (c·s,).
 
-    (n, 64, 64) uint8 to (n, 1, 32, 32) float32 in [0, 1].
+    The seed decides them; the first ``skip`` are left out. A class with fewer pictures than ``samples`` repeats some.
     """
-    n = len(drawings)
-    angle, zoom, right, down = torch.rand(4, n, generator=generator) * 2 - 1
-    angle = angle * math.radians(12)
-    zoom = 1 / (1 + 0.15 * zoom)
-    shift = torch.stack([right, down], -1) * (2 * 2 / PICTURE)
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).reshape(n, 2, 2)
-    affine = torch.cat([zoom[:, None, None] * turn, shift[:, :, None]], -1)
-    grid = F.affine_grid(affine, [n, 1, CANVAS, CANVAS], align_corners=False)
-    pictures = F.grid_sample(drawings[:, None].float() / 255, grid, align_corners=False)
-    pictures = F.avg_pool2d(pictures, CANVAS // PICTURE)
-    return (pictures + 0.1 * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
+    size = classes * samples
+    before, common_functions.NUMPY_RANDOM = common_functions.NUMPY_RANDOM, np.random.RandomState(seed)
+    try:
+        order = list(MPerClassSampler(split.labels, samples, size, length_before_new_iter=count * size))
+    finally:
+        common_functions.NUMPY_RANDOM = before
+    rows = [order[start : start + size] for start in range(skip * size, count * size, size)]
+    yield from DataLoader(
+        _Batches(split),  # type: ignore[arg-type]
+        batch_sampler=rows,
+        num_workers=workers,
+        collate_fn=_whole,  # type: ignore[arg-type]
+        generator=torch.Generator().manual_seed(seed),  # else it draws from torch's own, once for each call
+    )
 
 
-class BatchSampler:
-    """Batches of ``classes`` × ``samples`` distorted drawings: images (c·s, 1, 32, 32) and labels (c·s,).
-
-    A class with fewer drawings than ``samples`` repeats some, each time under another distortion.
-    """
-
-    def __init__(self, split: Split, classes: int, samples: int) -> None:
-        self.split, self.classes, self.samples = split, classes, samples
-        self.rows = [(split.labels == c).nonzero().flatten() for c in range(len(split.names))]
-
-    def __call__(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        chosen = torch.randperm(len(self.rows), generator=generator)[: self.classes]
-        picked = []
-        for c in chosen.tolist():
-            rows = self.rows[c]
-            rounds = -(-self.samples // len(rows))
-            order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])
-            picked.append(rows[order[: self.samples]])
-        drawn = torch.cat(picked)
-        return distort(self.split.drawings[drawn], generator), self.split.labels[drawn]
+def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A batch that was fetched at once: nothing is left to collate."""
+    return batch
 
 
-def frozen_test(dataset: Dataset, seed: int) -> tuple[Tensor, Tensor]:
-    """The test set, the same for the same seed: images (n, 1, 32, 32) and labels (n,), one sample per drawing.
+class TestSet:
+    """The test split as a net sees it, the same for the same seed.
 
     Rows are shuffled: where an embedding collapses to ties, the order of rows must not favour the same class.
+
+    Attributes:
+        labels: (n,) int64.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset.test.labels), generator=generator)
-    drawings = dataset.test.drawings[order]
-    images = distort(drawings, generator) if dataset.distort_test else plain(drawings)
-    return images, dataset.test.labels[order]
+
+    __test__ = False  # not a test of pytest's
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(dataset.test.labels), generator=generator)
+        self.names, self.labels, self.show = dataset.test.names, dataset.test.labels[order], dataset.view.show
+        self._stored, self._plain = Rows(dataset.test.pictures, order), dataset.view.plain
+        self._distorted = None
+        if dataset.distort_test:
+            self._distorted = dataset.view.augment(self._stored[torch.arange(len(order))], generator)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """What a net sees of these rows: (len(rows), channels, size, size) float32."""
+        return self._plain(self._stored[rows]) if self._distorted is None else self._distorted[rows]

@@ -16,7 +16,8 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .data import Dataset, Split, fit
+from .augment import DRAWINGS
+from .data import Dataset, Split, fit, in_memory
 
 FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -53,7 +54,7 @@ _POINT_SIZE = 88
 
 
 def draw(characters: str) -> dict[str, Tensor]:
-    """Each character in every face that has a glyph for it: (faces, 64, 64) uint8. Those with none are missing.
+    """Each character in every face that has a glyph for it: (faces, 1, 64, 64) uint8. Those with none are missing.
 
     Raises:
         FileNotFoundError: matplotlib's installation lacks a face.
@@ -77,7 +78,7 @@ def draw(characters: str) -> dict[str, Tensor]:
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:
-    """How alike drawings look, 1 for the same: (n, 64, 64) and (m, 64, 64) uint8 to (n, m).
+    """How alike drawings look, 1 for the same: (n, 1, 64, 64) and (m, 1, 64, 64) uint8 to (n, m).
 
     Normalised correlation at a quarter of the resolution, the best over shifts by one of those coarse pixels.
     """
@@ -93,7 +94,7 @@ def similarity(x: Tensor, y: Tensor) -> Tensor:
     fixed = standard(x)
     best = torch.full((len(x), len(y)), -1.0)
     for shift in ((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)):
-        best = torch.maximum(best, fixed @ standard(y.roll(shift, (1, 2))).T)
+        best = torch.maximum(best, fixed @ standard(y.roll(shift, (2, 3))).T)
     return best
 
 
@@ -118,12 +119,6 @@ def load() -> Dataset:
     kept = set(distinct(drawn))
 
     def split(scripts: dict[str, str]) -> Split:
-        names = tuple(c for c in "".join(scripts.values()) if c in kept)
-        return Split(
-            drawings=torch.cat([drawn[c] for c in names]),
-            labels=torch.repeat_interleave(torch.tensor([len(drawn[c]) for c in names])),
-            names=names,
-            groups=tuple(scripts),
-        )
+        return in_memory({name: {c: drawn[c] for c in characters if c in kept} for name, characters in scripts.items()})
 
-    return Dataset("glyphs", split(TRAIN_SCRIPTS), split(TEST_SCRIPTS), distort_test=True)
+    return Dataset("glyphs", DRAWINGS, split(TRAIN_SCRIPTS), split(TEST_SCRIPTS), distort_test=True)

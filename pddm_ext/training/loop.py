@@ -1,188 +1,322 @@
-"""Two learners on the same batches from the same initial weights: quadruplets mined by PDDM, and by distance."""
+"""One training run: batches, updates, and what is measured and kept every so many steps."""
 
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from lightning_fabric import Fabric
+from lightning_fabric.loggers.logger import Logger
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import pddm_ext
-from pddm_ext.quadruplets import Mode, Quadruplets
+from pddm_ext import _C
 
 from . import checkpoint
-from .data import BatchSampler, Dataset, frozen_test
-from .evaluate import KS, embed, recall_at_k, spread
-from .model import ConvNet
-from .settings import Settings, option
+from .data import Dataset, TestSet, batches
+from .evaluate import embed
+from .methods import PairLoss, Quadruplet, objective
+from .model import Embedder, embedder
+from .retrieval import KS, recall_at_k, relevant
+from .separation import effective_rank, spread
+from .settings import Settings, difference
+
+CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
 
 #: Below this spread an embedding counts as collapsed: its root-mean-square distance is a fifth of the whole sphere's.
 COLLAPSED = 0.04
 
 
-def mine_by_distance(feats: Tensor, labels: Tensor, mode: Mode) -> Quadruplets:
-    """Hard quadruplets by the negative squared Euclidean distance of the unit features. No gradient."""
-    with torch.no_grad():
-        unit = F.normalize(feats, dim=1)
-        return pddm_ext.reference.select_quadruplets(2 * (unit @ unit.T) - 2, labels, mode)
+class CollapseWarning(UserWarning):
+    """The embedding puts nearly everything at one point."""
 
 
-class Learner:
-    """A net, the unit that mines for it (None: mined by distance), their optimizer, and the seconds they took."""
+class Learner(nn.Module):
+    """A net and what trains it. One forward pass is all that a step differentiates, as distributed training asks."""
 
-    def __init__(self, settings: Settings, *, pddm: bool) -> None:
-        self.mode, self.loss = settings.mode, pddm_ext.QuadrupletLoss()
-        self.net = ConvNet(settings.dim, settings.seed)
-        groups: list[dict[str, Any]] = [{"params": list(self.net.parameters())}]
-        self.unit: pddm_ext.PDDM | None = None
-        if pddm:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(settings.seed)
-                self.unit = pddm_ext.PDDM(settings.dim)
-            groups.append({"params": list(self.unit.parameters()), "lr": settings.lr * settings.unit_lr_factor})
-        self.optimizer = torch.optim.Adam(groups, lr=settings.lr, weight_decay=5e-4)
-        self.seconds = self.mining_seconds = 0.0
+    def __init__(self, net: Embedder, objective: Quadruplet | PairLoss) -> None:
+        super().__init__()
+        self.net, self.objective = net, objective
 
-    def mine(self, feats: Tensor, labels: Tensor) -> Quadruplets:
-        if self.unit is None:
-            return mine_by_distance(feats, labels, self.mode)
-        return pddm_ext.mine_and_score(feats, labels, self.unit, mode=self.mode)
+    @property
+    def unit(self) -> pddm_ext.PDDM | None:
+        return self.objective.unit
 
-    def step(self, images: Tensor, labels: Tensor) -> float:
-        """One update; returns the embedding loss E_e, which both kinds of learner have."""
-        start = time.perf_counter()
-        feats = self.net(images)
-        before = time.perf_counter()
-        quads = self.mine(feats, labels)
-        self.mining_seconds += time.perf_counter() - before
-        embedding = self.loss.embedding(feats, quads)
-        loss = embedding
-        if self.unit is not None:
-            loss = self.loss.similarity(quads) + self.loss.weight * embedding
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        value = embedding.item()
-        self.seconds += time.perf_counter() - start
-        return value
+    def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        # Losses are sums of small differences: of float32 even where the net runs in less.
+        feats = self.net(pictures)
+        feats = feats if feats.dtype == torch.float64 else feats.float()
+        with torch.autocast(feats.device.type, enabled=False):
+            terms: dict[str, Tensor] = self.objective(feats, labels)
+        return terms
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "net": self.net.state_dict(),
-            "unit": None if self.unit is None else self.unit.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "seconds": self.seconds,
-            "mining_seconds": self.mining_seconds,
-        }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"])
-        if self.unit is not None:
-            self.unit.load_state_dict(state["unit"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.seconds, self.mining_seconds = state["seconds"], state["mining_seconds"]
+def _schedule(settings: Settings) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+        if settings.schedule == "constant":
+            return rise
+        return rise * (1 + torch.tensor(step / settings.steps * torch.pi).cos().item()) / 2
+
+    return factor
+
+
+def _random_states(fabric: Fabric, generator: torch.Generator) -> dict[str, Tensor]:
+    """The state of each process's random generators, by their name: (processes, bytes) uint8."""
+    states = {"torch": torch.get_rng_state(), "augment": generator.get_state()}
+    if fabric.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(fabric.device)
+    gathered = {name: fabric.all_gather(state) for name, state in states.items()}
+    return {name: state.reshape(fabric.world_size, -1).cpu() for name, state in gathered.items()}  # type: ignore[union-attr]
 
 
 class Run:
-    """A comparison under way: the learners, the batches' generator, and what was measured every so many steps.
+    """A training run under way.
+
+    Args:
+        settings: what to do.
+        dataset: what to train on, and what to measure on.
+        folder: where checkpoints and TensorBoard logs go; without one nothing is written.
+        backbone: any module that makes (n, f) features of pictures, in place of the settings' one.
 
     Attributes:
-        learners: ``"euclidean"`` and ``"pddm"``.
-        curves: per learner, lists of ``step``, ``loss`` (mean E_e since the point before), ``recall`` (Recall@1 on the
-            test classes) and ``spread``.
-        images, labels: the frozen test set.
+        learner: the net and its objective.
+        test: the frozen test set.
+        taken: steps so far.
+        leads: whether this is the process that measures and writes, of several.
+        curves: lists of ``step``, ``seconds`` (of training), ``loss`` (mean since the point before), ``recall``
+            (Recall@1 on the test classes), ``spread`` and ``effective_rank``.
 
     Raises:
         ValueError: settings that cannot be trained on this data.
+        ModuleNotFoundError: a backbone's package is not installed.
     """
 
-    def __init__(self, settings: Settings, dataset: Dataset) -> None:
-        classes, drawings = len(dataset.train.names), len(dataset.test.labels)
+    def __init__(
+        self, settings: Settings, dataset: Dataset, folder: Path | None = None, backbone: nn.Module | None = None
+    ) -> None:
+        classes, pictures = len(dataset.train.names), len(dataset.test.labels)
         if settings.classes > classes:
             raise ValueError(f"--classes is {settings.classes}; {dataset.name} has {classes} to train on")
-        if drawings <= max(KS):
-            raise ValueError(f"{dataset.name} has {drawings} test drawings; Recall@{max(KS)} needs more")
-        self.settings, self.dataset = settings, dataset
-        self.learners = {"euclidean": Learner(settings, pddm=False), "pddm": Learner(settings, pddm=True)}
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.sampler = BatchSampler(dataset.train, settings.classes, settings.samples)
-        self.images, self.labels = frozen_test(dataset, settings.seed)
-        self.taken = 0
-        self.curves: dict[str, dict[str, list[float]]] = {
-            name: {"step": [], "loss": [], "recall": [], "spread": []} for name in self.learners
+        if pictures <= max(KS):
+            raise ValueError(f"{dataset.name} has {pictures} test pictures; Recall@{max(KS)} needs more")
+        if len(torch.unique(dataset.test.labels[relevant(dataset.test.labels) > 0])) < 2:
+            raise ValueError(f"{dataset.name} has fewer than two test classes of two pictures or more")
+        self.settings, self.dataset, self.folder = settings, dataset, folder
+        view = dataset.view
+        net = embedder(settings, (view.channels, view.size, view.size), backbone)
+        self.learner = Learner(net, objective(settings))
+        if settings.precision == "64-true":
+            self.learner.double()  # before a checkpoint is loaded, which float32 would round
+        self.optimizer = self._optimizer()
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _schedule(settings))
+        self.test = TestSet(dataset, settings.seed)
+        self.taken, self.seconds, self.leads = 0, 0.0, True
+        self.curves: dict[str, list[float]] = {
+            name: [] for name in ("step", "seconds", "loss", "recall", "spread", "effective_rank")
         }
-        self._losses: dict[str, float] = dict.fromkeys(self.learners, 0.0)
+        self._restored: dict[str, Any] | None = None
 
-    def train(self, checkpoint_path: Path, *, progress: bool = True) -> None:
-        """Train up to ``settings.steps``, leaving a checkpoint every ``settings.every`` steps and at the end.
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        groups: list[dict[str, Any]] = [{"params": list(self.learner.net.parameters())}]
+        rest = list(self.learner.objective.parameters())
+        if rest:
+            groups.append({"params": rest, "lr": settings.lr * settings.unit_lr_factor})
+        return torch.optim.Adam(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+
+    def train(self, *, progress: bool = True) -> None:
+        """Train up to ``settings.steps``, measuring, and leaving a checkpoint, every ``settings.every`` steps.
 
         Raises:
-            FloatingPointError: an embedding diverged.
+            FloatingPointError: the embedding diverged.
+            ValueError: the accelerator is not there, or is of another kind than in the run to resume.
         """
-        bar = tqdm(total=self.settings.steps, initial=self.taken, unit="step", disable=not progress, mininterval=0.5)
-        with bar:
-            while self.taken < self.settings.steps:
-                images, labels = self.sampler(self.generator)
-                for name, learner in self.learners.items():
-                    self._losses[name] += learner.step(images, labels)
-                self.taken += 1
-                if self.taken % self.settings.every == 0:
-                    self._measure()
-                    bar.set_postfix({name: f"R@1 {curve['recall'][-1]:.1%}" for name, curve in self.curves.items()})
-                    self.save(checkpoint_path)
-                bar.update()
-        if self.taken % self.settings.every:
-            self.save(checkpoint_path)
+        settings = self.settings
+        loggers: list[Logger] = []
+        if self.folder is not None:
+            loggers.append(TensorBoardLogger(self.folder, name="tensorboard", version=""))
+        try:
+            fabric = Fabric(
+                accelerator=settings.accelerator,
+                devices=settings.devices,
+                precision=settings.precision,  # type: ignore[arg-type]
+                loggers=loggers,
+            )
+        except (RuntimeError, ImportError, ValueError) as error:
+            raise ValueError(f"--accelerator {settings.accelerator} is not to be had: {error}") from error
+        served = ("cpu", "cuda") if _C.build_info()["cuda"] not in (None, "emulated") else ("cpu",)
+        if self.learner.unit is not None and fabric.device.type not in served:
+            raise ValueError(
+                f"--accelerator {settings.accelerator} is {fabric.device.type} here; this build of pddm_ext scores on "
+                f"{' and '.join(served)}"
+            )
+        if settings.devices > 1:
+            fabric.launch()
+        self.leads = fabric.is_global_zero
+        learner, optimizer = fabric.setup(self.learner, self.optimizer)
+        # Each process draws and distorts for itself.
+        generator = torch.Generator(fabric.device).manual_seed(settings.seed + fabric.global_rank)
+        torch.manual_seed(settings.seed + fabric.global_rank)
+        if self._restored is not None:
+            self._restore(fabric, generator)
+        try:
+            with tqdm(
+                total=settings.steps,
+                initial=self.taken,
+                unit="step",
+                disable=not (progress and self.leads),
+                mininterval=0.5,
+            ) as bar:
+                while self.taken < settings.steps:
+                    loss = self._chunk(fabric, learner, optimizer, generator, bar)
+                    states = _random_states(fabric, generator)
+                    failure: Exception | None = None
+                    if self.leads:
+                        try:
+                            self._measure(loss)
+                            fabric.log_dict({name: curve[-1] for name, curve in self.curves.items()}, self.taken)
+                            bar.set_postfix({"R@1": f"{self.curves['recall'][-1]:.1%}", "loss": f"{loss:.3f}"})
+                            if self.folder is not None:
+                                self._save(fabric, states)
+                        except (FloatingPointError, OSError) as error:
+                            failure = error
+                    # The others would wait for the leading process for ever.
+                    if fabric.broadcast(failure is not None):
+                        raise failure or FloatingPointError("the leading process has stopped")
+        finally:
+            for logger in fabric.loggers:
+                logger.finalize("success")  # or points that are not on disk yet would be lost
 
-    def _measure(self) -> None:
-        for name, learner in self.learners.items():
-            features = embed(learner.net, self.images)
-            if not features.isfinite().all():
-                raise FloatingPointError(f"the {name} embedding is not finite after {self.taken} steps; lower --lr")
-            curve = self.curves[name]
-            curve["step"].append(self.taken)
-            curve["loss"].append(self._losses[name] / self.settings.every)
-            curve["recall"].append(recall_at_k(features, self.labels)[1])
-            curve["spread"].append(spread(features))
-            self._losses[name] = 0.0
+    def _chunk(self, fabric: Fabric, learner: nn.Module, optimizer: Any, generator: torch.Generator, bar: Any) -> float:
+        """Steps up to the next measurement; the mean loss of a step."""
+        settings, view = self.settings, self.dataset.view
+        begun = self.taken % settings.every
+        count = min(settings.every - begun, settings.steps - self.taken)
+        drawn = batches(
+            self.dataset.train,
+            settings.classes,
+            settings.samples,
+            settings.every * settings.accumulate,
+            seed=(settings.seed * 7919 + self.taken // settings.every * 101 + fabric.global_rank) % 2**32,
+            workers=settings.workers,
+            skip=begun * settings.accumulate,
+        )
+        total = torch.zeros((), device=fabric.device)
+        learner.train()
+        start = time.perf_counter()
+        for _ in range(count):
+            for part in range(settings.accumulate):
+                stored, labels = next(drawn)
+                stored, labels = stored.to(fabric.device), labels.to(fabric.device)
+                pictures = view.augment(stored, generator) if settings.augment else view.plain(stored)
+                with fabric.no_backward_sync(learner, enabled=part < settings.accumulate - 1):  # type: ignore[arg-type]
+                    terms = learner(pictures, labels)
+                    loss = torch.stack(list(terms.values())).sum() / settings.accumulate
+                    fabric.backward(loss)
+                total += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            self.scheduler.step()
+            self.taken += 1
+            bar.update()
+        mean = total.item() / count  # waits for the device
+        self.seconds += time.perf_counter() - start
+        return mean
 
-    def save(self, path: Path) -> None:
+    def _measure(self, loss: float) -> None:
+        features = embed(self.learner.net, self.test)
+        if not features.isfinite().all():
+            raise FloatingPointError(f"the embedding is not finite after {self.taken} steps; lower --lr")
+        point = {
+            "step": self.taken,
+            "seconds": self.seconds,
+            "loss": loss,
+            "recall": recall_at_k(features, self.test.labels)[1],
+            "spread": spread(features),
+            "effective_rank": effective_rank(features),
+        }
+        was_collapsed = bool(self.curves["spread"]) and self.curves["spread"][-1] < COLLAPSED
+        for name, value in point.items():
+            self.curves[name].append(value)
+        if point["spread"] < COLLAPSED and not was_collapsed:
+            warnings.warn(
+                f"after {self.taken} steps the embedding has collapsed: its spread is {point['spread']:.4f}, "
+                f"its effective rank {point['effective_rank']:.1f} of {self.settings.dim}; nearly all is at one point. "
+                f"Hardest negatives alone tend to do this early on: try semi-hard mining, another mode, a smaller "
+                f"margin or a lower --lr",
+                CollapseWarning,
+                stacklevel=3,
+            )
+
+    def _save(self, fabric: Fabric, states: dict[str, Tensor]) -> None:
+        assert self.folder is not None
         checkpoint.save(
-            path,
+            self.folder / CHECKPOINT,
             {
                 "settings": asdict(self.settings),
                 "data_digest": self.dataset.digest(),
                 "taken": self.taken,
-                "generator": self.generator.get_state(),
+                "seconds": self.seconds,
                 "curves": self.curves,
-                "losses": self._losses,
-                "learners": {name: learner.state() for name, learner in self.learners.items()},
+                "generators": states,
+                "learner": self.learner.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "precision": fabric.strategy.precision.state_dict(),
             },
         )
 
-    def resume(self, path: Path) -> None:
-        """Continue from a checkpoint of the same settings and data; ``steps`` may be larger than it was.
+    def resume(self, path: Path | None = None) -> None:
+        """Continue from a checkpoint of the same settings and data; ``steps`` may be larger under a constant schedule.
+
+        Args:
+            path: the checkpoint; without one, the folder's.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
             ValueError: it is damaged, or of other settings or data; the message names the option.
         """
+        if path is None:
+            assert self.folder is not None, "a run without a folder has no checkpoint"
+            path = self.folder / CHECKPOINT
         state = checkpoint.load(path)
-        for name, value in asdict(self.settings).items():
-            before = state["settings"][name]
-            if before != value and name != "steps":
-                raise ValueError(f"{path}: {option(name)} was {before} in the run to resume and is {value} now")
+        # A cosine ends where the steps do.
+        changed = difference(state["settings"], self.settings, but=("steps",) * (self.settings.schedule == "constant"))
+        if changed:
+            raise ValueError(f"{path}: {changed}, where the run is to be resumed")
         taken, steps = state["taken"], self.settings.steps
         if taken > steps:
             raise ValueError(f"{path}: the run to resume has taken {taken} steps; --steps is {steps}")
         if state["data_digest"] != self.dataset.digest():
-            raise ValueError(f"{path}: the run to resume saw other drawings than --data {self.dataset.name} has now")
-        self.taken, self.curves, self._losses = taken, state["curves"], state["losses"]
-        self.generator.set_state(state["generator"])
-        for name, learner in self.learners.items():
-            learner.restore(state["learners"][name])
+            raise ValueError(f"{path}: the run to resume saw other pictures than --data {self.dataset.name} has now")
+        try:
+            self.learner.load_state_dict(state["learner"])
+        except RuntimeError as error:
+            raise ValueError(f"{path}: its weights do not fit the net; {error}") from error
+        self.taken, self.seconds, self.curves = taken, state["seconds"], state["curves"]
+        self._restored = state
+
+    def _restore(self, fabric: Fabric, generator: torch.Generator) -> None:
+        """What can only be put back once the devices are there."""
+        state, self._restored = self._restored, None
+        assert state is not None
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state["precision"]:
+            fabric.strategy.precision.load_state_dict(state["precision"])
+        # Copies: torch reads a generator's state wrongly from a tensor that begins inside another one.
+        own = {name: states[fabric.global_rank].clone() for name, states in state["generators"].items()}
+        if ("cuda" in own) != (fabric.device.type == "cuda"):
+            raise ValueError(f"the run to resume had another kind of device than {fabric.device.type}")
+        generator.set_state(own["augment"])
+        torch.set_rng_state(own["torch"])
+        if "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], fabric.device)

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 import torch
 from PIL import Image, ImageOps
 
-from .data import Dataset, Split, fit
+from .augment import DRAWINGS
+from .data import Dataset, Split, fit, in_memory
 
 TRAIN_ALPHABETS, TEST_ALPHABETS = 3, 2
 ARCHIVE = "images_background_small1"
@@ -56,15 +57,11 @@ def load(root: str | Path) -> Dataset:
                 raise ValueError(f"{root}: {alphabet}/{character} has a single drawing; {EXPECTED}")
 
     def split(chosen: list[str]) -> Split:
-        classes = {f"{a} {c}": drawings for a in chosen for c, drawings in sorted(alphabets[a].items())}
-        return Split(
-            drawings=torch.stack([drawing for drawings in classes.values() for drawing in drawings]),
-            labels=torch.repeat_interleave(torch.tensor([len(drawings) for drawings in classes.values()])),
-            names=tuple(classes),
-            groups=tuple(chosen),
+        return in_memory(
+            {a: {f"{a} {c}": torch.stack(drawn) for c, drawn in sorted(alphabets[a].items())} for a in chosen}
         )
 
-    return Dataset("omniglot", split(names[:TRAIN_ALPHABETS]), split(names[-TEST_ALPHABETS:]), distort_test=False)
+    return Dataset("omniglot", DRAWINGS, split(names[:TRAIN_ALPHABETS]), split(names[-TEST_ALPHABETS:]))
 
 
 def _from_folder(root: Path) -> Iterator[Drawing]:

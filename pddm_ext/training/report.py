@@ -1,246 +1,357 @@
-"""The figures of a finished run: measured, printed as a table, written as a report folder."""
+"""The comparison of methods over seeds: a table for a terminal, and one self-contained HTML page."""
 
 from __future__ import annotations
 
-import base64
-import colorsys
-import io
-import json
-import platform
-from dataclasses import asdict
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-import torch
-from matplotlib.axes import Axes
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
-from sklearn.manifold import TSNE
-from torch import Tensor
 
-import pddm_ext
-from pddm_ext import _C
-
+from . import figures, pictures
 from .checkpoint import write_bytes
-from .evaluate import KS, embed, histograms, pair_values, recall_at_k, recall_by_score, spread
-from .loop import COLLAPSED, Run
+from .figures import Cells
+from .loop import COLLAPSED
+from .pictures import Examples
+from .retrieval import KS
 
-METRICS, PAGE = "metrics.json", "report.html"
-NAMES = {
-    "raw": "raw pixels",
-    "euclidean": "Euclidean-mined",
-    "pddm": "PDDM-mined",
-    "pddm_score": "PDDM-mined, by score",
+PAGE = "report.html"
+RANKINGS = {"distance": "by distance", "score": "by score", "rerank": "re-ranked"}
+RAW = "raw pixels"
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A figure of the table: its group and name there, how it is written, and whether more of it is better."""
+
+    group: str
+    name: str
+    percent: bool = True
+    digits: int = 1
+    better: bool = True
+
+    def text(self, value: float) -> str:
+        return f"{100 * value if self.percent else value:.{self.digits}f}"
+
+
+_COLUMNS = {
+    **{f"recall@{k}": _Column("Recall at, %", str(k)) for k in KS},
+    "map_at_r": _Column("Ranking, %", "MAP@R"),
+    "r_precision": _Column("Ranking, %", "R-prec."),
+    "nmi": _Column("Clusters, %", "NMI"),
+    "ami": _Column("Clusters, %", "AMI"),
+    "transfer": _Column("New classes, %", "transfer"),
+    "zero_shot": _Column("New classes, %", "zero-shot"),
+    "spread": _Column("Embedding", "spread", percent=False, digits=3, better=False),
+    "effective_rank": _Column("Embedding", "eff. rank", percent=False, better=False),
+    "speed": _Column("Speed", "steps/s", percent=False),
 }
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#2563eb", "#d97706", "#0f766e", "#e11d48", "#475569"
-_COLOURS = {"euclidean": _ORANGE, "pddm": _BLUE}
-_QUADRUPLETS, _MAP_CLASSES, _MAP_SAMPLES = 8, 40, 8
+_SHORT = {"recall@1": "R@1", "recall@8": "R@8", "map_at_r": "MAP@R", "spread": "spread", "speed": "steps/s"}
 
 
-def measure(run: Run) -> dict[str, Any]:
-    """Every figure of the report as plain numbers; what a clock decided is under ``"timing"`` alone."""
-    results: dict[str, Any] = {"raw": {"recall": recall_at_k(run.images.flatten(1), run.labels)}}
-    scores: dict[str, Any] = {}
-    timing: dict[str, Any] = {}
-    for name, learner in run.learners.items():
-        features = embed(learner.net, run.images)
-        results[name] = {
-            "recall": recall_at_k(features, run.labels),
-            "spread": spread(features),
-            "collapsed": spread(features) < COLLAPSED,
-        }
-        timing[name] = {
-            "steps_per_second": run.taken / learner.seconds,
-            "mining_share": learner.mining_seconds / learner.seconds,
-        }
-        kinds = {f"{name} distance": -torch.cdist(features, features)}
-        if learner.unit is not None:
-            results["pddm_score"] = {"recall": recall_by_score(features, run.labels, learner.unit)}
-            with torch.no_grad():
-                kinds["pddm score"] = pddm_ext.score_matrix(features, learner.unit)
-        for kind, values in kinds.items():
-            positive, negative, edges, overlap = histograms(*pair_values(values, run.labels))
-            scores[kind] = {
-                "positive": positive.tolist(),
-                "negative": negative.tolist(),
-                "edges": edges.tolist(),
-                "overlap": overlap,
-            }
-    train, test = run.dataset.train, run.dataset.test
-    return {
-        "settings": asdict(run.settings),
-        "data": {
-            "train": {"classes": list(train.names), "from": list(train.groups), "drawings": len(train.labels)},
-            "test": {"classes": list(test.names), "from": list(test.groups), "drawings": len(test.labels)},
-        },
-        "results": results,
-        "histograms": scores,
-        "curves": run.curves,
-        "timing": timing,
-        "environment": {
-            "pddm_ext": pddm_ext.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "instruction_set": _C.cpu_capability(),
-            "threads": torch.get_num_threads(),
-        },
-    }
+@dataclass(frozen=True)
+class _Value:
+    """A figure over seeds: the mean with the sample standard deviation, or one seed's with its interval, if any."""
+
+    mean: float
+    deviation: float | None = None
+    interval: tuple[float, float] | None = None
 
 
-def table(metrics: dict[str, Any]) -> str:
-    """Recall@K of raw pixels and of each embedding, with speed, for a terminal."""
-    head = f"{'':<22}" + "".join(f"{f'R@{k}':>8}" for k in KS) + f"{'steps/s':>10}{'mining':>9}{'spread':>9}"
-    lines = [head]
-    for name, label in NAMES.items():
-        result, timing = metrics["results"][name], metrics["timing"].get(name)
-        line = f"{label:<22}" + "".join(f"{result['recall'][k]:>8.1%}" for k in KS)
-        if timing:
-            line += f"{timing['steps_per_second']:>10.1f}{timing['mining_share']:>9.1%}{result['spread']:>9.4f}"
-        lines.append(line)
-    lines += [f"The {NAMES[name]} embedding has collapsed (spread below {COLLAPSED})." for name in collapsed(metrics)]
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    ranking: str
+    seeds: tuple[int, ...]
+    collapsed: tuple[int, ...]
+    values: dict[str, _Value]
+
+
+@dataclass(frozen=True)
+class _Collapse:
+    label: str
+    collapsed: tuple[int, ...]
+    seeds: int
+
+
+def table(cells: Cells, raw: Metrics | None = None) -> str:
+    """The main figures of each method as lines for a terminal, and which methods collapsed.
+
+    Args:
+        cells: the metrics of each method's seeds, as in ``metrics.json``.
+        raw: a ranking's figures (``recall``, ``map_at_r``, ``r_precision``) for raw pixels.
+
+    Raises:
+        ValueError: nothing to tabulate; the message names it.
+    """
+    rows = _rows(cells, raw)
+    names = [row.label + ("" if row.ranking == "distance" else f", {RANKINGS[row.ranking]}") for row in rows]
+    texts = [[_line(_COLUMNS[key], row.values[key]) if key in row.values else "" for key in _SHORT] for row in rows]
+    first = max(map(len, names)) + 2
+    widths = [max(len(head), *(len(line[c]) for line in texts)) + 2 for c, head in enumerate(_SHORT.values())]
+
+    def joined(name: str, texts: Sequence[str]) -> str:
+        return (f"{name:<{first}}" + "".join(f"{t:>{w}}" for t, w in zip(texts, widths, strict=True))).rstrip()
+
+    lines = [joined("", list(_SHORT.values())), *(joined(name, line) for name, line in zip(names, texts, strict=True))]
+    for collapse in _collapses(cells):
+        lines.append(
+            f"{collapse.label} has collapsed on {len(collapse.collapsed)} of {_count(collapse.seeds, 'seed')} "
+            f"({_listed(collapse.collapsed)}): spread below {COLLAPSED}."
+        )
     return "\n".join(lines)
 
 
-def collapsed(metrics: dict[str, Any]) -> list[str]:
-    """The learners whose test features are nearly one point."""
-    return [name for name, result in metrics["results"].items() if result.get("collapsed")]
-
-
-def write(run: Run, metrics: dict[str, Any], folder: Path) -> Path:
-    """Write ``metrics.json`` and the self-contained ``report.html`` into an existing folder; returns the page."""
-    write_bytes(folder / METRICS, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = resources.files(__package__).joinpath("report.html.j2").read_text("utf-8")
-    page = environment.from_string(template).render(
-        metrics=metrics,
-        names=NAMES,
-        ks=KS,
-        collapsed=[NAMES[name] for name in collapsed(metrics)],
-        threshold=COLLAPSED,
-        curves=_curves(metrics),
-        histograms=_histograms(metrics),
-        maps={NAMES[name]: _map(run, name) for name in run.learners},
-        quadruplets={NAMES[name]: _quadruplets(run, name) for name in ("pddm", "euclidean")},
-    )
-    write_bytes(folder / PAGE, page.encode())
-    return folder / PAGE
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _png(pixels: NDArray[np.uint8]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return _data_uri(buffer.getvalue())
-
-
-def _axes(title: str, xlabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, 3.1), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, fontsize=10.5, loc="left", color="#0f172a")
-    axes.set_xlabel(xlabel, fontsize=9, color=_GREY)
-    axes.tick_params(labelsize=8, colors=_GREY)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#cbd5e1")
-    return figure, axes
-
-
-def _drawn(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return _data_uri(buffer.getvalue())
-
-
-def _curves(metrics: dict[str, Any]) -> dict[str, str]:
-    drawn = {}
-    for key, title in (
-        ("recall", "Recall@1, unseen classes"),
-        ("loss", "Embedding loss $E_e$ of the mined quadruplets"),
-        ("spread", "Spread of the embedding, unseen classes"),
-    ):
-        figure, axes = _axes(title, "step")
-        if key == "recall":
-            axes.axhline(metrics["results"]["raw"]["recall"][1], color=_GREY, lw=1, ls=":", label=NAMES["raw"])
-        for name, curve in metrics["curves"].items():
-            axes.plot(curve["step"], curve[key], color=_COLOURS[name], lw=1.8, marker=".", label=NAMES[name])
-        if key != "loss":
-            axes.set_ylim(0, 1.02)
-        axes.legend(fontsize=8, frameon=False)
-        drawn[title.replace("$E_e$", "Eₑ")] = _drawn(figure)
-    return drawn
-
-
-def _histograms(metrics: dict[str, Any]) -> dict[str, str]:
-    drawn = {}
-    for kind, title, xlabel in (
-        ("pddm score", "PDDM score", "score S"),
-        ("pddm distance", "Euclidean, PDDM-mined", "negative distance"),
-        ("euclidean distance", "Euclidean, Euclidean-mined", "negative distance"),
-    ):
-        histogram = metrics["histograms"][kind]
-        figure, axes = _axes(f"{title}: overlap {histogram['overlap']:.1%}", xlabel)
-        for sign, colour in (("negative", _RED), ("positive", _GREEN)):
-            axes.stairs(histogram[sign], histogram["edges"], fill=True, alpha=0.45, color=colour, label=f"{sign} pairs")
-            axes.stairs(histogram[sign], histogram["edges"], color=colour, lw=1)
-        axes.set_yticks([])
-        axes.legend(fontsize=8, frameon=False)
-        drawn[title] = _drawn(figure)
-    return drawn
-
-
-def _map(run: Run, name: str) -> str:
-    """t-SNE of some test classes: every sample's picture at its place, in its class's colour."""
-    generator = torch.Generator().manual_seed(run.settings.seed)
-    classes = torch.randperm(len(run.dataset.test.names), generator=generator)[:_MAP_CLASSES].tolist()
-    rows = torch.cat([(run.labels == c).nonzero().flatten()[:_MAP_SAMPLES] for c in classes])
-    features = embed(run.learners[name].net, run.images[rows])
-    tsne = TSNE(init="pca", perplexity=min(12, (len(rows) - 1) / 3), random_state=run.settings.seed)
-    places = tsne.fit_transform(features.numpy())
-    places = (places - places.min(0)) / np.maximum(places.max(0) - places.min(0), 1e-12)
-
-    side, picture = 1000, run.images.shape[-1]
-    canvas = np.ones((side, side, 3))
-    for (x, y), row in zip(places * (side - picture), rows.tolist(), strict=True):
-        hue = classes.index(int(run.labels[row])) / len(classes)
-        # Neighbouring hues differ in brightness too.
-        colour = np.array(colorsys.hsv_to_rgb(hue, 0.9, 0.55 + 0.3 * (classes.index(int(run.labels[row])) % 2)))
-        # Below a quarter it is the noise of the test sample, not its ink.
-        ink = ((run.images[row, 0].double().numpy() - 0.25) / 0.5).clip(0, 1)[:, :, None]
-        window = canvas[int(y) : int(y) + picture, int(x) : int(x) + picture]
-        window += ink * (colour - window)
-    return _png((canvas * 255).round().astype(np.uint8))
-
-
-def _quadruplets(run: Run, name: str) -> list[list[tuple[str, str, str]]]:
-    """Some quadruplets of one training batch, the same for every learner: four of (role, picture, its score) each."""
-    images, labels = run.sampler(torch.Generator().manual_seed(run.settings.seed + 1))
-    learner = run.learners[name]
-    features = embed(learner.net, images)
-    with torch.no_grad():
-        quads = learner.mine(features, labels)
-    slots = quads.valid.nonzero().flatten()
-    slots = slots[torch.linspace(0, len(slots) - 1, min(_QUADRUPLETS, len(slots))).long()]
-
-    def picture(row: Tensor) -> str:
-        return _png((255 - images[row, 0] * 255).round().byte().numpy())
-
-    def value(score: Tensor) -> str:
-        if learner.unit is not None:
-            return f"S {score:.2f}"
-        return f"D {-score:.2f}" if score < -0.01 else f"D {-score:.0e}"
-
-    return [
-        [
-            ("anchor", picture(quads.i[q]), ""),
-            ("positive", picture(quads.j[q]), value(quads.s_ij[q])),
-            ("negative", picture(quads.k[q]), value(quads.s_ik[q])),
-            ("negative", picture(quads.l[q]), value(quads.s_jl[q])),
+def summary(metrics: Metrics) -> str:
+    """Every figure of one run as lines for a terminal, rankings side by side, in percent with 95 % intervals."""
+    rows = _rows({"": [metrics]}, None)
+    lines = [" " * 18 + "".join(f"{RANKINGS[row.ranking]:<22}" for row in rows)]
+    for key, column in _COLUMNS.items():
+        values = [row.values[key] for row in rows if key in row.values]
+        texts = [
+            column.text(value.mean)
+            + (f" ({column.text(value.interval[0])} to {column.text(value.interval[1])})" if value.interval else "")
+            for value in values
         ]
-        for q in slots
+        name = f"Recall@{column.name}" if key.startswith("recall") else column.name
+        lines.append(f"{name:<18}" + "".join(f"{text:<22}" for text in texts))
+    for key in ("overlap", "auc"):
+        pairs = (metrics["pairs"][row.ranking] for row in rows if row.ranking in metrics["pairs"])
+        lines.append(
+            f"{'AUC' if key == 'auc' else key:<18}" + "".join(f"{f'{100 * pair[key]:.1f}':<22}" for pair in pairs)
+        )
+    if metrics["collapsed"]:
+        lines.append(f"The embedding has collapsed: its spread is below {COLLAPSED}.")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write(path: Path, cells: Cells, raw: Metrics | None = None, examples: Examples | None = None) -> Path:
+    """Write the page of a comparison: one HTML file that fetches nothing, the same bytes for the same input.
+
+    Args:
+        path: of the file, in an existing folder.
+        cells: the metrics of each method's seeds, as in ``metrics.json``.
+        raw: a ranking's figures (``recall``, ``map_at_r``, ``r_precision``) for raw pixels.
+        examples: what to show in pictures; without it the page has none.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: nothing to report; the message names it.
+    """
+    rows = _rows(cells, raw)
+    everything = [metrics for seeds in cells.values() for metrics in seeds]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["breakable"] = _breakable
+    template = resources.files(__package__).joinpath("report.html.j2").read_text("utf-8")
+    shared, differing = _settings(cells)
+    page = environment.from_string(template).render(
+        rows=rows,
+        groups=_groups(),
+        columns=_COLUMNS,
+        best=_best(rows),
+        rankings=RANKINGS,
+        raw=RAW,
+        listed=_listed,
+        count=_count,
+        seeds=_distinct(metrics["settings"]["seed"] for metrics in everything),
+        several=any(len(seeds) > 1 for seeds in cells.values()),
+        leader=_leader(rows),
+        collapses=_collapses(cells),
+        threshold=COLLAPSED,
+        methods=list(cells),
+        curves=_curves(cells, raw),
+        histograms=_histograms(cells),
+        maps={} if examples is None else {label: pictures.chart(examples, label) for label in examples.shown},
+        queries=[] if examples is None else pictures.queries(examples),
+        quadruplets={}
+        if examples is None
+        else {label: quads for label in examples.shown if (quads := pictures.quadruplets(examples, label))},
+        examples=examples,
+        shared=shared,
+        differing=differing,
+        data={
+            side: [_split(split) for split in _distinct(metrics["data"][side] for metrics in everything)]
+            for side in ("train", "test")
+        },
+        environment={
+            name: _distinct(metrics["environment"][name] for metrics in everything)
+            for name in everything[0]["environment"]
+        },
+    )
+    write_bytes(path, page.encode())
+    return path
+
+
+def _ranked(result: Metrics) -> dict[str, Metrics]:
+    recall = {f"recall@{k}": result["recall"][str(k)] for k in KS}
+    return {**recall, "map_at_r": result["map_at_r"], "r_precision": result["r_precision"]}
+
+
+def _figures(metrics: Metrics, ranking: str) -> dict[str, _Value]:
+    """One cell's figures under a ranking; those of the embedding stand with the distance."""
+    values = {
+        key: _Value(figure["value"], interval=(figure["low"], figure["high"]))
+        for key, figure in _ranked(metrics["results"][ranking]).items()
+    }
+    if ranking == "distance":
+        curves = metrics["curves"]
+        rest = {
+            **metrics["clustering"],
+            **{key: metrics[key] for key in ("transfer", "zero_shot", "spread", "effective_rank")},
+            "speed": curves["step"][-1] / curves["seconds"][-1],
+        }
+        values |= {key: _Value(rest[key]) for key in _COLUMNS if key in rest}
+    return values
+
+
+def _rows(cells: Cells, raw: Metrics | None) -> list[_Row]:
+    if not cells:
+        raise ValueError("cells is empty; at least one method is accepted")
+    rows = []
+    if raw is not None:
+        values = {key: _Value(v["value"], interval=(v["low"], v["high"])) for key, v in _ranked(raw).items()}
+        rows.append(_Row(RAW, "distance", (), (), values))
+    for label, seeds in cells.items():
+        if not seeds:
+            raise ValueError(f"{label} has no finished seed; at least one is accepted")
+        numbers = tuple(metrics["settings"]["seed"] for metrics in seeds)
+        collapsed = tuple(metrics["settings"]["seed"] for metrics in seeds if metrics["collapsed"])
+        for ranking in RANKINGS:
+            if ranking in seeds[0]["results"]:
+                each = [_figures(metrics, ranking) for metrics in seeds]
+                values = {key: _over_seeds([figures[key] for figures in each]) for key in each[0]}
+                rows.append(_Row(label, ranking, numbers, collapsed, values))
+    return rows
+
+
+def _over_seeds(values: Sequence[_Value]) -> _Value:
+    if len(values) == 1:
+        return values[0]
+    means = [value.mean for value in values]
+    return _Value(statistics.fmean(means), deviation=statistics.stdev(means))
+
+
+def _line(column: _Column, value: _Value) -> str:
+    return column.text(value.mean) + ("" if value.deviation is None else f" ± {column.text(value.deviation)}")
+
+
+def _best(rows: Sequence[_Row]) -> dict[str, str]:
+    """The best value of each column as it is written, so that what looks equal is marked alike."""
+    return {
+        key: column.text(max(row.values[key].mean for row in rows if key in row.values))
+        for key, column in _COLUMNS.items()
+        if column.better and any(key in row.values for row in rows)
+    }
+
+
+def _leader(rows: Sequence[_Row]) -> _Row:
+    return max((row for row in rows if row.seeds), key=lambda row: row.values["recall@1"].mean)
+
+
+def _groups() -> list[tuple[str, int]]:
+    names = [column.group for column in _COLUMNS.values()]
+    return [(name, names.count(name)) for name in dict.fromkeys(names)]
+
+
+def _collapses(cells: Cells) -> list[_Collapse]:
+    found = []
+    for label, seeds in cells.items():
+        collapsed = tuple(metrics["settings"]["seed"] for metrics in seeds if metrics["collapsed"])
+        if collapsed:
+            found.append(_Collapse(label, collapsed, len(seeds)))
+    return found
+
+
+def _curves(cells: Cells, raw: Metrics | None) -> list[tuple[str, Markup]]:
+    """Titles and drawings."""
+    level = None if raw is None else raw["recall"]["1"]["value"]
+    return [
+        (title, _drawn(figures.curves(cells, quantity, against, level if quantity == "recall" else None), name))
+        for name, title, quantity, against in (
+            ("c1", "Recall@1 over steps", "recall", "step"),
+            ("c2", "Recall@1 over training time", "recall", "seconds"),
+            ("c3", "Spread over steps", "spread", "step"),
+            ("c4", "Effective rank over steps", "effective_rank", "step"),
+        )
     ]
+
+
+@dataclass(frozen=True)
+class _Histogram:
+    label: str
+    kind: str
+    drawn: Markup
+    overlap: str
+    auc: str
+
+
+def _histograms(cells: Cells) -> list[_Histogram]:
+    drawn: list[_Histogram] = []
+    for label, seeds in cells.items():
+        for kind, name, axis in (("distance", "distance", "negative distance"), ("score", "PDDM score", "score S")):
+            each = [metrics["pairs"][kind] for metrics in seeds if kind in metrics["pairs"]]
+            if each:
+                # Distances have one scale. A score has its own in each run, so that a mean of them would show nothing.
+                figure = _drawn(figures.pairs(each if kind == "distance" else each[:1], axis), f"h{len(drawn)}")
+                overlap, auc = (_over_seeds([_Value(pair[key]) for pair in each]) for key in ("overlap", "auc"))
+                percent, plain = _Column("", ""), _Column("", "", percent=False, digits=3)
+                drawn.append(_Histogram(label, name, figure, _line(percent, overlap) + " %", _line(plain, auc)))
+    return drawn
+
+
+def _drawn(figure: Figure, name: str) -> Markup:
+    return Markup(figures.inline(figure, name))
+
+
+def _settings(cells: Cells) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Settings that all cells share, and the others by name: each method's values."""
+    every = {label: [metrics["settings"] for metrics in seeds] for label, seeds in cells.items()}
+    shared: dict[str, Any] = {}
+    differing: dict[str, list[Any]] = {}
+    for name in next(iter(every.values()))[0]:
+        values = [_distinct(settings[name] for settings in seeds) for seeds in every.values()]
+        if name == "seed":
+            continue
+        if name != "method" and all(value == values[0] and len(value) == 1 for value in values):
+            shared[name] = values[0][0]
+        else:
+            differing[name] = [_listed(value) for value in values]
+    return shared, differing
+
+
+def _split(split: Metrics) -> str:
+    return f"{split['classes']} classes, {split['pictures']} pictures: {', '.join(split['from'])}"
+
+
+def _breakable(label: str) -> Markup:
+    """A label that may be broken between its settings."""
+    # Of a str: a Markup would escape what is put into it.
+    return Markup(re.sub("([:,])", r"\1<wbr>", str(escape(label))))
+
+
+def _distinct(values: Iterator[Any] | Sequence[Any]) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -2,45 +2,171 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
-from pddm_ext.quadruplets import MODES, Mode
+from pddm_ext.quadruplets import MODES
+
+DATA = ("glyphs", "omniglot", "cub200", "cars196", "sop", "folder")
+METHODS = (
+    "recommended",
+    *(f"pddm-{mode}" for mode in MODES),
+    *(f"euclidean-{mode}" for mode in MODES),
+    "triplet-hard",
+    "triplet-semihard",
+    "triplet-all",
+    "n-pair",
+    "contrastive",
+    "multi-similarity",
+    "multi-similarity-soft",
+    "multi-similarity-mined",
+)
+STARTS = ("random", "distance")
+SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of ``pddm-ext train``, by their names there.
+    """The options of ``pddm-ext train``, by their names there; ``config.json`` of a run holds them all.
 
     Raises:
         ValueError: a value that cannot be trained with; the message names the option.
     """
 
-    data: str = "glyphs"
-    mode: Mode = "anchor"
-    steps: int = 600
-    classes: int = 16
-    samples: int = 4
-    dim: int = 64
-    lr: float = 1e-3
-    unit_lr_factor: float = 3.0
-    seed: int = 0
-    every: int = 50
+    data: str = _setting("glyphs", "what to train on", DATA)
+    root: str = _setting("", "folder or archive of the data; glyphs have none")
+    download: bool = _setting(False, "fetch cub200, cars196 or sop into --root first")
+    method: str = _setting("pddm-anchor", "what picks and weighs the pairs of a batch", METHODS)
+    steps: int = _setting(600, "updates")
+    classes: int = _setting(16, "classes in a batch")
+    samples: int = _setting(4, "samples of a class in a batch")
+    accumulate: int = _setting(1, "batches per update; each mines for itself")
+    augment: bool = _setting(True, "distort the training pictures")
+    backbone: str = _setting("convnet", "convnet, timm/NAME, torchvision/NAME, or MODULE:CALLABLE of yours")
+    pretrained: bool = _setting(False, "start timm and torchvision backbones from their published weights")
+    dim: int = _setting(64, "length of a feature")
+    lr: float = _setting(1e-3, "learning rate of Adam")
+    unit_lr_factor: float = _setting(1.0, "the PDDM unit's learning rate over --lr")
+    weight_decay: float = _setting(5e-4, "L2 penalty of Adam")
+    schedule: str = _setting("constant", "of the learning rate over --steps", SCHEDULES)
+    warmup: int = _setting(0, "updates over which the learning rate rises from 0")
+    unit_start: str = _setting(
+        "random", "the PDDM unit's initial weights: its own, or such that it ranks by distance", STARTS
+    )
+    unit_gradient: bool = _setting(True, "PDDM: let the score loss train the embedding, too")
+    distance_steps: int = _setting(0, "PDDM: first updates whose quadruplets are mined by distance")
+    alpha: float = _setting(0.5, "PDDM: margin of the scores")
+    beta: float = _setting(1.0, "quadruplets: margin of the squared distances")
+    weight: float = _setting(0.5, "PDDM: weight of the embedding loss beside the score loss")
+    margin: float = _setting(0.2, "triplet methods: margin of the distances")
+    precision: str = _setting("32-true", "arithmetic, by Lightning Fabric's names", PRECISIONS)
+    accelerator: str = _setting("auto", "device kind, by Lightning Fabric's names: auto, cpu, cuda, ...")
+    devices: int = _setting(1, "processes, one for each device; each mines its own batch")
+    workers: int = _setting(0, "processes that read pictures; 0 reads in the training process")
+    seed: int = _setting(0, "of weights, batches and the test set")
+    every: int = _setting(50, "evaluate and checkpoint every so many updates")
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"--mode is {self.mode!r}; {', '.join(MODES)} are accepted")
-        for name, least in (("steps", 1), ("classes", 2), ("samples", 2), ("dim", 1), ("every", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"--{name} is {value}; at least {least} is accepted")
+        for setting in fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{option(setting.name)} is {value!r}; {', '.join(choices)} are accepted")
+        least = {"steps": 1, "classes": 2, "samples": 2, "accumulate": 1, "dim": 1, "devices": 1, "every": 1}
+        for name, bound in (least | {"warmup": 0, "distance_steps": 0, "workers": 0, "seed": 0}).items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{option(name)} is {getattr(self, name)}; at least {bound} is accepted")
         if self.seed >= 2**32:
             raise ValueError(f"--seed is {self.seed}; less than 2**32 is accepted")
         for name in ("lr", "unit_lr_factor"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{option(name)} is {value}; a positive finite number is accepted")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{option(name)} is {getattr(self, name)}; a positive finite number is accepted")
+        for name in ("weight_decay", "alpha", "beta", "weight", "margin"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{option(name)} is {getattr(self, name)}; a finite number from 0 is accepted")
+        if (self.root == "") != (self.data == "glyphs"):
+            raise ValueError(f"--data {self.data} {'has no' if self.root else 'needs'} --root, where its files are")
 
 
 def option(name: str) -> str:
     """The command-line spelling of a setting."""
     return "--" + name.replace("_", "-")
+
+
+_SCORED = {"unit_lr_factor", "unit_gradient", "distance_steps", "alpha"}
+_PARTICULAR = _SCORED | {"unit_start", "beta", "weight", "margin"}
+
+
+def unused(method: str) -> set[str]:
+    """The settings that are for other methods than this one."""
+    if method.startswith("triplet"):
+        return _PARTICULAR - {"margin"}
+    if method.startswith("euclidean"):
+        return _PARTICULAR - {"beta"}
+    if method.startswith("pddm"):
+        return {"margin"}
+    return _PARTICULAR - _SCORED if method == "recommended" else _PARTICULAR
+
+
+def parse(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values by name, checked to be settings and of their types; an int serves as a float.
+
+    Raises:
+        ValueError: an unknown name or a value of another type; the message names it and ``where`` it stands.
+    """
+    known = {setting.name: type(setting.default) for setting in fields(Settings)}
+    values = {}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{where}: {name!r} is no setting; {', '.join(known)} are")
+        if known[name] is float and type(value) is int:
+            value = float(value)
+        if type(value) is not known[name]:
+            raise ValueError(f"{where}: {name} is {value!r}; a value of type {known[name].__name__} is accepted")
+        values[name] = value
+    return values
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file such as a run's ``config.json``; those it leaves out keep their defaults.
+
+    Raises:
+        ValueError: not a JSON object of settings.
+        OSError: not readable.
+    """
+    try:
+        given = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: not a JSON object of settings")
+    return parse(given, str(path))
+
+
+#: Where and how fast pictures are read does not change what is computed.
+_INDIFFERENT = ("root", "download", "workers")
+
+
+def difference(before: Mapping[str, Any], now: Settings, but: tuple[str, ...] = ()) -> str:
+    """The first setting that was another in an earlier run, as ``--name was X and is Y now``; empty if none was.
+
+    What the earlier run did not know had its default.
+    """
+    for setting in fields(Settings):
+        was, value = before.get(setting.name, setting.default), getattr(now, setting.name)
+        if was != value and setting.name not in _INDIFFERENT + but:
+            return f"{option(setting.name)} was {was} and is {value} now"
+    return ""
+
+
+def written(settings: Settings) -> bytes:
+    """The content of ``config.json``."""
+    return (json.dumps(asdict(settings), indent=1) + "\n").encode()

@@ -1,0 +1,255 @@
+"""The paper's claims on real data: runs the grids, stores their figures, writes docs/results.md.
+
+``python bench/retrieval.py --omniglot FOLDER`` runs what has not run yet (an hour on two cores) and stores it in
+``bench/results/retrieval/``. Without ``--omniglot`` only the page and the README's paragraph are written anew, and with
+``--check`` they are compared with what is stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from pddm_ext.training import compare, figures, report
+from pddm_ext.training.checkpoint import write_bytes
+from pddm_ext.training.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+STORE, PAGE, README = ROOT / "bench/results/retrieval", ROOT / "docs/results.md", ROOT / "README.md"
+BEGIN, END = (f"<!-- bench/results/retrieval: {mark} -->\n" for mark in ("begin", "end"))
+RUNS = ROOT / "runs/results"
+
+SEEDS, STEPS, LRS = 5, 400, (3e-4, 1e-3, 3e-3, 1e-2)
+METHODS = (
+    "recommended",
+    "pddm-anchor",
+    "pddm-pair",
+    "pddm-batch",
+    "euclidean-anchor",
+    "euclidean-pair",
+    "euclidean-batch",
+    "triplet-hard",
+    "triplet-hard:margin=0.05",
+    "triplet-semihard",
+    "triplet-all",
+    "n-pair",
+    "contrastive",
+    "multi-similarity",
+    "multi-similarity-soft",
+    "multi-similarity-mined",
+)
+#: Without augmentation, one of each kind.
+FEWER = (
+    "recommended",
+    "pddm-anchor",
+    "pddm-pair",
+    "euclidean-anchor",
+    "triplet-semihard",
+    "multi-similarity",
+    "multi-similarity-soft",
+)
+#: pytorch-metric-learning's, as they come but for a margin; the rest is the paper's, ours, or tuned by us.
+BASELINES = tuple(
+    name for name in METHODS if not name.startswith(("recommended", "pddm", "euclidean", "multi-similarity-soft"))
+)
+#: What might explain how PDDM mining does: one change at a time, at one learning rate.
+CAUSES = (
+    "pddm-pair",
+    "pddm-pair:unit_start=distance",
+    "pddm-pair:distance_steps=100",
+    "pddm-pair:unit_gradient=false",
+    "pddm-pair:alpha=0.1",
+    "pddm-pair:alpha=2",
+    "pddm-pair:unit_lr_factor=0.3",
+    "pddm-pair:unit_lr_factor=3",
+    "pddm-pair:classes=8,samples=8",
+    "pddm-pair:classes=32,samples=2",
+)
+#: Each grid's data set, whether it is augmented, its methods, and the learning rates they choose from.
+GRIDS = {
+    "omniglot": ("omniglot", True, METHODS, LRS),
+    "glyphs": ("glyphs", True, METHODS, LRS),
+    "omniglot-plain": ("omniglot", False, FEWER, LRS),
+    "glyphs-plain": ("glyphs", False, FEWER, LRS),
+    "omniglot-causes": ("omniglot", True, CAUSES, LRS[1:2]),
+    "glyphs-causes": ("glyphs", True, CAUSES, LRS[1:2]),
+}
+
+Cells = dict[str, list[dict[str, Any]]]
+
+
+def run(name: str, omniglot: str, jobs: int) -> None:
+    """Run a grid, write its HTML report beside the runs, and store its figures."""
+    data, augment, methods, lrs = GRIDS[name]
+    common = Settings(
+        data=data,
+        root=omniglot if data == "omniglot" else "",
+        augment=augment,
+        steps=STEPS,
+        schedule="cosine",
+        accelerator="cpu",
+        every=25,
+    )
+    grid = compare.Grid(common, methods, range(SEEDS), RUNS / name, lrs=lrs)
+    grid.folder.mkdir(parents=True, exist_ok=True)
+    cells = grid.run(jobs)
+    examples, raw = compare.examples(grid)
+    report.write(grid.folder / "report.html", cells, raw, examples)
+    stored = {"raw": raw, "cells": {label: [_kept(metrics) for metrics in seeds] for label, seeds in cells.items()}}
+    STORE.mkdir(parents=True, exist_ok=True)
+    write_bytes(STORE / f"{name}.json", (json.dumps(stored, separators=(",", ":")) + "\n").encode())
+
+
+def _kept(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without histograms and without what the machine's folders are called, in four digits."""
+    kept = {**metrics, "settings": {**metrics["settings"], "root": ""}}
+    kept["pairs"] = {kind: {key: pair[key] for key in ("overlap", "auc")} for kind, pair in metrics["pairs"].items()}
+    return _rounded(kept)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+class Grid:
+    """What the page asks of a grid's stored cells: a value of each seed."""
+
+    def __init__(self, name: str) -> None:
+        stored = json.loads((STORE / f"{name}.json").read_text())
+        self.raw, self.cells = stored["raw"], stored["cells"]
+
+    def recall(self, label: str, ranking: str = "distance") -> list[float]:
+        return [100 * metrics["results"][ranking]["recall"]["1"]["value"] for metrics in self.cells[label]]
+
+    def map_at_r(self, label: str, ranking: str = "distance") -> list[float]:
+        return [100 * metrics["results"][ranking]["map_at_r"]["value"] for metrics in self.cells[label]]
+
+    def of(self, label: str, *path: str) -> list[float]:
+        """Any stored number of each seed, by its keys."""
+        values = []
+        for metrics in self.cells[label]:
+            value = metrics
+            for key in path:
+                value = value[key]
+            values.append(value)
+        return values
+
+    def percent(self, label: str, *path: str) -> list[float]:
+        """:meth:`of` a share."""
+        return [100 * value for value in self.of(label, *path)]
+
+    def has_score(self, label: str) -> bool:
+        return "score" in self.cells[label][0]["results"]
+
+    def seconds(self, label: str) -> float:
+        """Training seconds of a run: the least of the seeds, since other work on the machine only adds."""
+        return min(metrics["curves"]["seconds"][-1] for metrics in self.cells[label])
+
+    def steps_to(self, label: str, level: float) -> list[float]:
+        """Steps until Recall@1 (%) first reaches a level, for each seed that does."""
+        return [
+            next(step for step, value in _points(metrics, "step") if value >= level)
+            for metrics in self.cells[label]
+            if 100 * max(metrics["curves"]["recall"]) >= level
+        ]
+
+    def at_seconds(self, label: str, seconds: float) -> list[float]:
+        """Recall@1 (%) of each seed after as many steps as fit into so many seconds."""
+        share = seconds / self.seconds(label)
+        return [
+            [value for step, value in _points(metrics, "step") if step <= share * metrics["settings"]["steps"]][-1]
+            for metrics in self.cells[label]
+        ]
+
+    def best(self, labels: tuple[str, ...]) -> str:
+        """The label with the highest mean Recall@1."""
+        return max(
+            (label for label in labels if label in self.cells), key=lambda label: statistics.fmean(self.recall(label))
+        )
+
+
+def _points(metrics: dict[str, Any], against: str) -> list[tuple[float, float]]:
+    curves = metrics["curves"]
+    return [(at, 100 * value) for at, value in zip(curves[against], curves["recall"], strict=True)]
+
+
+def mean(values: list[float], digits: int = 1) -> str:
+    """Mean and standard deviation over seeds."""
+    if not values:
+        return "never"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def ahead(values: list[float], others: list[float], digits: int = 1) -> str:
+    """Mean difference of equal seeds, which share weights, batches and test set, with its standard error."""
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{statistics.fmean(differences):+.{digits}f} ± {error:.{digits}f}"
+
+
+def page() -> bytes:
+    """The text of docs/results.md."""
+    return _filled("results.md.j2").encode()
+
+
+def readme() -> bytes:
+    """The README with its paragraph on the results."""
+    before, rest = README.read_text("utf-8").split(BEGIN)
+    return (before + BEGIN + _filled("headline.md.j2") + END + rest.split(END)[1]).encode()
+
+
+def _filled(template: str) -> str:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(mean=mean, ahead=ahead, fmean=statistics.fmean)
+    grids = {name: Grid(name) for name in GRIDS if (STORE / f"{name}.json").exists()}
+    text = environment.from_string((ROOT / "bench" / template).read_text("utf-8")).render(
+        grids=grids, baselines=BASELINES, causes=CAUSES, seeds=SEEDS, steps=STEPS, lrs=LRS
+    )
+    return text.strip() + "\n"
+
+
+def draw() -> None:
+    """The page's plots, docs/results-*.svg."""
+    for name in ("omniglot", "glyphs"):
+        if (STORE / f"{name}.json").exists():
+            grid = Grid(name)
+            for against in ("step", "seconds"):
+                figure = figures.curves(grid.cells, "recall", against, grid.raw["recall"]["1"]["value"])
+                write_bytes(PAGE.parent / f"results-{name}-{against}.svg", figures.svg(figure))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--omniglot", help="folder of images_background_small1.zip; run the grids")
+    parser.add_argument("--only", nargs="+", choices=GRIDS, default=list(GRIDS), help="of the grids")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--check", action="store_true", help="fail where the page is not what is stored")
+    arguments = parser.parse_args()
+    if arguments.check:
+        stale = [str(path) for path, text in ((PAGE, page()), (README, readme())) if path.read_bytes() != text]
+        if stale:
+            print(f"{', '.join(stale)}: not what is stored; run {sys.argv[0]}", file=sys.stderr)
+        return len(stale)
+    if arguments.omniglot:
+        for name in arguments.only:
+            run(name, arguments.omniglot, arguments.jobs)
+    PAGE.parent.mkdir(exist_ok=True)
+    draw()
+    write_bytes(PAGE, page())
+    write_bytes(README, readme())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

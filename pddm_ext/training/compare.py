@@ -1,0 +1,275 @@
+"""A grid of methods and seeds on one data set: each cell a run in a folder of its own, none ever lost or run again."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import datasets, outcome
+from .checkpoint import write_bytes
+from .data import Dataset, batches
+from .evaluate import embed
+from .loop import CHECKPOINT, CONFIG, Run
+from .methods import Quadruplet
+from .outcome import raw_pixels
+from .pictures import Examples, Shown
+from .settings import METHODS, Settings, difference, parse, unused, written
+
+#: The sweep's runs have seeds of their own, so that no final run was looked at before.
+_SWEEP_SEED = 1000
+
+#: What no method has to itself: the grid decides these.
+_COMMON = ("method", "seed", "data", "root", "download")
+
+#: So many methods are shown in pictures, for the page to stay small.
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid: what to do, where, and in which fold of validation classes, if it chooses a setting."""
+
+    label: str
+    settings: Settings
+    folder: Path
+    fold: int | None = None
+
+
+def method(text: str, common: Settings) -> Settings:
+    """A method of the grid: ``NAME`` or ``NAME:setting=value,...``, the rest as in ``common``.
+
+    Raises:
+        ValueError: no such method or setting, or a value it does not take.
+    """
+    name, _, changes = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"--methods has {name!r}; {', '.join(METHODS)} are accepted")
+    types: dict[str, Any] = {setting.name: type(setting.default) for setting in fields(Settings)}
+    given: dict[str, Any] = {}
+    for change in filter(None, changes.split(",")):
+        key, _, value = change.partition("=")
+        if key in _COMMON:
+            raise ValueError(f"--methods {text}: {key} is not a method's own; give {', '.join(_COMMON)} for all")
+        kind = types.get(key, str)
+        try:
+            given[key] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            given[key] = value
+    idle = sorted(given.keys() & unused(name))
+    if idle:
+        raise ValueError(f"--methods {text}: {name} does not use {', '.join(idle)}")
+    return replace(common, method=name, **parse(given, f"--methods {text}"))
+
+
+class Grid:
+    """Methods × seeds, each method at the learning rate that does best on validation classes.
+
+    Args:
+        common: the settings that cells share.
+        methods: texts that :func:`method` reads; each is its own label.
+        seeds: of the runs that count.
+        folder: of everything; cells that finished there before are taken as they are.
+        lrs: learning rates to try; with none or one nothing is tried.
+        tries: runs for each learning rate that is tried, each on another fold of validation classes.
+
+    Raises:
+        ValueError: a method that does not exist or appears twice, or too few seeds.
+    """
+
+    def __init__(
+        self,
+        common: Settings,
+        methods: Sequence[str],
+        seeds: Sequence[int],
+        folder: Path,
+        lrs: Sequence[float] = (),
+        tries: int = 1,
+    ) -> None:
+        if not methods or not seeds or tries < 1:
+            raise ValueError("--methods and --seeds have to name something, and --tries is at least 1")
+        for name, listed in (("--methods", methods), ("--seeds", seeds), ("--lrs", lrs)):
+            if len(set(listed)) < len(listed):
+                raise ValueError(f"{name} lists something twice: {', '.join(map(str, listed))}")
+        self.folder, self.seeds, self.lrs, self.tries = folder, list(seeds), list(lrs), tries
+        self.methods = {text: method(text, common) for text in methods}
+        for text, settings in self.methods.items():
+            if settings.devices > 1:
+                raise ValueError(f"--devices is {settings.devices}; each run of a comparison has 1, see --jobs")
+            for lr in self.lrs:
+                replace(settings, lr=lr)  # refuses one that cannot be trained with
+            if self.lrs and "lr=" in text:
+                raise ValueError(f"--methods {text} has its own lr, and --lrs would choose another")
+
+    def tuning(self) -> list[Cell]:
+        """Runs that choose the learning rates."""
+        if len(self.lrs) < 2:
+            return []
+        return [
+            Cell(
+                f"{text} lr={lr:g}",
+                replace(settings, lr=lr, seed=_SWEEP_SEED + attempt),
+                self.folder / "tuning" / _safe(text) / f"lr-{lr:g}" / f"seed-{_SWEEP_SEED + attempt}",
+                fold=attempt,
+            )
+            for text, settings in self.methods.items()
+            for lr in self.lrs
+            for attempt in range(self.tries)
+        ]
+
+    def chosen(self) -> dict[str, float]:
+        """Each method's learning rate: the highest mean MAP@R on validation classes, once :meth:`tuning` is done."""
+        if not self.lrs:
+            return {text: settings.lr for text, settings in self.methods.items()}
+        if len(self.lrs) == 1:
+            return dict.fromkeys(self.methods, self.lrs[0])
+        sums: dict[str, dict[float, float]] = {text: dict.fromkeys(self.lrs, 0.0) for text in self.methods}
+        for cell in self.tuning():
+            metrics = finished(cell)
+            value = 0.0 if metrics is None else metrics["results"]["distance"]["map_at_r"]["value"]
+            sums[cell.label.rpartition(" ")[0]][cell.settings.lr] += value
+        return {text: max(by_lr, key=lambda lr: by_lr[lr]) for text, by_lr in sums.items()}
+
+    def cells(self) -> list[Cell]:
+        """The runs that count."""
+        lrs = self.chosen()
+        return [
+            Cell(
+                text,
+                replace(settings, lr=lrs[text], seed=seed),
+                self.folder / "cells" / _safe(text) / f"seed-{seed}",
+            )
+            for seed in self.seeds
+            for text, settings in self.methods.items()
+        ]
+
+    def run(self, jobs: int, *, progress: bool = True) -> dict[str, list[dict[str, Any]]]:
+        """Run what is not there yet, ``jobs`` cells at a time, and give each label's metrics in the order of seeds.
+
+        Raises:
+            ValueError: a cell in the folder has other settings, or is damaged.
+            FloatingPointError: a run that counts diverged.
+        """
+        _run_all(self.tuning(), jobs, "choosing learning rates", progress)
+        cells = self.cells()
+        _run_all(cells, jobs, "training", progress)
+        results: dict[str, list[dict[str, Any]]] = {text: [] for text in self.methods}
+        for cell in cells:
+            metrics = finished(cell)
+            assert metrics is not None
+            results[cell.label].append(metrics)
+        return results
+
+
+def finished(cell: Cell) -> dict[str, Any] | None:
+    """The metrics of a finished cell, None of any other.
+
+    Raises:
+        ValueError: it was run with other settings, or is damaged.
+    """
+    metrics = outcome.read(cell.folder)
+    if metrics is None:
+        return None
+    changed = difference(metrics["settings"], cell.settings)
+    if changed:
+        raise ValueError(f"{cell.folder}: {changed}; choose another --out")
+    return metrics
+
+
+@functools.lru_cache(1)
+def _dataset(data: str, root: str, download: bool) -> Dataset:
+    return datasets.load(Settings(data=data, root=root, download=download))
+
+
+def run_cell(cell: Cell, threads: int) -> None:
+    """Train one cell, from its checkpoint if it has one, and write what it leaves behind."""
+    torch.set_num_threads(threads)
+    dataset = _dataset(cell.settings.data, cell.settings.root, cell.settings.download)
+    run = Run(cell.settings, dataset if cell.fold is None else dataset.validation(cell.fold), cell.folder)
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(cell.folder / CONFIG, written(cell.settings))
+    if (cell.folder / CHECKPOINT).exists():
+        run.resume()
+    try:
+        run.train(progress=False)
+        metrics = outcome.figures(run)
+    except FloatingPointError as error:
+        if cell.fold is None:
+            raise FloatingPointError(f"{cell.label}, seed {cell.settings.seed}: {error}") from error
+        # A learning rate that diverges has been tried, and lost.
+        metrics = _diverged(cell.settings)
+    outcome.write(cell.folder, metrics)
+
+
+def _diverged(settings: Settings) -> dict[str, Any]:
+    return {
+        "settings": asdict(settings),
+        "curves": {},
+        "results": {"distance": {"map_at_r": {"value": 0.0}}},
+        "diverged": True,
+    }
+
+
+def _run_all(cells: list[Cell], jobs: int, what: str, progress: bool) -> None:
+    left = [cell for cell in cells if finished(cell) is None]
+    if not left:
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    bar = tqdm(total=len(cells), initial=len(cells) - len(left), unit="run", desc=what, disable=not progress)
+    with bar:
+        for cell in _each(left, jobs, threads):
+            bar.set_postfix_str(f"{cell.label} seed {cell.settings.seed}")
+            bar.update()
+
+
+def _each(cells: list[Cell], jobs: int, threads: int) -> Iterator[Cell]:
+    # Processes of their own even for one job: threads and warnings of a run do not outlive it.
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        # No more than are running: what waits in the pool can no longer be called off.
+        waiting, futures = iter(cells), dict[Future[None], Cell]()
+        while True:
+            for cell in itertools.islice(waiting, jobs - len(futures)):
+                futures[pool.submit(run_cell, cell, threads)] = cell
+            if not futures:
+                return
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                future.result()
+                yield futures.pop(future)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:
+    """Pictures of the first methods, trained with the first seed, and the retrieval figures of raw pixels."""
+    cells = [cell for cell in grid.cells() if cell.settings.seed == grid.seeds[0]][:_SHOWN]
+    dataset = datasets.load(cells[0].settings)
+    runs = {cell.label: Run(cell.settings, dataset) for cell in cells}
+    first = next(iter(runs.values()))
+    settings, view = first.settings, dataset.view
+    stored, labels = next(batches(dataset.train, settings.classes, settings.samples, 1, seed=_SWEEP_SEED))
+    batch = view.augment(stored, torch.Generator().manual_seed(_SWEEP_SEED)) if settings.augment else view.plain(stored)
+    shown = {}
+    for cell in cells:
+        run = runs[cell.label]
+        run.resume(cell.folder / CHECKPOINT)
+        features = embed(run.learner.net, run.test)
+        quadruplets = None
+        if isinstance(run.learner.objective, Quadruplet):
+            with torch.no_grad():
+                net = run.learner.net.eval()
+                quadruplets = run.learner.objective.mine(net(batch.to(next(net.parameters()))), labels)
+        shown[cell.label] = Shown(features, run.learner.unit, quadruplets)
+    return Examples(settings.seed, first.test, batch, shown), raw_pixels(first.test, settings.seed)
+
+
+def _safe(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "-.=," else "_" for c in label)

@@ -1,0 +1,153 @@
+"""What a batch of embeddings is trained by, each under its name in the settings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning import losses, miners
+from torch import Tensor, nn
+
+import pddm_ext
+from pddm_ext.quadruplets import Mode, Quadruplets
+
+from .settings import Settings
+
+
+class Quadruplet(nn.Module):
+    """Embedding loss on hard quadruplets, and the score loss where there is a PDDM unit, which then mines them.
+
+    Attributes:
+        unit: the PDDM unit, or None.
+        batches: how many batches have been trained on.
+    """
+
+    batches: Tensor
+
+    def __init__(self, settings: Settings, mode: Mode, unit: pddm_ext.PDDM | None) -> None:
+        super().__init__()
+        self.mode, self.unit = mode, unit
+        self.unit_gradient, self.distance_batches = (
+            settings.unit_gradient,
+            settings.distance_steps * settings.accumulate,
+        )
+        self.loss = pddm_ext.QuadrupletLoss(settings.alpha, settings.beta, settings.weight)
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def mine(self, feats: Tensor, labels: Tensor) -> Quadruplets:
+        """What the trained method mines; its scores are the unit's, or negative squared distances."""
+        if self.unit is None:
+            return mine_by_distance(feats, labels, self.mode)
+        return pddm_ext.mine_and_score(feats, labels, self.unit, mode=self.mode)
+
+    def forward(self, feats: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        quads = self._mine(feats if self.unit_gradient else feats.detach(), labels)
+        embedding = self.loss.embedding(feats, quads)
+        if self.unit is None:
+            return {"embedding": embedding}
+        return {"score": self.loss.similarity(quads), "embedding": self.loss.weight * embedding}
+
+    def _mine(self, feats: Tensor, labels: Tensor) -> Quadruplets:
+        """:meth:`mine`, or at first by distance, with the unit's scores all the same."""
+        self.batches += 1
+        if self.unit is None or not self.distance_batches or self.batches > self.distance_batches:
+            return self.mine(feats, labels)
+        quads = mine_by_distance(feats, labels, self.mode)
+        i, j, k, l = (rows.clamp(min=0) for rows in quads[:4])  # noqa: E741 - the paper's names
+        scores = pddm_ext.score_pairs(feats, torch.cat([i, i, j]), torch.cat([j, k, l]), self.unit)
+        s_ij, s_ik, s_jl = torch.where(quads.valid.repeat(3), scores, 0.0).chunk(3)
+        return quads._replace(s_ij=s_ij, s_ik=s_ik, s_jl=s_jl)
+
+
+class Recommended(Quadruplet):
+    """The score loss on every positive pair's quadruplet, beside the multi-similarity loss on all pairs.
+
+    The hard quadruplets train the unit and, through it, the embedding; what they leave out (the pairs that are not the
+    hardest) a loss on all pairs has. Four things differ from either alone, each chosen on validation classes:
+
+    - The unit starts as a function of the distance, so that its first quadruplets are hard and its score ranks unseen
+      classes. Alone that collapses the embedding, as mining by distance does; the loss on all pairs holds it open.
+    - The unit sees features with noise. Without it the unit learns the places of the training classes by heart, its
+      gradient draws the embedding there, and unseen classes suffer.
+    - The score loss weighs 0.3: it corrects the embedding, and does not lead it.
+    - The multi-similarity loss has λ = 0.3 and β = 20 (0.5 and 50 in its paper): negatives are pushed apart from a
+      smaller similarity on, and not by the few nearest alone, which is what the quadruplets do.
+    """
+
+    SCORE, NOISE, MULTI_SIMILARITY = 0.3, 0.05, {"alpha": 2, "beta": 20, "base": 0.3}
+
+    def __init__(self, settings: Settings, unit: pddm_ext.PDDM) -> None:
+        super().__init__(settings, "pair", unit)
+        self.pairs = losses.MultiSimilarityLoss(**self.MULTI_SIMILARITY)
+
+    def forward(self, feats: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        unit = F.normalize(feats if self.unit_gradient else feats.detach(), dim=1)
+        quads = self._mine(unit + self.NOISE * torch.randn_like(unit), labels)
+        return {"score": self.SCORE * self.loss.similarity(quads), "embedding": self.pairs(feats, labels)}
+
+
+class PairLoss(nn.Module):
+    """A loss of pytorch-metric-learning, on what its miner picks, if there is one."""
+
+    unit = None
+
+    def __init__(self, loss: nn.Module, miner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.loss, self.miner = loss, miner
+
+    def forward(self, feats: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        picked = None if self.miner is None else self.miner(feats, labels)
+        return {"embedding": self.loss(feats, labels, picked)}
+
+
+def mine_by_distance(feats: Tensor, labels: Tensor, mode: Mode) -> Quadruplets:
+    """Hard quadruplets by the negative squared Euclidean distance of the unit features. No gradient."""
+    with torch.no_grad():
+        unit = F.normalize(feats, dim=1)
+        return pddm_ext.reference.select_quadruplets(2 * (unit @ unit.T) - 2, labels, mode)
+
+
+@torch.no_grad()
+def _rank_by_distance(unit: pddm_ext.PDDM) -> None:
+    """Initial weights whose score falls with the distance, whatever the place.
+
+    A few entries of u' are constant, the others are u's own, so that the direction of u' turns away from the constant
+    ones as u grows; each entry of c is what is left of those.
+    """
+    constant = max(1, unit.hidden // 16)
+    for parameter in unit.parameters():
+        parameter.zero_()
+    unit.u.weight[:-constant].fill_diagonal_(1)
+    unit.u.bias[-constant:] = 0.5 * constant**-0.5
+    unit.v.bias.fill_(1)
+    unit.c.weight[:, unit.hidden - constant : unit.hidden] = constant**-0.5
+    unit.c.weight += torch.randn_like(unit.c.weight) * 0.1 * unit.hidden**-0.5
+    unit.s.weight.fill_(1 / unit.combined)
+
+
+def objective(settings: Settings) -> Quadruplet | PairLoss:
+    """The method of the settings: a module of (n, dim) embeddings and (n,) labels whose results add up to the loss.
+
+    The unit's initial weights depend on the seed alone; torch's global generator is left as it was.
+    """
+    family, _, mode = settings.method.rpartition("-")
+    if family == "euclidean":
+        return Quadruplet(settings, mode, None)  # type: ignore[arg-type]
+    if settings.method == "recommended" or family == "pddm":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            unit = pddm_ext.PDDM(settings.dim)
+            if settings.unit_start == "distance" or settings.method == "recommended":
+                _rank_by_distance(unit)
+        return Recommended(settings, unit) if family != "pddm" else Quadruplet(settings, mode, unit)  # type: ignore[arg-type]
+    triplet = losses.TripletMarginLoss
+    loss, miner = {
+        "triplet-hard": lambda: (triplet(settings.margin), miners.BatchHardMiner()),
+        "triplet-semihard": lambda: (triplet(settings.margin), miners.TripletMarginMiner(settings.margin, "semihard")),
+        "triplet-all": lambda: (triplet(settings.margin), None),
+        "n-pair": lambda: (losses.NPairsLoss(), None),
+        "contrastive": lambda: (losses.ContrastiveLoss(), None),
+        "multi-similarity": lambda: (losses.MultiSimilarityLoss(), None),
+        "multi-similarity-soft": lambda: (losses.MultiSimilarityLoss(**Recommended.MULTI_SIMILARITY), None),
+        "multi-similarity-mined": lambda: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
+    }[settings.method]()  # type: ignore[no-untyped-call]
+    return PairLoss(loss, miner)

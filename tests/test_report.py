@@ -1,0 +1,354 @@
+"""The page and the table of a comparison, from metrics and test sets made up here."""
+
+from __future__ import annotations
+
+import copy
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pddm_ext
+from pddm_ext.training import figures, pictures, report
+from pddm_ext.training.augment import DRAWINGS, PHOTOS
+from pddm_ext.training.data import Dataset, TestSet, in_memory
+from pddm_ext.training.pictures import Examples, Shown
+
+AWKWARD = '<b>$x$ & "y"</b>:alpha=1,beta=2'
+
+
+def ranking(recall: float) -> dict[str, Any]:
+    def point(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.02, "high": value + 0.02}
+
+    return {
+        "recall": {str(k): point(recall + 0.01 * k) for k in (1, 2, 4, 8)},
+        "map_at_r": point(recall / 2),
+        "r_precision": point(recall / 2 + 0.1),
+    }
+
+
+def pairs(shift: float) -> dict[str, Any]:
+    shares = np.ones(60) / 60
+    edges = np.linspace(-2 + shift, shift, 61)
+    return {
+        "positive": shares.tolist(),
+        "negative": shares[::-1].tolist(),
+        "edges": edges.tolist(),
+        "overlap": 0.25 + shift,
+        "auc": 0.75,
+    }
+
+
+def cell(seed: int = 0, recall: float = 0.5, *, unit: bool = False, collapsed: bool = False) -> dict[str, Any]:
+    ways = {"distance": ranking(recall)}
+    if unit:
+        ways |= {"score": ranking(recall - 0.1), "rerank": ranking(recall + 0.1)}
+    spread = 0.003 if collapsed else 0.8
+    split = {"classes": 4, "from": ["A<i>"], "pictures": 16}
+    return {
+        "settings": {"method": "m", "lr": 0.001, "steps": 20, "root": "", "seed": seed},
+        "data": {"train": split, "test": split | {"classes": 5}},
+        "curves": {
+            "step": [10, 20],
+            "seconds": [1.0 + seed, 2.0 + 2 * seed],
+            "loss": [1.0, 0.5],
+            "recall": [recall - 0.2, recall],
+            "spread": [spread, spread],
+            "effective_rank": [9.0, 8.0],
+        },
+        "results": ways,
+        "clustering": {"nmi": 0.6, "ami": 0.5},
+        "transfer": 0.7,
+        "zero_shot": 0.65,
+        "pairs": {"distance": pairs(0.0), **({"score": pairs(seed / 10)} if unit else {})},
+        "spread": spread,
+        "effective_rank": 8.0,
+        "collapsed": collapsed,
+        "environment": {"torch": "2.0", "threads": 1, "device": "cpu"},
+    }
+
+
+def dataset(*, photographs: bool = False) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    channels, side = (3, 256) if photographs else (1, 64)
+
+    def split(name: str) -> Any:
+        shape = (4, channels, side, side)
+        classes = {f"<u>{name}{c}": torch.randint(0, 256, shape, generator=generator).byte() for c in range(4)}
+        return in_memory({name: classes})
+
+    return Dataset("some", PHOTOS if photographs else DRAWINGS, split("train"), split("test"))
+
+
+def examples(*labels: str, dim: int = 6, photographs: bool = False) -> Examples:
+    test = TestSet(dataset(photographs=photographs), 0)
+    generator = torch.Generator().manual_seed(1)
+    shown = {}
+    for number, label in enumerate(labels):
+        features = F.normalize(torch.randn(len(test), dim, generator=generator), dim=1)
+        torch.manual_seed(number)
+        unit = None if number else pddm_ext.PDDM(dim)
+        quads = None if unit is None else pddm_ext.mine_and_score(features[:8], test.labels[:8], unit, mode="anchor")
+        shown[label] = Shown(features, unit, quads)
+    return Examples(0, test, test[torch.arange(8)], shown)
+
+
+def page(tmp_path: Path, *args: Any) -> str:
+    return report.write(tmp_path / "report.html", *args).read_text("utf-8")
+
+
+class Links(HTMLParser):
+    """Whatever a browser would fetch, and the text between the tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.identifiers: list[str] = []
+        self.tags: set[str] = set()
+        self.unnamed: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                self.fetched.append(value or "")
+            if name == "id":
+                self.identifiers.append(value or "")
+        if tag == "img" and not dict(attrs).get("alt"):
+            self.unnamed.append(str(attrs)[:80])
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_fetches_nothing_and_is_the_same_each_time(tmp_path: Path) -> None:
+    cells = {"first": [cell(0, unit=True), cell(1, unit=True)], "second": [cell(0), cell(1)]}
+    written = page(tmp_path, cells, ranking(0.3), examples("first", "second"))
+    links = Links(written)
+    assert all(link.startswith(("data:image/", "#")) for link in links.fetched)
+    assert "http" not in re.sub(r"data:image/[^\"]*", "", written)
+    assert not re.search(r"@import|url\((?!#)", written)
+    assert not links.tags & {"script", "link", "iframe", "object"}
+    assert links.unnamed == []
+    assert len(links.identifiers) == len(set(links.identifiers))
+    assert {link[1:] for link in links.fetched if link.startswith("#")} <= set(links.identifiers)
+    assert set(re.findall(r"url\(#([^)]*)\)", written)) <= set(links.identifiers)
+    torch.manual_seed(99)
+    assert page(tmp_path, cells, ranking(0.3), examples("first", "second")) == written
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
+    written = page(tmp_path, {AWKWARD: [cell(unit=True)]}, None, examples(AWKWARD))
+    links = Links(written)
+    assert not links.tags & {"i", "u"}
+    assert "<b>$x$" not in written
+    assert "A<i>" in links.text
+    assert ":<wbr>alpha=1,<wbr>beta=2" in written
+    assert "<u>test" in links.text
+    assert links.text.count(AWKWARD) >= 8  # also in the drawings, where a dollar sign would start a formula
+
+
+def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
+    cells = {"plain": [cell(0), cell(1)]}
+    text = Links(page(tmp_path, cells)).text
+    for absent in ("raw pixels", "by PDDM score", "Retrieval", "Mined quadruplets", "collapsed on"):
+        assert absent not in text
+    shown = Links(page(tmp_path, cells, ranking(0.3), examples("unit", "plain"))).text
+    assert "raw pixels" in shown
+    assert "Retrieval" in shown
+
+
+def test_collapsed_seeds_are_said_in_words(tmp_path: Path) -> None:
+    cells = {"good": [cell(0), cell(3)], "bad": [cell(0), cell(3, collapsed=True)]}
+    text = " ".join(Links(page(tmp_path, cells)).text.split())
+    assert "bad has collapsed on 1 of 2 seeds (3)." in text
+    assert "nearly all pictures, alike or not, are put at one point" in text
+    assert "collapsed, 1 of 2" in text
+    assert "good has collapsed" not in text
+    assert report.table(cells).endswith("bad has collapsed on 1 of 2 seeds (3): spread below 0.04.")
+
+
+def test_one_seed_has_its_interval_and_several_their_deviation(tmp_path: Path) -> None:
+    one = Links(page(tmp_path, {"m": [cell(recall=0.5)]})).text
+    assert "49.0–53.0" in one
+    assert "(95 % interval 49.0 to 53.0)" in " ".join(one.split())
+    assert "± " not in one
+    several = Links(page(tmp_path, {"m": [cell(0, 0.5), cell(1, 0.6)]})).text
+    assert "56.0± 7.1" in several
+    assert "49.0–53.0" not in several
+
+
+def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
+    cells = {"low": [cell(recall=0.4)], "high": [cell(recall=0.5, unit=True)]}
+    written = page(tmp_path, cells, ranking(0.3))
+    best = re.findall(r'<td class="best"><b>([^<]*)</b>', written)
+    # Re-ranked six times, then what low and high share; never spread or effective rank.
+    assert best[-6:] == ["61.0", "62.0", "64.0", "68.0", "30.0", "40.0"]
+    assert sorted(best[:-6]) == sorted(2 * ["60.0", "50.0", "70.0", "65.0", "10.0"])
+    assert "The highest Recall@1 is 61.0 %, of high re-ranked" in " ".join(Links(written).text.split())
+
+
+def test_settings_are_told_apart(tmp_path: Path) -> None:
+    cells = {"a": [cell(0), cell(1)], "b": [cell(0), cell(1)]}
+    for metrics in cells["b"]:
+        metrics["settings"] |= {"method": "other", "lr": 0.01}
+    cells["b"][1]["environment"] = cells["b"][1]["environment"] | {"device": "cuda"}
+    written = page(tmp_path, cells)
+    table = written[written.index('<table class="plain">') :]
+    assert re.findall(r'<th scope="col">(\w+)</th>', table) == ["method", "method", "lr"]
+    assert re.findall(r"<td>([^<]*)</td>", table[: table.index("</table>")]) == ["m", "0.001", "other", "0.01"]
+    assert "<dt>steps</dt><dd>20</dd>" in table
+    assert "<dt>seeds</dt><dd>0, 1</dd>" in table
+    assert "<dt>device</dt><dd>cpu, cuda</dd>" in table
+
+
+def test_the_terminal_table(tmp_path: Path) -> None:
+    cells = {"long-name": [cell(0, 0.5, unit=True), cell(1, 0.6, unit=True)], "n": [cell(0)]}
+    lines = report.table(cells, ranking(0.3)).splitlines()
+    assert lines[0].split() == ["R@1", "R@8", "MAP@R", "spread", "steps/s"]
+    assert [line.partition("  ")[0] for line in lines[1:]] == [
+        "raw pixels",
+        "long-name",
+        "long-name, by score",
+        "long-name, re-ranked",
+        "n",
+    ]
+    assert "56.0 ± 7.1" in lines[2]
+    assert lines[5].split()[1:] == ["51.0", "58.0", "25.0", "0.800", "10.0"]
+    assert max(map(len, lines)) <= 100
+    assert lines[2].index("56.0 ± 7.1") + len("56.0 ± 7.1") == lines[0].index("R@1") + 3  # columns end together
+
+
+def test_nothing_to_report_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cells is empty"):
+        report.write(tmp_path / "report.html", {})
+    with pytest.raises(ValueError, match="m has no finished seed"):
+        report.table({"m": []})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="shown is empty"):
+        examples()
+    made = examples("m")
+    with pytest.raises(ValueError, match="m has 3 features; the test set has 16 rows"):
+        Examples(0, made.test, made.batch, {"m": Shown(torch.eye(3))})
+
+
+# Drawings
+
+
+def test_curves_are_means_over_seeds_on_a_common_grid() -> None:
+    cells = {"m": [cell(0, 0.5), cell(1, 0.7)]}
+    steps = figures.curves(cells).axes[0]
+    assert steps.lines[0].get_xydata() == pytest.approx(np.array([[10, 0.4], [20, 0.6]]))
+    assert steps.collections[0].get_paths()[0].get_extents().y1 == pytest.approx(0.6 + 0.1 * 2**0.5)
+    # Seconds 1 to 2 and 2 to 4: they share only second 2, the end of the first and the begin of the other.
+    seconds = figures.curves(cells, against="seconds").axes[0]
+    assert seconds.lines[0].get_xydata()[0] == pytest.approx([2, (0.5 + 0.5) / 2])
+    assert not figures.curves({"m": [cell(0)]}).axes[0].collections  # one seed has no band
+
+
+@pytest.mark.parametrize("quantity", figures.QUANTITIES)
+@pytest.mark.parametrize("against", figures.AGAINST)
+def test_a_figure_is_an_svg_document_that_names_each_method(quantity: str, against: str) -> None:
+    cells = {f"method {n}": [cell(s, 0.3 + n / 100) for s in range(2)] for n in range(16)}
+    figure = figures.curves(cells, quantity, against, raw=0.2)
+    document = figures.svg(figure)
+    texts = [element.text for element in ElementTree.fromstring(document).iter("{http://www.w3.org/2000/svg}text")]
+    assert {*cells, "raw pixels"} <= set(texts)
+    assert figures.svg(figures.curves(copy.deepcopy(cells), quantity, against, raw=0.2)) == document
+    assert b"<dc:date>" not in document
+
+
+def test_names_keep_apart_and_in_order() -> None:
+    random = np.random.default_rng(0)
+    for count in (1, 2, 5, 14):
+        wanted = np.sort(random.random(count) ** 3)
+        placed = figures._apart(wanted, 0.07)
+        assert (np.diff(placed) > 0.07 - 1e-9).all()
+        assert placed.min() > -1e-9
+        assert placed.max() < 1 + 1e-9
+    assert figures._apart(np.array([0.1, 0.5, 0.9]), 0.07) == pytest.approx([0.1, 0.5, 0.9])
+
+
+def test_histograms_are_pooled_by_place() -> None:
+    narrow = {"positive": [0.25, 0.75], "negative": [1.0, 0.0], "edges": [0.0, 1.0, 2.0]}
+    wide = {"positive": [1.0, 0.0], "negative": [0.0, 1.0], "edges": [0.0, 2.0, 4.0]}
+    drawn = figures.pairs([narrow, wide], "x").axes[0]
+    filled = {patch.get_facecolor()[:3]: patch.get_data() for patch in drawn.patches if patch.get_fill()}
+    (negative, edges, _), (positive, _, _) = filled.values()
+    assert edges == pytest.approx([0, 2, 4])
+    assert positive == pytest.approx([1, 0])
+    assert negative == pytest.approx([0.5, 0.5])
+
+
+# Pictures
+
+
+def test_queries_show_errors_first_and_never_themselves() -> None:
+    made = examples("first", "second", dim=4)
+    found = pictures.queries(made)
+    rights = [query.right for query in found]
+    assert rights == sorted(rights)
+    assert rights.count(False) >= 3
+    for query in found:
+        assert [(label, way) for label, way, _ in query.answers] == [
+            ("first", "by distance"),
+            ("first", "by score"),
+            ("second", "by distance"),
+        ]
+        for _, _, neighbours in query.answers:
+            assert len(neighbours) == 10
+            assert query.picture.source not in [neighbour.picture.source for neighbour in neighbours]
+            assert all(n.right == n.picture.text.endswith(f"class {query.name}") for n in neighbours)
+        assert query.answers[0][2][0].right == query.right
+
+
+def test_a_faultless_embedding_has_only_hits() -> None:
+    made = examples("m")
+    perfect = Examples(0, made.test, made.batch, {"m": Shown(F.one_hot(made.test.labels).float())})
+    found = pictures.queries(perfect)
+    assert len(found) == 6
+    assert all(query.right for query in found)
+
+
+@pytest.mark.parametrize("features", [torch.ones(16, 4) / 2, torch.ones(16, 1)], ids=["collapsed", "one dimension"])
+def test_degenerate_embeddings_can_be_shown(tmp_path: Path, features: torch.Tensor) -> None:
+    made = examples("m")
+    flat = Examples(0, made.test, made.batch, {"m": Shown(features)})
+    assert page(tmp_path, {"m": [cell(collapsed=True)]}, None, flat).count("data:image/png") > 10
+
+
+def test_photographs_are_scaled_down(tmp_path: Path) -> None:
+    written = page(tmp_path, {"m": [cell(unit=True)]}, None, examples("m", photographs=True))
+    assert written.count("data:image/jpeg") > 60
+    assert "data:image/png" not in written
+    assert len(written) < 2_000_000
+
+
+def test_a_summary_has_every_figure_of_a_run() -> None:
+    metrics = cell(recall=0.5, unit=True, collapsed=True)
+    text = report.summary(metrics)
+    lines = {line[:18].strip(): line[18:].split("  ") for line in text.splitlines()[1:-1]}
+    assert [part.strip() for part in text.splitlines()[0].split("  ") if part] == [
+        "by distance",
+        "by score",
+        "re-ranked",
+    ]
+    assert [part.strip() for part in lines["Recall@1"] if part] == [
+        "51.0 (49.0 to 53.0)",
+        "41.0 (39.0 to 43.0)",
+        "61.0 (59.0 to 63.0)",
+    ]
+    assert set(lines) >= {"Recall@8", "MAP@R", "NMI", "AMI", "transfer", "zero-shot", "spread", "overlap", "AUC"}
+    assert lines["AUC"][0].strip() == "75.0"
+    assert "collapsed" in text.splitlines()[-1]
+    assert "by score" not in report.summary(cell(recall=0.5))
