@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pddm_ext
 from pddm_ext import _C, reference
@@ -438,3 +439,18 @@ def batches(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,),
         "huge": lambda: torch.tensor([-(2**63), 2**63 - 1, 2**32, 0, -1])[rows % 5],
     }[kind]()
     return Batch(feats.to(DEVICE), labels.to(DEVICE), unit, draw(st.sampled_from(CAPABILITIES)))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operator returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor):
+                self.elements = max(self.elements, t.numel())
+        return out

@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import DEVICE, FLOATS, ON_CUDA, on_one_thread, threads
+from helpers import DEVICE, FLOATS, ON_CUDA, Largest, on_one_thread, threads
 from pddm_ext._checks import INTEGERS
 from pddm_ext.density import DensityRegularizer
 
@@ -336,21 +335,6 @@ def test_no_operator_is_left_to_chance():
 
 
 # --- Cost -------------------------------------------------------------------------------------------------------------
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operator returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor):
-                self.elements = max(self.elements, t.numel())
-        return out
 
 
 @pytest.mark.parametrize(("n", "classes", "d"), [(20_000, 50, 8), (500, 250, 3)])

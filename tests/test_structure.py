@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import DEVICE, FLOATS, on_one_thread, threads
+from helpers import DEVICE, FLOATS, Largest, on_one_thread, threads
 from pddm_ext import structure as module
 from pddm_ext._checks import INTEGERS
 from pddm_ext.structure import (
@@ -270,21 +269,6 @@ def test_loss_is_one_graph_to_the_compiler():
     loss = MultiClusterRankingLoss(3)
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(e, w), loss(e, w))
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operator returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor):
-                self.elements = max(self.elements, t.numel())
-        return out
 
 
 def test_no_tensor_of_pairs_times_coordinates():

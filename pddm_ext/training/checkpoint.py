@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 FORMAT = 2
-KEYS = {"settings", "data_digest", "taken", "seconds", "curves", "generators"} | {
+KEYS = {
+    "settings",
+    "data_digest",
+    "taken",
+    "seconds",
+    "curves",
+    "generators",
     "learner",
     "optimizer",
     "scheduler",
