@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run")
     evaluate.add_argument("--root", help="where the data are now, if they have moved")
+    evaluate.add_argument("--accelerator", help="device kind to measure on (default: the run's)")
+    evaluate.add_argument("--workers", type=int, help="processes that read pictures (default: the run's)")
     evaluate.add_argument("--backbone", help="confirms a backbone MODULE:CALLABLE, whose code will run")
     evaluate.add_argument(
         "--candidates", type=int, default=100, help="nearest rows that are re-ranked by score (default: 100)"
@@ -166,8 +168,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     state = checkpoint.load(arguments.checkpoint)
     saved = parse(state["settings"], str(arguments.checkpoint))
-    if arguments.root is not None:
-        saved["root"] = arguments.root
+    for name in ("root", "workers"):
+        if getattr(arguments, name) is not None:
+            saved[name] = getattr(arguments, name)
     if ":" in saved["backbone"] and arguments.backbone != saved["backbone"]:
         raise ValueError(
             f"{arguments.checkpoint} has a backbone whose code would run; confirm with --backbone {saved['backbone']}"
@@ -175,6 +178,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     settings = Settings(**{**saved, "download": False})
     run = loop.Run(settings, datasets.load(settings), arguments.checkpoint.parent)
     run.resume(arguments.checkpoint)
+    run.place(arguments.accelerator)
     metrics = outcome.figures(run, arguments.candidates)
     if arguments.json is not None:
         checkpoint.write_bytes(arguments.json, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())

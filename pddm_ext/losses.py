@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .quadruplets import Quadruplets
+
+Reduction = Literal["mean", "sum", "none"]
+_REDUCTIONS: Final = ("mean", "sum", "none")
 
 
 class QuadrupletLoss(nn.Module):
@@ -24,28 +30,56 @@ class QuadrupletLoss(nn.Module):
         alpha: margin α of the scores.
         beta: margin β of the squared distances, which lie in [0, 4].
         weight: λ, of E_e.
+        regularizer: added to the loss, a function of the features and their labels such as
+            :class:`pddm_ext.DensityRegularizer`; the loss then wants the labels, too.
+        regularizer_weight: of its value.
+        reduction: ``"mean"`` over valid quadruplets, their ``"sum"``, or ``"none"``.
 
     Shape:
-        feats (n, d), as given to the miner; quads with fields of (Q,). The result is a scalar in the scores' dtype.
+        feats (n, d), as given to the miner; quads with fields of (Q,); labels (n,) of any integer dtype. The result is
+        a scalar in the scores' dtype; without reduction (Q,), 0 where a quadruplet is not valid.
+
+    Raises:
+        ValueError: no such reduction, a regularizer without a reduction or labels, or feats that are not (n, d).
     """
 
-    def __init__(self, alpha: float = 0.5, beta: float = 1.0, weight: float = 0.5) -> None:
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        weight: float = 0.5,
+        *,
+        regularizer: Callable[[Tensor, Tensor], Tensor] | None = None,
+        regularizer_weight: float = 1.0,
+        reduction: Reduction = "mean",
+    ) -> None:
         super().__init__()
+        if reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction is {reduction!r}; {', '.join(map(repr, _REDUCTIONS))} are accepted")
+        if regularizer is not None and reduction == "none":
+            raise ValueError("reduction is 'none' beside a regularizer, which has no value for each quadruplet")
         self.alpha, self.beta, self.weight = alpha, beta, weight
+        self.regularizer, self.regularizer_weight, self.reduction = regularizer, regularizer_weight, reduction
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, beta={self.beta}, weight={self.weight}"
+        own = f"alpha={self.alpha}, beta={self.beta}, weight={self.weight}"
+        return own if self.regularizer is None else f"{own}, regularizer_weight={self.regularizer_weight}"
 
-    def forward(self, feats: Tensor, quads: Quadruplets) -> Tensor:
-        return _mean(self._similarity(quads) + self.weight * self._embedding(feats, quads), quads.valid)
+    def forward(self, feats: Tensor, quads: Quadruplets, labels: Tensor | None = None) -> Tensor:
+        if self.regularizer is not None and labels is None:
+            raise ValueError("labels are missing; a loss with a regularizer is called as loss(feats, quads, labels)")
+        loss = self._reduced(self._similarity(quads) + self.weight * self._embedding(feats, quads), quads.valid)
+        if self.regularizer is None or labels is None:
+            return loss
+        return loss + self.regularizer_weight * self.regularizer(feats, labels)
 
     def similarity(self, quads: Quadruplets) -> Tensor:
         """E_m: pulls the unit (and the features through it) to score positives above negatives by α."""
-        return _mean(self._similarity(quads), quads.valid)
+        return self._reduced(self._similarity(quads), quads.valid)
 
     def embedding(self, feats: Tensor, quads: Quadruplets) -> Tensor:
         """E_e: pulls the features themselves, whoever mined the quadruplets."""
-        return _mean(self._embedding(feats, quads), quads.valid)
+        return self._reduced(self._embedding(feats, quads), quads.valid)
 
     # Of every slot. At Q = 1 the loss is nothing but launches, so what can be one operator over all pairs is.
 
@@ -64,6 +98,8 @@ class QuadrupletLoss(nn.Module):
         d_ij, d_ik, d_jl = (torch.stack([f_i, f_i, f_j]) - torch.stack([f_j, f_k, f_l])).square().sum(-1)
         return F.relu(d_ij + self.beta - torch.stack([d_ik, d_jl])).sum(0)
 
-
-def _mean(values: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
+    def _reduced(self, values: Tensor, valid: Tensor) -> Tensor:
+        values = torch.where(valid, values, 0.0)
+        if self.reduction == "none":
+            return values
+        return values.sum() if self.reduction == "sum" else values.sum() / valid.sum().clamp(min=1)

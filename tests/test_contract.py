@@ -474,8 +474,52 @@ def test_the_loss_takes_half_precision_features():
     assert feats.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("part", ["forward", "similarity", "embedding"])
+def test_the_loss_reduces_as_asked(part):
+    feats, labels = make_features(30, 6), make_labels(30, per_class=3)
+    labels[3] = 500
+    quads = make_unit(6).mine(feats, labels, mode="anchor")
+    arguments = (quads,) if part == "similarity" else (feats, quads)
+    each, total, mean = (
+        getattr(pddm_ext.QuadrupletLoss(reduction=reduction), part)(*arguments) for reduction in ("none", "sum", "mean")
+    )
+    assert each.shape == (30,)
+    assert (each == 0).sum() < 30
+    assert each[~quads.valid].tolist() == [0] * 1
+    torch.testing.assert_close(total, each.sum())
+    torch.testing.assert_close(mean, each.sum() / 29)
+    assert torch.equal(getattr(pddm_ext.QuadrupletLoss(), part)(*arguments), mean)
+
+
+def test_the_loss_adds_its_regularizer():
+    feats, labels = make_features(12, 6).requires_grad_(), make_labels(12)
+    quads = make_unit(6).mine(feats, labels, mode="anchor")
+    density = pddm_ext.DensityRegularizer()
+    loss = pddm_ext.QuadrupletLoss(regularizer=density, regularizer_weight=0.3)(feats, quads, labels)
+    apart = pddm_ext.QuadrupletLoss()(feats, quads) + 0.3 * density(feats, labels)
+    torch.testing.assert_close(loss, apart)
+    gradients = [torch.autograd.grad(value, feats, retain_graph=True)[0] for value in (loss, apart)]
+    torch.testing.assert_close(*gradients)
+    pddm_ext.QuadrupletLoss()(feats, quads, labels)  # which it may be given without use for them
+
+
+def test_the_loss_refuses_what_it_cannot_do():
+    feats, labels = make_features(12, 6), make_labels(12)
+    quads = make_unit(6).mine(feats, labels)
+    density = pddm_ext.DensityRegularizer()
+    with pytest.raises(ValueError, match="reduction is 'max'; 'mean', 'sum', 'none' are accepted"):
+        pddm_ext.QuadrupletLoss(reduction="max")
+    with pytest.raises(ValueError, match="reduction is 'none' beside a regularizer"):
+        pddm_ext.QuadrupletLoss(regularizer=density, reduction="none")
+    with pytest.raises(ValueError, match="labels are missing"):
+        pddm_ext.QuadrupletLoss(regularizer=density)(feats, quads)
+
+
 def test_the_loss_describes_itself():
     assert repr(pddm_ext.QuadrupletLoss()) == "QuadrupletLoss(alpha=0.5, beta=1.0, weight=0.5)"
+    regularized = repr(pddm_ext.QuadrupletLoss(regularizer=pddm_ext.DensityRegularizer(), regularizer_weight=0.3))
+    assert "regularizer_weight=0.3" in regularized
+    assert "(regularizer): DensityRegularizer(ratio=0.5, temperature=0.05, eps=0.0001)" in regularized
 
 
 # --- The package ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from helpers import make_unit
 from pddm_ext import reference
 from pddm_ext.training import evaluate, probes, retrieval, separation
+from pddm_ext.training.model import Embedder
 
 
 def noise(n: int, dim: int = 8, seed: int = 0) -> Tensor:
@@ -175,6 +176,21 @@ def test_retrieval_measures_each_ranking(labels: Tensor) -> None:
         means = retrieval.per_query(ranked, queries, labels).mean(0).tolist()
         assert values(found[kind]) == pytest.approx(means), kind
     assert n < 20 or len({tuple(values(summary)) for summary in found.values()}) == 3
+
+
+def test_structures_rerank_the_nearest_rows() -> None:
+    features, labels = noise(60, 6), torch.arange(60) % 20
+    structure = 0.5 + torch.rand(60, 6, generator=torch.Generator().manual_seed(1))
+    found = retrieval.retrieval(features, labels, None, 0, 10, structure)
+    assert found.keys() == {"distance", "structure"}
+    near, queries = retrieval.by_distance(features, torch.arange(60), 59), torch.arange(60)
+    squared = (structure[:, None] * (features[:, None] - features).square()).sum(-1)
+    ranked = torch.cat([near[:, :10].gather(1, squared.gather(1, near[:, :10]).argsort(1)), near[:, 10:]], dim=1)
+    means = retrieval.per_query(ranked, queries, labels).mean(0).tolist()
+    assert values(found["structure"]) == pytest.approx(means)
+    assert values(found["structure"]) != pytest.approx(values(found["distance"]))
+    plain = retrieval.retrieval(features, labels, None, 0, 10, torch.ones(60, 6))
+    assert plain["structure"] == plain["distance"]
 
 
 @pytest.mark.parametrize("each", [3, 20])  # fewer relevant rows than candidates, and more
@@ -395,6 +411,26 @@ def test_evaluate_measures_the_nets_features() -> None:
         features, test.labels, unit, seed=3, candidates=9
     )
     assert evaluate.embed(net.double(), test).dtype == torch.float32
+
+
+def test_evaluate_ranks_by_structure_where_the_net_has_a_head_for_it() -> None:
+    test = Pictures(torch.randn(60, 1, 3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 20)
+    net = Embedder(nn.Sequential(nn.Flatten(), nn.Linear(9, 7)), 6, (1, 3, 3), structured=True)
+    nn.init.normal_(net.structure.linear.weight, generator=torch.Generator().manual_seed(1))
+    features = evaluate.embed(net, test)
+    structure = net.structure(net.backbone(test.seen)).detach()
+    torch.testing.assert_close(features, F.normalize(net(test.seen), dim=1))
+    found = evaluate.evaluate(net, None, test, seed=0, candidates=9)
+    assert found == evaluate.measure(features, test.labels, None, seed=0, candidates=9, structure=structure)
+    assert found["results"]["structure"] != found["results"]["distance"]
+
+
+def test_pictures_may_be_read_by_other_processes() -> None:
+    test = Pictures(torch.randn(300, 1, 3, 3, generator=torch.Generator().manual_seed(0)), uneven(300))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 6))
+    state = torch.get_rng_state()
+    assert torch.equal(evaluate.embed(net, test, workers=2), evaluate.embed(net, test))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("with_unit", [False, True])

@@ -339,10 +339,16 @@ def test_the_score_loss_trains_the_embedding_only_if_asked(flows: bool) -> None:
     assert made.unit.u.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_each_method_trains(tiny: Dataset, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "terms"),
+    [
+        *((method, {}) for method in METHODS),
+        *((method, {"density": 0.1, "structure": 0.3}) for method in ("pddm-anchor", "multi-similarity")),
+    ],
+)
+def test_each_method_trains(tiny: Dataset, method: str, terms: dict[str, Any]) -> None:
     """Every parameter moves, and on a fixed batch the loss comes down."""
-    run = Run(Settings(**TINY, method=method, lr=3e-3), tiny)
+    run = Run(Settings(**TINY, method=method, lr=3e-3, **terms), tiny)
     assert (run.learner.unit is not None) == (method.startswith("pddm-") or method == "recommended")
     before = {name: value.clone() for name, value in run.learner.named_parameters()}
     pictures, labels = pictures_of(tiny)
@@ -357,6 +363,32 @@ def test_each_method_trains(tiny: Dataset, method: str) -> None:
     assert losses[-1] < losses[0]
     for name, value in run.learner.named_parameters():
         assert not torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("method", ["euclidean-anchor", "multi-similarity"])
+def test_density_and_structure_are_terms_beside_any_loss(tiny: Dataset, method: str) -> None:
+    common = {**TINY, "method": method}
+    plain, both = (
+        Run(Settings(**common, **more), tiny).learner
+        for more in ({}, {"density": 0.1, "density_ratio": 0.7, "structure": 0.3, "clusters": 3})
+    )
+    pictures, labels = pictures_of(tiny)
+    terms, bare = both(pictures, labels), plain(pictures, labels)
+    feats, structure = both.net.both(pictures)
+    assert structure is not None
+    expected = {
+        **bare,
+        "density": 0.1 * pddm_ext.DensityRegularizer(0.7)(feats, labels),
+        "structure": 0.3 * pddm_ext.MultiClusterRankingLoss(3)(feats, structure),
+    }
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
+    assert plain.net.both(pictures)[1] is None
+    assert {name for name, _ in both.named_parameters()} - {name for name, _ in plain.named_parameters()} == {
+        "net.structure.linear.weight",
+        "net.structure.linear.bias",
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -472,6 +504,7 @@ def dropping() -> nn.Module:
     [
         ({"method": "pddm-anchor"}, None),
         ({"method": "recommended"}, None),
+        ({"method": "triplet-all", "density": 0.1, "structure": 0.3}, None),
         ({"method": "multi-similarity-mined", "accumulate": 2}, None),
         ({"method": "triplet-semihard", "augment": False}, None),
         ({"method": "pddm-pair", "schedule": "cosine", "warmup": 3, "accumulate": 2}, None),
@@ -687,13 +720,17 @@ def test_what_train_leaves_behind(tiny: Dataset, tmp_path: Path, capsys: pytest.
 def test_eval_prints_and_writes_the_figures_of_the_run(
     tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["train", *TINY_OPTIONS, "--precision", "64-true", "--out", str(tmp_path)]) == 0
+    options = ["--precision", "64-true", "--structure", "0.3", "--out", str(tmp_path)]
+    assert cli.main(["train", *TINY_OPTIONS, *options]) == 0
     table = capsys.readouterr().out.split("three\n")[1].split("run: ")[0]
+    assert all(heading in table for heading in ("by distance", "by score", "re-ranked", "by structure"))
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(["eval", str(tmp_path / CHECKPOINT), "--json", str(tmp_path / "again.json")]) == 0
     assert capsys.readouterr().out == table
     again, metrics = (json.loads((tmp_path / name).read_text()) for name in ("again.json", "metrics.json"))
     assert again == metrics
+    assert cli.main(["eval", str(tmp_path / CHECKPOINT), "--accelerator", "nonsense"]) == 2
+    assert "--accelerator nonsense is not to be had" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "again.json"])
 
 
@@ -912,6 +949,10 @@ def test_a_bad_config_fails_before_any_work(
         (["--lr", "nan"], "--lr is nan; a positive finite number is accepted"),
         (["--unit-lr-factor", "-1"], "--unit-lr-factor is -1.0; a positive finite number is accepted"),
         (["--weight-decay", "inf"], "--weight-decay is inf; a finite number from 0 is accepted"),
+        (["--density", "-1"], "--density is -1.0; a finite number from 0 is accepted"),
+        (["--density-ratio", "0"], "--density-ratio is 0.0; a positive finite number is accepted"),
+        (["--structure", "nan"], "--structure is nan; a finite number from 0 is accepted"),
+        (["--clusters", "1"], "--clusters is 1; at least 2 is accepted"),
         (["--margin", "-0.1"], "--margin is -0.1; a finite number from 0 is accepted"),
         (["--seed", "-1"], "--seed is -1; at least 0 is accepted"),
         (["--seed", str(2**32)], "less than 2**32 is accepted"),

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pddm_ext.quadruplets import Quadruplets
+
 from . import datasets, outcome
 from .checkpoint import write_bytes
 from .data import Dataset, batches
@@ -261,12 +263,15 @@ def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:
     for cell in cells:
         run = runs[cell.label]
         run.resume(cell.folder / CHECKPOINT)
+        run.place()
         features = embed(run.learner.net, run.test)
         quadruplets = None
         if isinstance(run.learner.objective, Quadruplet):
             with torch.no_grad():
                 net = run.learner.net.eval()
-                quadruplets = run.learner.objective.mine(net(batch.to(next(net.parameters()))), labels)
+                weight = next(net.parameters())
+                mined = run.learner.objective.mine(net(batch.to(weight)), labels.to(weight.device))
+                quadruplets = Quadruplets(*(field.cpu() for field in mined))
         shown[cell.label] = Shown(features, run.learner.unit, quadruplets)
     return Examples(settings.seed, first.test, batch, shown), raw_pixels(first.test, settings.seed)
 

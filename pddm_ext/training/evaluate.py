@@ -2,41 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import pddm_ext
 
 from .data import TestSet
+from .model import Embedder
 from .probes import clustering, transfer, zero_shot
 from .retrieval import relevant, retrieval
 from .separation import effective_rank, separation, spread
 
 
-def embed(net: nn.Module, test: TestSet) -> Tensor:
-    """Unit features (n, dim) of the test set, float32 on the CPU, in evaluation mode; the net's mode is put back."""
+def embed(net: nn.Module, test: TestSet, workers: int = 0) -> Tensor:
+    """Unit features (n, dim) of the test set, float32 on the CPU, in evaluation mode; the net's mode is put back.
+
+    Args:
+        net: pictures to embeddings, on any device.
+        test: what to embed.
+        workers: processes that read the pictures.
+    """
+    (features,) = _over(test, lambda pictures: (net(pictures),), net, workers)
+    return F.normalize(features, dim=1)
+
+
+def _over(
+    test: TestSet, call: Callable[[Tensor], Sequence[Tensor]], net: nn.Module, workers: int
+) -> tuple[Tensor, ...]:
+    """What ``call`` gives for all test pictures, row by row."""
     was_training, weight = net.training, next(net.parameters())
+    rows = torch.split(torch.arange(len(test)), 256)
+    # Its own generator, for a loader draws from torch's once on every use.
+    loader: Iterable[Tensor] = DataLoader(
+        test,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=rows,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
     net.eval()
     with torch.no_grad():
-        parts = [net(test[rows].to(weight)).float().cpu() for rows in torch.split(torch.arange(len(test)), 256)]
+        parts = [[rows.float().cpu() for rows in call(pictures.to(weight))] for pictures in loader]
     net.train(was_training)
-    return F.normalize(torch.cat(parts), dim=1)
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
 def measure(
-    features: Tensor, labels: Tensor, unit: pddm_ext.PDDM | None, *, seed: int, candidates: int = 100
+    features: Tensor,
+    labels: Tensor,
+    unit: pddm_ext.PDDM | None,
+    *,
+    seed: int,
+    candidates: int = 100,
+    structure: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Every figure of given features, by distance and, with a unit, by its score.
+    """Every figure of given features: by distance, with a unit by its score, and with a structure re-ranked by that.
 
     Args:
         features: (n, d) unit rows, float32 on the CPU.
         labels: (n,) int64 on the CPU, with two classes of two rows or more.
         unit: on any device, or None.
         seed: from 0, of whatever is drawn: the same gives the same figures.
-        candidates: how many of the nearest rows are re-ranked by score.
+        candidates: how many of the nearest rows are re-ranked, by score or by structure.
+        structure: (n, d) positive weights, or None.
 
     Returns:
         ``results`` (:func:`.retrieval.retrieval`), ``clustering`` (:func:`.probes.clustering`), ``transfer``,
@@ -58,7 +91,7 @@ def measure(
     if not features.isfinite().all():
         raise FloatingPointError("the embedding is not finite; lower --lr")
     return {
-        "results": retrieval(features, labels, unit, seed, candidates),
+        "results": retrieval(features, labels, unit, seed, candidates, structure),
         "clustering": clustering(features, labels, seed),
         "transfer": transfer(features, labels, seed),
         "zero_shot": zero_shot(features, labels, seed),
@@ -69,7 +102,12 @@ def measure(
 
 
 def evaluate(
-    net: nn.Module, unit: pddm_ext.PDDM | None, test: TestSet, *, seed: int, candidates: int = 100
+    net: nn.Module, unit: pddm_ext.PDDM | None, test: TestSet, *, seed: int, candidates: int = 100, workers: int = 0
 ) -> dict[str, Any]:
-    """:func:`measure` of the net's features on the test set."""
-    return measure(embed(net, test), test.labels, unit, seed=seed, candidates=candidates)
+    """:func:`measure` of the net's features, and structures if it has a head for them, on the test set."""
+    if isinstance(net, Embedder) and net.structure is not None:
+        features, structure = _over(test, net.both, net, workers)  # type: ignore[arg-type]
+        features = F.normalize(features, dim=1)
+    else:
+        features, structure = embed(net, test, workers), None
+    return measure(features, test.labels, unit, seed=seed, candidates=candidates, structure=structure)

@@ -41,9 +41,11 @@ class CollapseWarning(UserWarning):
 class Learner(nn.Module):
     """A net and what trains it. One forward pass is all that a step differentiates, as distributed training asks."""
 
-    def __init__(self, net: Embedder, objective: Quadruplet | PairLoss) -> None:
+    def __init__(self, net: Embedder, objective: Quadruplet | PairLoss, settings: Settings) -> None:
         super().__init__()
-        self.net, self.objective = net, objective
+        self.net, self.objective, self.settings = net, objective, settings
+        self.density = pddm_ext.DensityRegularizer(settings.density_ratio) if settings.density else None
+        self.ranking = pddm_ext.MultiClusterRankingLoss(settings.clusters) if settings.structure else None
 
     @property
     def unit(self) -> pddm_ext.PDDM | None:
@@ -51,10 +53,14 @@ class Learner(nn.Module):
 
     def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
         # Losses are sums of small differences: of float32 even where the net runs in less.
-        feats = self.net(pictures)
+        feats, structure = self.net.both(pictures)
         feats = feats if feats.dtype == torch.float64 else feats.float()
         with torch.autocast(feats.device.type, enabled=False):
             terms: dict[str, Tensor] = self.objective(feats, labels)
+            if self.density is not None:
+                terms["density"] = self.settings.density * self.density(feats, labels)
+            if self.ranking is not None and structure is not None:
+                terms["structure"] = self.settings.structure * self.ranking(feats, structure)
         return terms
 
 
@@ -112,7 +118,7 @@ class Run:
         self.settings, self.dataset, self.folder = settings, dataset, folder
         view = dataset.view
         net = embedder(settings, (view.channels, view.size, view.size), backbone)
-        self.learner = Learner(net, objective(settings))
+        self.learner = Learner(net, objective(settings), settings)
         if settings.precision == "64-true":
             self.learner.double()  # before a checkpoint is loaded, which float32 would round
         self.optimizer = self._optimizer()
@@ -143,21 +149,7 @@ class Run:
         loggers: list[Logger] = []
         if self.folder is not None:
             loggers.append(TensorBoardLogger(self.folder, name="tensorboard", version=""))
-        try:
-            fabric = Fabric(
-                accelerator=settings.accelerator,
-                devices=settings.devices,
-                precision=settings.precision,  # type: ignore[arg-type]
-                loggers=loggers,
-            )
-        except (RuntimeError, ImportError, ValueError) as error:
-            raise ValueError(f"--accelerator {settings.accelerator} is not to be had: {error}") from error
-        served = ("cpu", "cuda") if _C.build_info()["cuda"] not in (None, "emulated") else ("cpu",)
-        if self.learner.unit is not None and fabric.device.type not in served:
-            raise ValueError(
-                f"--accelerator {settings.accelerator} is {fabric.device.type} here; this build of pddm_ext scores on "
-                f"{' and '.join(served)}"
-            )
+        fabric = self._fabric(settings.accelerator, settings.devices, loggers)
         if settings.devices > 1:
             fabric.launch()
         self.leads = fabric.is_global_zero
@@ -194,6 +186,32 @@ class Run:
         finally:
             for logger in fabric.loggers:
                 logger.finalize("success")  # or points that are not on disk yet would be lost
+
+    def _fabric(self, accelerator: str, devices: int, loggers: list[Logger]) -> Fabric:
+        try:
+            fabric = Fabric(
+                accelerator=accelerator,
+                devices=devices,
+                precision=self.settings.precision,  # type: ignore[arg-type]
+                loggers=loggers,
+            )
+        except (RuntimeError, ImportError, ValueError) as error:
+            raise ValueError(f"--accelerator {accelerator} is not to be had: {error}") from error
+        served = ("cpu", "cuda") if _C.build_info()["cuda"] not in (None, "emulated") else ("cpu",)
+        if self.learner.unit is not None and fabric.device.type not in served:
+            raise ValueError(
+                f"--accelerator {accelerator} is {fabric.device.type} here; this build of pddm_ext scores on "
+                f"{' and '.join(served)}"
+            )
+        return fabric
+
+    def place(self, accelerator: str | None = None) -> None:
+        """Move the learner to an accelerator, the settings' one by default, to measure it without training.
+
+        Raises:
+            ValueError: the accelerator is not there.
+        """
+        self.learner.to(self._fabric(accelerator or self.settings.accelerator, 1, []).device)
 
     def _chunk(self, fabric: Fabric, learner: nn.Module, optimizer: Any, generator: torch.Generator, bar: Any) -> float:
         """Steps up to the next measurement; the mean loss of a step."""
@@ -232,7 +250,7 @@ class Run:
         return mean
 
     def _measure(self, loss: float) -> None:
-        features = embed(self.learner.net, self.test)
+        features = embed(self.learner.net, self.test, self.settings.workers)
         if not features.isfinite().all():
             raise FloatingPointError(f"the embedding is not finite after {self.taken} steps; lower --lr")
         point = {

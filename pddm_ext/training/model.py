@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pddm_ext import StructureHead
+
 from .settings import Settings
 
 
@@ -28,11 +30,17 @@ def _block(channels: int, out: int, kernel: int) -> tuple[nn.Module, ...]:
 class Embedder(nn.Module):
     """A backbone (pictures to (n, f) features) and a linear layer: (n, dim) embeddings, not normalised.
 
+    Args:
+        backbone: any module that makes such features.
+        dim: length of an embedding.
+        picture: (channels, height, width) of what the backbone sees.
+        structured: whether a second head gives each picture's structure, too.
+
     Raises:
         ValueError: the backbone does not take such pictures, or gives no (n, f) features.
     """
 
-    def __init__(self, backbone: nn.Module, dim: int, picture: tuple[int, int, int]) -> None:
+    def __init__(self, backbone: nn.Module, dim: int, picture: tuple[int, int, int], structured: bool = False) -> None:
         super().__init__()
         was_training = backbone.training
         try:
@@ -48,10 +56,15 @@ class Embedder(nn.Module):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"the backbone gives {shape} for one picture; features of shape (1, f) are accepted")
         self.backbone, self.head = backbone, nn.Linear(features.shape[1], dim)
+        self.structure = StructureHead(features.shape[1], dim) if structured else None
 
     def forward(self, pictures: Tensor) -> Tensor:
-        embeddings: Tensor = self.head(self.backbone(pictures))
-        return embeddings
+        return self.both(pictures)[0]
+
+    def both(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embeddings and, with a structure head, structures of the same shape."""
+        features = self.backbone(pictures)
+        return self.head(features), None if self.structure is None else self.structure(features)
 
 
 def embedder(settings: Settings, picture: tuple[int, int, int], backbone: nn.Module | None = None) -> Embedder:
@@ -69,7 +82,7 @@ def embedder(settings: Settings, picture: tuple[int, int, int], backbone: nn.Mod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         made = _backbone(settings.backbone, settings.pretrained) if backbone is None else backbone
-        return Embedder(made, settings.dim, picture)
+        return Embedder(made, settings.dim, picture, structured=settings.structure > 0)
 
 
 def _backbone(name: str, pretrained: bool) -> nn.Module:

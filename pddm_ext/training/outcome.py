@@ -26,10 +26,18 @@ METRICS = "metrics.json"
 
 def figures(run: Run, candidates: int = 100) -> dict[str, Any]:
     """Settings, curves, every figure of the evaluation, and where they come from, as plain numbers and strings."""
-    evaluated = evaluate(run.learner.net, run.learner.unit, run.test, seed=run.settings.seed, candidates=candidates)
+    settings = run.settings
+    evaluated = evaluate(
+        run.learner.net,
+        run.learner.unit,
+        run.test,
+        seed=settings.seed,
+        candidates=candidates,
+        workers=settings.workers,
+    )
     device = next(run.learner.parameters()).device
     return {
-        "settings": asdict(run.settings),
+        "settings": asdict(settings),
         "data": {"train": _described(run.dataset.train), "test": _described(run.dataset.test)},
         "curves": run.curves,
         **evaluated,

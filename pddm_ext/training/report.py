@@ -22,7 +22,7 @@ from .pictures import Examples
 from .retrieval import KS
 
 PAGE = "report.html"
-RANKINGS = {"distance": "by distance", "score": "by score", "rerank": "re-ranked"}
+RANKINGS = {"distance": "by distance", "score": "by score", "rerank": "re-ranked", "structure": "by structure"}
 RAW = "raw pixels"
 
 Metrics = Mapping[str, Any]

@@ -59,6 +59,12 @@ def rerank(features: Tensor, queries: Tensor, ranked: Tensor, unit: pddm_ext.PDD
     return torch.cat([first.gather(1, order), rest], dim=1)
 
 
+def by_structure(features: Tensor, structure: Tensor, queries: Tensor, ranked: Tensor, candidates: int) -> Tensor:
+    """:func:`rerank` by the adaptive distance from the query, whose structure is its row of ``structure`` (n, d)."""
+    first, rest = ranked[:, :candidates], ranked[:, candidates:]
+    return torch.cat([pddm_ext.structure_rerank(features[queries], structure[queries], features, first), rest], dim=1)
+
+
 def _others(ranked: Tensor, queries: Tensor) -> Tensor:
     """One column less: the query's own row left out wherever it stands, or else the last one."""
     out = ranked == queries[:, None]
@@ -126,7 +132,12 @@ def summary(figures: Tensor, seed: int) -> dict[str, Any]:
 
 
 def retrieval(
-    features: Tensor, labels: Tensor, unit: pddm_ext.PDDM | None, seed: int, candidates: int
+    features: Tensor,
+    labels: Tensor,
+    unit: pddm_ext.PDDM | None,
+    seed: int,
+    candidates: int,
+    structure: Tensor | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The :func:`summary` of each ranking of all rows that are not alone in their class.
 
@@ -136,15 +147,17 @@ def retrieval(
         unit: ranks, too, where there is one, on its own device.
         seed: of the intervals.
         candidates: how many of the nearest rows are re-ranked, at least 1.
+        structure: (n, d) weights that re-rank, too, where they are given.
 
     Returns:
-        Summaries of ``"distance"`` and, with a unit, ``"score"`` (of all rows) and ``"rerank"`` (the nearest rows by
-        distance in the order of their scores).
+        Summaries of ``"distance"``; with a unit, ``"score"`` (of all rows) and ``"rerank"`` (the nearest rows by
+        distance in the order of their scores); with a structure, ``"structure"`` (the nearest rows by distance in the
+        order of their adaptive distances).
     """
     counts = relevant(labels)
     queries = counts.nonzero().flatten()
     k = min(len(labels) - 1, max(*KS, int(counts.max())))
-    wide = k if unit is None else min(len(labels) - 1, max(k, candidates))
+    wide = k if unit is None and structure is None else min(len(labels) - 1, max(k, candidates))
     figures: dict[str, list[Tensor]] = {}
     for chunk in torch.split(queries, max(1, _ENTRIES // wide)):
         ranked = by_distance(features, chunk, wide)
@@ -152,6 +165,8 @@ def retrieval(
         if unit is not None:
             rankings["score"] = by_score(features, chunk, k, unit)
             rankings["rerank"] = rerank(features, chunk, ranked, unit, candidates)
+        if structure is not None:
+            rankings["structure"] = by_structure(features, structure, chunk, ranked, candidates)
         for kind, ranking in rankings.items():
             figures.setdefault(kind, []).append(per_query(ranking[:, :k], chunk, labels))
     return {kind: summary(torch.cat(parts), seed) for kind, parts in figures.items()}

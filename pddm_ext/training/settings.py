@@ -68,6 +68,12 @@ class Settings:
     beta: float = _setting(1.0, "quadruplets: margin of the squared distances")
     weight: float = _setting(0.5, "PDDM: weight of the embedding loss beside the score loss")
     margin: float = _setting(0.2, "triplet methods: margin of the distances")
+    density: float = _setting(0.0, "any method: weight of the density regularizer beside its loss; 0 is without")
+    density_ratio: float = _setting(0.5, "extent of a class that the density regularizer aims at, over its room")
+    structure: float = _setting(
+        0.0, "any method: weight of the multi-cluster ranking loss, which trains a structure head"
+    )
+    clusters: int = _setting(2, "centres of the multi-cluster ranking loss")
     precision: str = _setting("32-true", "arithmetic, by Lightning Fabric's names", PRECISIONS)
     accelerator: str = _setting("auto", "device kind, by Lightning Fabric's names: auto, cpu, cuda, ...")
     devices: int = _setting(1, "processes, one for each device; each mines its own batch")
@@ -80,16 +86,21 @@ class Settings:
             value, choices = getattr(self, setting.name), setting.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{option(setting.name)} is {value!r}; {', '.join(choices)} are accepted")
-        least = {"steps": 1, "classes": 2, "samples": 2, "accumulate": 1, "dim": 1, "devices": 1, "every": 1}
-        for name, bound in (least | {"warmup": 0, "distance_steps": 0, "workers": 0, "seed": 0}).items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{option(name)} is {getattr(self, name)}; at least {bound} is accepted")
+        least = {
+            0: ("warmup", "distance_steps", "workers", "seed"),
+            1: ("steps", "accumulate", "dim", "devices", "every"),
+            2: ("classes", "samples", "clusters"),
+        }
+        for bound, names in least.items():
+            for name in names:
+                if getattr(self, name) < bound:
+                    raise ValueError(f"{option(name)} is {getattr(self, name)}; at least {bound} is accepted")
         if self.seed >= 2**32:
             raise ValueError(f"--seed is {self.seed}; less than 2**32 is accepted")
-        for name in ("lr", "unit_lr_factor"):
+        for name in ("lr", "unit_lr_factor", "density_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{option(name)} is {getattr(self, name)}; a positive finite number is accepted")
-        for name in ("weight_decay", "alpha", "beta", "weight", "margin"):
+        for name in ("weight_decay", "alpha", "beta", "weight", "margin", "density", "structure"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{option(name)} is {getattr(self, name)}; a finite number from 0 is accepted")
         if (self.root == "") != (self.data == "glyphs"):
