@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import _C, __version__
-from .training.settings import Settings, option, parse, read, written
+from .training.settings import DRAWINGS, Settings, option, parse, read, written
 
 _EXTRAS = "pip install 'pddm-ext[train]'"
 
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"pddm-ext: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     return 2
 
 
@@ -123,7 +126,13 @@ def _add_settings(parser: argparse.ArgumentParser, but: tuple[str, ...] = ()) ->
 def _settings(arguments: argparse.Namespace) -> Settings:
     given = {} if arguments.config is None else read(arguments.config)
     options = {name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__}
-    return Settings(**{**given, **parse(options, "the command line")})
+    settings = Settings(**{**given, **parse(options, "the command line")})
+    if settings.backbone == "convnet" and settings.data not in DRAWINGS:
+        raise ValueError(
+            f"--backbone convnet is for drawings ({', '.join(DRAWINGS)}); for --data {settings.data} choose timm/NAME, "
+            f"torchvision/NAME or MODULE:CALLABLE"
+        )
+    return settings
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -958,6 +958,11 @@ def test_a_bad_config_fails_before_any_work(
         (["--seed", str(2**32)], "less than 2**32 is accepted"),
         (["--every", "0"], "--every is 0; at least 1 is accepted"),
         (["--backbone", "resnet"], "--backbone is 'resnet'"),
+        (["--pretrained"], "--pretrained is for timm and torchvision backbones; --backbone is convnet"),
+        (
+            ["--data", "folder", "--root", "x"],
+            "--backbone convnet is for drawings (glyphs, omniglot); for --data folder",
+        ),
         (["--resume"], "no checkpoint to resume from"),
     ],
 )
@@ -970,6 +975,17 @@ def test_bad_options_fail_before_any_work(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_anywhere_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load() -> Dataset:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(glyphs, "load", load)
+    assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_choices_are_named_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,9 +157,12 @@ class Grid:
         """Run what is not there yet, ``jobs`` cells at a time, and give each label's metrics in the order of seeds.
 
         Raises:
-            ValueError: a cell in the folder has other settings, or is damaged.
+            FileNotFoundError: the data are not there.
+            ValueError: the data or a cell in the folder are damaged, or the cell has other settings.
             FloatingPointError: a run that counts diverged.
         """
+        first = next(iter(self.methods.values()))
+        _dataset(first.data, first.root, first.download)  # fetched once, and refused before any run if it is no good
         _run_all(self.tuning(), jobs, "choosing learning rates", progress)
         cells = self.cells()
         _run_all(cells, jobs, "training", progress)

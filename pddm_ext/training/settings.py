@@ -11,7 +11,8 @@ from typing import Any
 
 from pddm_ext.quadruplets import MODES
 
-DATA = ("glyphs", "omniglot", "cub200", "cars196", "sop", "folder")
+DRAWINGS = ("glyphs", "omniglot")
+DATA = (*DRAWINGS, "cub200", "cars196", "sop", "folder")
 METHODS = (
     "recommended",
     *(f"pddm-{mode}" for mode in MODES),
@@ -58,7 +59,7 @@ class Settings:
     unit_lr_factor: float = _setting(1.0, "the PDDM unit's learning rate over --lr")
     weight_decay: float = _setting(5e-4, "L2 penalty of Adam")
     schedule: str = _setting("constant", "of the learning rate over --steps", SCHEDULES)
-    warmup: int = _setting(0, "updates over which the learning rate rises from 0")
+    warmup: int = _setting(0, "updates over which the learning rate rises to its value, in equal parts")
     unit_start: str = _setting(
         "random", "the PDDM unit's initial weights: its own, or such that it ranks by distance", STARTS
     )
@@ -103,6 +104,8 @@ class Settings:
         for name in ("weight_decay", "alpha", "beta", "weight", "margin", "density", "structure"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{option(name)} is {getattr(self, name)}; a finite number from 0 is accepted")
+        if self.pretrained and not self.backbone.startswith(("timm/", "torchvision/")):
+            raise ValueError(f"--pretrained is for timm and torchvision backbones; --backbone is {self.backbone}")
         if (self.root == "") != (self.data == "glyphs"):
             raise ValueError(f"--data {self.data} {'has no' if self.root else 'needs'} --root, where its files are")
 
