@@ -71,6 +71,9 @@ CAUSES = (
     "pddm-pair:classes=8,samples=8",
     "pddm-pair:classes=32,samples=2",
 )
+#: PDDM's siblings, with and without, beside a triplet loss and beside our quadruplets.
+TERMS = ("", "density=0.03", "structure=0.3", "structure=0.3,clusters=4", "density=0.03,structure=0.3")
+SIBLINGS = {base: tuple(f"{base}:{terms}".rstrip(":") for terms in TERMS) for base in ("triplet-semihard", "pddm-pair")}
 #: Each grid's data set, whether it is augmented, its methods, and the learning rates they choose from.
 GRIDS = {
     "omniglot": ("omniglot", True, METHODS, LRS),
@@ -79,6 +82,8 @@ GRIDS = {
     "glyphs-plain": ("glyphs", False, FEWER, LRS),
     "omniglot-causes": ("omniglot", True, CAUSES, LRS[1:2]),
     "glyphs-causes": ("glyphs", True, CAUSES, LRS[1:2]),
+    "omniglot-siblings": ("omniglot", True, sum(SIBLINGS.values(), ()), LRS),
+    "glyphs-siblings": ("glyphs", True, sum(SIBLINGS.values(), ()), LRS),
 }
 
 Cells = dict[str, list[dict[str, Any]]]
@@ -148,8 +153,8 @@ class Grid:
         """:meth:`of` a share."""
         return [100 * value for value in self.of(label, *path)]
 
-    def has_score(self, label: str) -> bool:
-        return "score" in self.cells[label][0]["results"]
+    def has(self, label: str, ranking: str) -> bool:
+        return ranking in self.cells[label][0]["results"]
 
     def seconds(self, label: str) -> float:
         """Training seconds of a run: the least of the seeds, since other work on the machine only adds."""
@@ -214,7 +219,7 @@ def _filled(template: str) -> str:
     environment.globals.update(mean=mean, ahead=ahead, fmean=statistics.fmean)
     grids = {name: Grid(name) for name in GRIDS if (STORE / f"{name}.json").exists()}
     text = environment.from_string((ROOT / "bench" / template).read_text("utf-8")).render(
-        grids=grids, baselines=BASELINES, causes=CAUSES, seeds=SEEDS, steps=STEPS, lrs=LRS
+        grids=grids, baselines=BASELINES, causes=CAUSES, siblings=SIBLINGS, seeds=SEEDS, steps=STEPS, lrs=LRS
     )
     return text.strip() + "\n"
 

@@ -1,0 +1,223 @@
+"""PDDM in PyTorch Lightning: a module that trains a net with its scoring unit and measures retrieval."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from .. import _checks
+from ..losses import QuadrupletLoss
+from ..precision import score_dtype
+from ..quadruplets import Mode
+from ..unit import PDDM
+from . import needs
+
+needs("lightning", "lightning")
+needs("pytorch_metric_learning", "lightning")
+needs("faiss", "lightning")
+
+from lightning.pytorch import LightningModule  # noqa: E402
+from lightning.pytorch.utilities import CombinedLoader  # noqa: E402
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator  # noqa: E402
+
+#: What validation logs, by the names that pytorch-metric-learning gives it.
+METRICS = ("precision_at_1", "mean_average_precision_at_r")
+
+
+class MetricLearningModule(LightningModule):
+    r"""Trains a net and a PDDM unit of its own by the hard quadruplets of each batch, and measures retrieval.
+
+    As it is, or as the base of a module that overrides any part of it, such as ``forward`` (images to features) or
+    ``configure_optimizers`` (here it gives an optimizer, to be scheduled)::
+
+        class Birds(MetricLearningModule):
+            def __init__(self, width: int = 64) -> None:
+                super().__init__(backbone(width), dim=width, lr=3e-4)
+
+    A batch is a pair of images and labels; images are whatever ``forward`` takes. Losses are computed in float32
+    (float64 for float64 features) whatever the trainer's precision. Training logs
+
+    - ``train_loss`` and its terms, ``train_similarity`` (E_m) and ``train_embedding`` (λ E_e);
+    - ``train_valid``, the share of slots that hold a quadruplet.
+
+    Validation takes each row of an epoch as a query among all others, by Euclidean distance of the unit features, and
+    logs ``precision_at_1`` and ``mean_average_precision_at_r``, under ``NAME/dataloader_idx_N`` if there are several
+    loaders. A row alone in its class is no query; where every row is, the figures are NaN.
+
+    **Several processes.** ``strategy="ddp"`` serves, without looking for unused parameters: each step's graph has every
+    parameter of the unit, and the features, even if no quadruplet is valid. Each process mines its own batch, and the
+    gradient is the mean over the processes. With ``gather`` each mines the rows of all processes, so that hard
+    negatives of the others count, and the gradient is that of one process with the whole batch. No factor is needed:
+
+        W processes compute the same loss L of all features, of which f_r are those of process r. Backward through the
+        gathering sums what all have for f_r: W ∂L/∂f_r. The net's gradient in r is W ∂L/∂f_r ∂f_r/∂θ, and DDP's mean
+        over r makes it Σ_r ∂L/∂f_r ∂f_r/∂θ = dL/dθ. The unit's is ∂L/∂φ everywhere, and so is its mean.
+
+    It holds for batches of different lengths, but not for a net in which the rows of a batch meet, as in a BatchNorm
+    that is not synchronised. Gathering waits for the device once a step, and every process scores all pairs.
+
+    Validation always gathers, however many rows each process has. Rows that a ``DistributedSampler`` repeats to make
+    the shares equal are left out, for each would find its copy.
+
+    **Checkpoints** load with ``weights_only=True``. Without a constructor of its own, a class saves the arguments too,
+    but for the net: ``MetricLearningModule.load_from_checkpoint(path, net=net, weights_only=True)``. A constructor of
+    yours may call ``save_hyperparameters`` itself.
+
+    Args:
+        net: any module that makes (n, dim) features.
+        dim: length of a feature.
+        mode: of mining, see :func:`pddm_ext.mine_and_score`.
+        alpha: margin α of the scores.
+        beta: margin β of the squared distances.
+        weight: λ, of E_e.
+        lr: learning rate of Adam.
+        unit_lr_factor: the unit's learning rate over ``lr``.
+        weight_decay: L2 penalty of Adam, the paper's γ.
+        gather: mine the rows of all processes together.
+
+    Attributes:
+        net: as given.
+        unit: the :class:`pddm_ext.PDDM`; never the process-wide one.
+        loss: the :class:`pddm_ext.QuadrupletLoss`.
+
+    Shape:
+        ``forward``: (n, …) to (n, dim) float32, float64, bfloat16 or float16. Labels: (n,) of any integer dtype.
+
+    Raises:
+        TypeError: net is no module; in a step, a dtype that is not accepted.
+        ValueError: a mode or number that is not accepted; in a step, a shape that does not fit.
+
+    Source: Huang, Loy, Tang, *Local Similarity-Aware Deep Feature Embedding*, NIPS 2016.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        dim: int,
+        *,
+        mode: Mode = "anchor",
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        weight: float = 0.5,
+        lr: float = 1e-3,
+        unit_lr_factor: float = 1.0,
+        weight_decay: float = 5e-4,
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net is a {type(net).__name__}; a torch.nn.Module is accepted")
+        _checks.mode(mode)
+        for name, value in (("lr", lr), ("unit_lr_factor", unit_lr_factor)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; a positive finite number is accepted")
+        for name, value in (("alpha", alpha), ("beta", beta), ("weight", weight), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; a finite number from 0 is accepted")
+        # Another constructor's arguments may be modules or anything else that only a pickle can hold, and loading
+        # would give ours to it.
+        if type(self).__init__ is MetricLearningModule.__init__:
+            self.save_hyperparameters(ignore=["net"])
+        self.net, self.unit = net, PDDM(dim)
+        self.loss = QuadrupletLoss(alpha, beta, weight)
+        self.mode, self.gather = mode, gather
+        self.lr, self.unit_lr_factor, self.weight_decay = lr, unit_lr_factor, weight_decay
+        self._validated: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+    def forward(self, images: Any) -> Tensor:
+        """The features (n, dim) of images (n, …)."""
+        feats: Tensor = self.net(images)
+        return feats
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam over every parameter of the module, the unit's in the second group, with its learning rate."""
+        rest = [parameter for name, parameter in self.named_parameters() if not name.startswith("unit.")]
+        groups: list[dict[str, Any]] = [
+            {"params": rest},
+            {"params": list(self.unit.parameters()), "lr": self.lr * self.unit_lr_factor},
+        ]
+        return torch.optim.Adam(groups, lr=self.lr, weight_decay=self.weight_decay)
+
+    def training_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch (images, labels)."""
+        feats, labels = self._embed(batch)
+        if self.gather:
+            feats, labels = self._of_all_processes(feats, labels)
+        # Autocast would round the features for scoring.
+        with torch.autocast(feats.device.type, enabled=False):
+            quads = self.unit.mine(feats, labels, mode=self.mode)
+            similarity = self.loss.similarity(quads)
+            embedding = self.loss.weight * self.loss.embedding(feats, quads)
+            loss = similarity + embedding
+        valid = quads.valid.sum() / max(len(quads.valid), 1)
+        terms = {"train_similarity": similarity, "train_embedding": embedding, "train_valid": valid}
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
+        self.log_dict(terms, batch_size=len(labels))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._validated.clear()
+
+    def validation_step(self, batch: tuple[Any, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Keeps the unit features of a batch (images, labels) until the epoch ends."""
+        feats, labels = self._embed(batch)
+        self._validated[dataloader_idx].append((F.normalize(feats.float(), dim=-1), labels))
+
+    def on_validation_epoch_end(self) -> None:
+        loaders = CombinedLoader(self.trainer.val_dataloaders).flattened
+        for index, batches in sorted(self._validated.items()):
+            feats, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+            own = _distinct(loaders[index], len(feats)) if index < len(loaders) else len(feats)
+            measured = self._measure(*self._of_all_processes(feats[:own], labels[:own]))
+            suffix = f"/dataloader_idx_{index}" if len(self._validated) > 1 else ""
+            for name, value in measured.items():
+                self.log(name + suffix, value, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
+        self._validated.clear()
+
+    def _embed(self, batch: tuple[Any, Tensor]) -> tuple[Tensor, Tensor]:
+        """Checked features, not below float32, and int64 labels."""
+        images, labels = batch
+        feats = self(images)
+        _checks._matrix("feats", feats)
+        _checks._vector("labels", labels, len(feats), "feats")
+        _checks._unit(self.unit, feats.shape[1])
+        return feats.to(score_dtype(feats)), labels.long()
+
+    def _of_all_processes(self, feats: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of every process, in the order of ranks; differentiable."""
+        if self.trainer.world_size == 1:
+            return feats, labels
+        counts: list[int] = self.all_gather(torch.tensor(len(feats))).tolist()  # type: ignore[union-attr]
+
+        def gathered(rows: Tensor) -> Tensor:
+            padding = [0, 0] * (rows.dim() - 1) + [0, max(counts) - len(rows)]
+            everyone: Any = self.all_gather(F.pad(rows, padding), sync_grads=True)
+            return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
+
+        return gathered(feats), gathered(labels)
+
+    def _measure(self, feats: Tensor, labels: Tensor) -> dict[str, float]:
+        measured: dict[str, float] = {}
+        if self.trainer.is_global_zero:
+            calculator = AccuracyCalculator(include=METRICS, k="max_bin_count", device=torch.device("cpu"))
+            # It compares labels as float32: not the class ids themselves, which may be large.
+            _, classes = torch.unique(labels, return_inverse=True)
+            measured = calculator.get_accuracy(feats.cpu(), classes.cpu())
+        return self.trainer.strategy.broadcast(measured)
+
+
+def _distinct(loader: Any, count: int) -> int:
+    """How many of this process's first rows, of ``count`` that a loader gave it, no other row repeats.
+
+    Of N rows a sampler for W processes gives rank r those at r, r + W, …, and begins anew after N to make shares equal.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or count != sampler.num_samples:
+        return count
+    return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]

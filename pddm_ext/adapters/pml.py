@@ -1,0 +1,354 @@
+"""pytorch-metric-learning with the learned score: a miner, a distance, a loss and a regularizer of the library's kinds.
+
+They take the library's arguments (``ref_emb``, ``ref_labels``, ``indices_tuple``, ``reducer``, ``collect_stats``) and
+work in its wrappers, trainers, testers and accuracy calculator. ``CrossBatchMemory`` and ``SelfSupervisedLoss`` know
+losses by the names of their classes: they take :class:`PDDMSimilarity` inside those, and :class:`QuadrupletLoss` in a
+subclass of theirs whose ``supported_losses()`` has its name.
+
+Where ``unit`` is left out, :func:`pddm_ext.default_unit` of the embeddings' dimension scores. It is no submodule of
+anything here: its parameters train only if your optimizer has them. One that is given is in ``loss.parameters()``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _checks, density, losses
+from ..mining import mine_and_score
+from ..precision import autocast
+from ..quadruplets import Mode
+from ..reference import PDDM as AnyPDDM
+from ..reference import _first_best
+from ..scoring import score_matrix, score_pairs
+from ..unit import PDDM, default_unit
+from . import needs
+
+needs("pytorch_metric_learning", "pml")
+
+from pytorch_metric_learning.distances import BaseDistance  # noqa: E402
+from pytorch_metric_learning.losses import BaseMetricLossFunction  # noqa: E402
+from pytorch_metric_learning.miners import BaseMiner  # noqa: E402
+from pytorch_metric_learning.regularizers import BaseRegularizer  # noqa: E402
+from pytorch_metric_learning.utils import common_functions as c_f  # noqa: E402
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu  # noqa: E402
+
+__all__ = ["DensityRegularizer", "PDDMMiner", "PDDMSimilarity", "QuadrupletLoss"]
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+
+
+class PDDMSimilarity(BaseDistance):  # type: ignore[misc]
+    """The score of a unit as a distance of the library: inverted, a larger one means more alike.
+
+    Differentiable to the embeddings and to the unit's parameters. Embeddings that are their own reference are scored
+    once for each unordered pair. Margins and thresholds are in the unit's scores, which have no fixed range.
+
+    What takes it: ``TripletMarginLoss``, ``ContrastiveLoss`` (its ``pos_margin`` above its ``neg_margin``, unlike the
+    defaults), ``MultiSimilarityLoss``, ``NTXentLoss``, ``SupConLoss``, ``NCALoss``, ``MarginLoss``, ``NPairsLoss``,
+    ``LiftedStructureLoss``, ``GeneralizedLiftedStructureLoss``, ``IntraPairVarianceLoss``; against their proxies
+    ``ProxyNCALoss``, ``ProxyAnchorLoss``, ``SoftTripleLoss``, ``NormalizedSoftmaxLoss``; every miner with a choice of
+    distance but ``AngularMiner`` and ``DistanceWeightedMiner``; ``MatchFinder``, and under ``torch.no_grad()``
+    ``CustomKNN``. Losses of one geometry refuse it, ``CircleLoss`` and whatever else is made for cosines or Euclidean
+    distances. Three take any distance and cannot use this one: ``RankedListLoss`` (smaller must mean more alike),
+    ``HistogramLoss`` (wants [−1, 1]) and ``ManifoldLoss`` (cuts scores off at 0).
+
+    Args:
+        unit: the scoring unit.
+        collect_stats: as everywhere in the library.
+
+    Shape:
+        query_emb (n, d), ref_emb (m, d), float32, float64, bfloat16 or float16, L2-normalised inside; (n, m) scores,
+        float32 (float64 for float64 embeddings). ``pairwise_distance`` takes (n, d) twice and gives (n,).
+
+    Raises:
+        ValueError: a shape or embedding dimension that does not fit.
+        TypeError: a dtype that is not accepted, or a unit that is no PDDM.
+    """
+
+    def __init__(self, unit: PDDM | None = None, *, collect_stats: bool | None = None) -> None:
+        if unit is not None and not isinstance(unit, AnyPDDM):
+            raise TypeError(f"unit is a {type(unit).__name__}; a PDDM or None is accepted")
+        # Left as they are, embeddings that are their own reference can be told by identity; the unit normalises.
+        super().__init__(normalize_embeddings=False, is_inverted=True, collect_stats=collect_stats)
+        self.unit = unit
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        if ref_emb is query_emb:
+            return score_matrix(query_emb, self.unit_for(query_emb))
+        query_emb, ref_emb = _one_space(query_emb, ref_emb)
+        return score_matrix(query_emb, self.unit_for(query_emb), ref_emb)
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        query_emb, ref_emb = _one_space(query_emb, ref_emb)
+        scores: Tensor = self.unit_for(query_emb)(query_emb, ref_emb)
+        return scores
+
+    def unit_for(self, embeddings: Tensor) -> PDDM:
+        """The unit, or the default one of the embeddings' dimension and device."""
+        return default_unit(embeddings.shape[-1], embeddings.device) if self.unit is None else self.unit
+
+
+class PDDMMiner(BaseMiner):  # type: ignore[misc]
+    """Triplets (anchor, positive, negative) from the hard quadruplets (i, j, k, l) of a unit: (i, j, k) and (j, i, l).
+
+    All (i, j, k) come first, then all (j, i, l). Quadruplets that are not valid are left out.
+
+    With a reference of its own (``ref_emb``, ``ref_labels``) anchors are rows of the embeddings, and positives and
+    negatives rows of the reference: the hardest positive is the lowest score, the hardest negative the highest, ties go
+    to the lowest index and NaN never wins. There is no l then. As everywhere in the library, ``ref_labels`` that are
+    the very tensor ``labels`` say that row i is the same sample in both, and no positive of itself. Where nothing says
+    so, as in ``CrossBatchMemory``, which removes such pairs after mining, a reference row equal to the anchor is its
+    hardest positive only if it has no other: an anchor is not spent on itself.
+
+    Args:
+        unit: the scoring unit.
+        mode: ``"anchor"``: each row's own hardest positive. ``"batch"``: the one hardest positive pair.
+            ``"pair"``: every positive pair.
+        **kwargs: of the library's ``BaseMiner``, but ``distance``.
+
+    Shape:
+        embeddings (n, d), labels (n,) of any integer dtype, ref_emb (m, d), ref_labels (m,); three int64 (T,).
+
+    Raises:
+        ValueError: a mode, a shape, a length or an embedding dimension that does not fit, or a ``distance``.
+        TypeError: a dtype that is not accepted, or a unit that is no PDDM.
+
+    Source: Huang, Loy, Tang, NIPS 2016, section 3.2.
+    """
+
+    def __init__(self, unit: PDDM | None = None, mode: Mode = "anchor", **kwargs: Any) -> None:
+        _checks.mode(mode)
+        _refuse_distance(kwargs)
+        super().__init__(distance=PDDMSimilarity(unit), **kwargs)
+        self.mode: Mode = mode
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}"
+
+    def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Triplets:
+        if ref_emb is not embeddings or ref_labels is not labels:
+            return _from_reference(self.distance, self.mode, embeddings, labels, ref_emb, ref_labels)
+        quads = mine_and_score(embeddings, labels, self.distance.unit, mode=self.mode)
+        i, j, k, l = torch.stack(quads[:4])[:, quads.valid]  # noqa: E741 - the paper's names
+        return torch.cat([i, j]), torch.cat([j, i]), torch.cat([k, l])
+
+
+class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
+    """:class:`pddm_ext.QuadrupletLoss` as a loss of the library: one element for the reducer per quadruplet or triplet.
+
+    Called without ``indices_tuple``, it mines with its unit, and a quadruplet (i, j, k, l) is one element with the
+    indices (i, j, k). Their mean, which the default reducer takes, is ``pddm_ext.QuadrupletLoss()``'s (to the last bit
+    where every quadruplet is valid; the others are left out here, which may add the same values in another order).
+
+    Called with ``indices_tuple``, triplets or pairs from any miner, or with a reference, in which there is no l, it has
+    one element for each triplet, S being the score and D the squared Euclidean distance of the unit embeddings::
+
+        max(0, α + S_an − S_ap) + weight · max(0, β + D_ap − D_an)
+
+    so the triplets of :class:`PDDMMiner` have the same sum as the quadruplets, over twice as many elements.
+
+    No quadruplet or triplet at all gives 0 with zero gradients.
+
+    Source: Huang, Loy, Tang, NIPS 2016, equations 3 to 5.
+
+    Args:
+        unit: the scoring unit.
+        mode: of mining, as in :class:`PDDMMiner`.
+        alpha: margin α of the scores.
+        beta: margin β of the squared distances, which lie in [0, 4].
+        weight: of the distances' term.
+        **kwargs: of the library's ``BaseMetricLossFunction``, but ``distance``: reducer, embedding_regularizer, …
+
+    Shape:
+        embeddings (n, d), float32, float64, bfloat16 or float16; labels (n,) of any integer dtype; ref_emb (m, d),
+        ref_labels (m,). The reducer is given float32 elements (float64 for float64 embeddings).
+
+    Raises:
+        ValueError: a mode, a shape, a length or an embedding dimension that does not fit, or a ``distance``.
+        TypeError: a dtype that is not accepted, or a unit that is no PDDM.
+        IndexError: ``indices_tuple`` has a row that is not there.
+    """
+
+    def __init__(
+        self,
+        unit: PDDM | None = None,
+        mode: Mode = "anchor",
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        weight: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        _checks.mode(mode)
+        _refuse_distance(kwargs)
+        super().__init__(distance=PDDMSimilarity(unit), **kwargs)
+        self.mode: Mode = mode
+        self.alpha, self.beta, self.weight = alpha, beta, weight
+        self.add_to_recordable_attributes(list_of_names=["alpha", "beta", "weight"], is_stat=False)
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}, alpha={self.alpha}, beta={self.beta}, weight={self.weight}"
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: tuple[Tensor, ...] | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor,
+    ) -> dict[str, Any]:
+        c_f.labels_or_indices_tuple_required(labels, indices_tuple)
+        if indices_tuple is not None:
+            triplets = lmu.convert_to_triplets(indices_tuple, labels, ref_labels)
+            values = self._of_triplets(embeddings, ref_emb, *triplets)
+        elif ref_emb is not embeddings or ref_labels is not labels:
+            with torch.no_grad():
+                triplets = _from_reference(self.distance, self.mode, embeddings, labels, ref_emb, ref_labels)
+            values = self._of_triplets(embeddings, ref_emb, *triplets)
+        else:
+            quads = mine_and_score(embeddings, labels, self.distance.unit, mode=self.mode)
+            loss = losses.QuadrupletLoss(self.alpha, self.beta, self.weight, reduction="none")
+            values = loss(embeddings, quads)[quads.valid]
+            triplets = tuple(torch.stack(quads[:3])[:, quads.valid])
+        if len(values) == 0:
+            return self.zero_losses()  # type: ignore[no-any-return]
+        return {"loss": {"losses": values, "indices": triplets, "reduction_type": "triplet"}}
+
+    def _of_triplets(self, embeddings: Tensor, ref_emb: Tensor, a: Tensor, p: Tensor, n: Tensor) -> Tensor:
+        for name, index, of in (("anchors", a, embeddings), ("positives", p, ref_emb), ("negatives", n, ref_emb)):
+            if ((index < 0) | (index >= len(of))).any():
+                raise IndexError(f"{name} are {int(index.min())} to {int(index.max())}; 0 to {len(of) - 1} is accepted")
+        itself = ref_emb is embeddings
+        rows, shift = (embeddings, 0) if itself else (torch.cat(_one_space(embeddings, ref_emb)), len(embeddings))
+        # Triplets share their pairs: all of a batch have O(n³) of the first and O(n²) of the second.
+        pairs, which = torch.unique(torch.stack([a, a]) * len(ref_emb) + torch.stack([p, n]), return_inverse=True)
+        unit = self.distance.unit_for(embeddings)
+        scores = score_pairs(rows, pairs // len(ref_emb), pairs % len(ref_emb) + shift, unit)
+        s_ap, s_an = scores[which]
+        f = F.normalize(embeddings.to(scores.dtype), dim=-1)
+        g = f if itself else F.normalize(ref_emb.to(scores.dtype), dim=-1)
+        with torch.autocast(f.device.type, enabled=False):
+            distances = f.square().sum(-1)[:, None] + g.square().sum(-1) - 2 * f @ g.T
+        return F.relu(self.alpha + s_an - s_ap) + self.weight * F.relu(self.beta + distances[a, p] - distances[a, n])
+
+
+class DensityRegularizer(BaseRegularizer):  # type: ignore[misc]
+    """:class:`pddm_ext.DensityRegularizer` as an ``embedding_regularizer`` of any loss of the library.
+
+    The library hands a regularizer the embeddings alone, and this one needs their labels. :meth:`attach` lets it see
+    what the loss is called with::
+
+        density = DensityRegularizer(ratio=0.5)
+        loss = density.attach(TripletMarginLoss(embedding_regularizer=density, embedding_reg_weight=0.1))
+
+    The loss stays the loss it was, of the same class, so wrappers know it; copies of it have copies of the regularizer,
+    attached. Within ``CrossBatchMemory`` the regularizer sees the batch, not the memory.
+
+    Source: Li, Yao, Pan, Chao, Mei, *Deep Metric Learning with Density Adaptivity*, 2019, arXiv:1909.03909.
+
+    Args:
+        ratio: the extent aimed at, over the room; positive.
+        temperature: T, in squared distance; positive.
+        eps: ε, in squared distance; positive.
+        **kwargs: of the library's ``BaseRegularizer``, but ``distance``.
+
+    Shape:
+        embeddings (n, d), labels (n,) of any integer dtype. The result is a scalar.
+
+    Raises:
+        ValueError: a parameter that is not positive and finite, a shape or length that does not fit, or a ``distance``.
+        TypeError: a dtype that is not accepted.
+        RuntimeError: it is called by no loss that it is attached to, or by one that was called without labels.
+    """
+
+    def __init__(self, ratio: float = 0.5, temperature: float = 0.05, eps: float = 1e-4, **kwargs: Any) -> None:
+        _refuse_distance(kwargs)
+        super().__init__(**kwargs)
+        self.density = density.DensityRegularizer(ratio, temperature, eps)
+        self._labels: Tensor | None = None
+
+    def attach(self, loss: BaseMetricLossFunction) -> BaseMetricLossFunction:
+        """Let the regularizer see the labels of every call of the loss it was given to, during that call.
+
+        Args:
+            loss: a loss that was made with ``embedding_regularizer=`` this.
+
+        Returns:
+            The loss.
+
+        Raises:
+            ValueError: its embedding_regularizer is another, or none.
+        """
+        if getattr(loss, "embedding_regularizer", None) is not self:
+            raise ValueError(
+                f"loss is a {type(loss).__name__} that was not made with embedding_regularizer=this regularizer"
+            )
+        # Bound methods: a copy of the loss has hooks that are methods of its own copy of the regularizer.
+        loss.register_forward_pre_hook(self._remember, with_kwargs=True)
+        loss.register_forward_hook(self._forget, always_call=True)
+        return loss
+
+    def _remember(self, loss: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._labels = kwargs.get("labels", args[1] if len(args) > 1 else None)
+
+    def _forget(self, *_: Any) -> None:
+        self._labels = None
+
+    def compute_loss(self, x: Tensor) -> dict[str, Any]:
+        if self._labels is None:
+            raise RuntimeError(
+                "DensityRegularizer has no labels of these embeddings: make the loss with "
+                "embedding_regularizer=density, call density.attach(loss), and then the loss with labels"
+            )
+        value = self.density(x, c_f.to_device(self._labels, x))
+        return {"loss": {"losses": value, "indices": None, "reduction_type": "already_reduced"}}
+
+
+def _refuse_distance(kwargs: dict[str, Any]) -> None:
+    if "distance" in kwargs:
+        raise ValueError(f"distance is a {type(kwargs['distance']).__name__}; this has its own and accepts none")
+
+
+def _one_space(embeddings: Tensor, ref_emb: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype where it is on: a memory bank need not have the batch's, as for any other product."""
+    embeddings, ref_emb = autocast(embeddings), autocast(ref_emb)
+    _checks._both("embeddings", embeddings, "ref_emb", ref_emb)
+    return embeddings, ref_emb
+
+
+def _from_reference(
+    similarity: PDDMSimilarity,
+    mode: Mode,
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor,
+    ref_labels: Tensor | None,
+) -> Triplets:
+    """The hard (i, j, k), of which i is a row of the embeddings, and j and k are rows of the reference."""
+    ref_labels = labels if ref_labels is None else ref_labels  # the library's reading
+    _checks._vector("labels", labels, len(embeddings), "embeddings")
+    _checks._vector("ref_labels", ref_labels, len(ref_emb), "ref_emb")
+    scores = similarity(embeddings, ref_emb)
+    positive = labels.long()[:, None] == ref_labels.long()
+    k, has_negative = _first_best(scores, ~positive, smallest=False)
+    if ref_emb is embeddings or ref_labels is labels:
+        positive.fill_diagonal_(False)
+    # unique() cannot sort NaN. Whatever stands for it, pairs with it score NaN and stay out.
+    _, row = torch.unique(torch.cat([embeddings, ref_emb]).nan_to_num(), dim=0, return_inverse=True)
+    copies = row[: len(embeddings), None] == row[len(embeddings) :]
+    scores = torch.where(copies, scores + torch.inf, scores)
+    if mode == "pair":
+        i, j = positive.nonzero(as_tuple=True)
+    elif mode == "anchor":
+        hardest, has_positive = _first_best(scores, positive, smallest=True)
+        i = has_positive.nonzero().squeeze(1)
+        j = hardest[i]
+    else:
+        hardest, has_positive = _first_best(scores.flatten(), positive.flatten(), smallest=True)
+        flat = hardest.reshape(1)[has_positive.reshape(1)]
+        i, j = flat // max(len(ref_emb), 1), flat % max(len(ref_emb), 1)
+    complete = has_negative[i]
+    return i[complete], j[complete], k[i[complete]]
