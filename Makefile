@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: help demo test test-native test-python test-emulated cuda test-cuda bench bench-cuda results lint format sanitize dist clean
+.PHONY: help demo test test-native test-python test-emulated cuda test-cuda bench bench-cuda results docs lint format sanitize dist clean
 
 help:
 	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,10 @@ $(VENV)/installed: $(VENV)/tools $(NATIVE)
 
 $(VENV)/bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 $(VENV)/lint: $(VENV)/tools
@@ -86,10 +90,11 @@ $(CUDA_PACKAGE)/built: $(NATIVE) $(wildcard pddm_ext/*.py pddm_ext/training/*)
 	@touch $@
 
 ON_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA_PACKAGE):$$PYTHONPATH PDDM_TEST_DEVICE=cuda
+NEED_EXTRAS := training compare datasets evaluation report docs examples adapters pml lightning sentence_transformers sklearn
 # Not python -m pytest, which would find the source folder first.
 PYTEST_CUDA := $(PYTHON) -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))'
 test-cuda: $(CUDA_PACKAGE)/built
-	$(ON_CUDA) $(PYTEST_CUDA) -q tests $(patsubst %,--ignore=tests/test_%.py,training compare datasets evaluation report)
+	$(ON_CUDA) $(PYTEST_CUDA) -q tests $(patsubst %,--ignore=tests/test_%.py,$(NEED_EXTRAS))
 	$(ON_CUDA) compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 
@@ -101,6 +106,10 @@ bench-cuda: $(CUDA_PACKAGE)/built
 # The grids behind docs/results.md, an hour on two cores: make results OMNIGLOT=folder of images_background_small1.zip
 results: $(VENV)/installed
 	$(BIN)/python bench/retrieval.py $(if $(OMNIGLOT),--omniglot $(OMNIGLOT))
+
+# make docs   the site, build/docs/index.html; made anew each time, for what has warned once would not warn again
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build --quiet --fresh-env --nitpicky --fail-on-warning --doctree-dir build/doctrees docs build/docs
 
 lint: $(VENV)/lint $(VENV)/installed
 	$(BIN)/ruff check .

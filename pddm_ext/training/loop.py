@@ -30,7 +30,7 @@ from .settings import Settings, difference
 
 CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
 
-#: Below this spread an embedding counts as collapsed: its root-mean-square distance is a fifth of the whole sphere's.
+#: Below this spread an embedding counts as collapsed; its root-mean-square distance is a fifth of the whole sphere's.
 COLLAPSED = 0.04
 
 

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-#: Classes that are learned at most, a random choice of more: a linear probe holds numbers of rows × classes.
+#: Classes that are learned at most, a random choice of more; a linear probe holds numbers of rows × classes.
 CLASSES = 500
 
 
