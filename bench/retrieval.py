@@ -71,19 +71,31 @@ CAUSES = (
     "pddm-pair:classes=8,samples=8",
     "pddm-pair:classes=32,samples=2",
 )
-#: PDDM's siblings, with and without, beside a triplet loss and beside our quadruplets.
+#: PDDM's siblings, with and without, beside a triplet loss, our quadruplets, and the two best methods.
 TERMS = ("", "density=0.03", "structure=0.3", "structure=0.3,clusters=4", "density=0.03,structure=0.3")
-SIBLINGS = {base: tuple(f"{base}:{terms}".rstrip(":") for terms in TERMS) for base in ("triplet-semihard", "pddm-pair")}
-#: Each grid's data set, whether it is augmented, its methods, and the learning rates they choose from.
+SIBLINGS = {
+    base: tuple(f"{base}:{term}".rstrip(":") for term in terms)
+    for base, terms in {
+        "triplet-semihard": TERMS,
+        "pddm-pair": TERMS,
+        "multi-similarity": TERMS[:3],
+        "recommended": TERMS[:3],
+    }.items()
+}
+#: Whether the order of the best is another where they have time to converge.
+LONG = ("recommended", "pddm-pair", "multi-similarity", "multi-similarity-soft")
+#: Each grid's data set, whether it is augmented, its methods, the learning rates they choose from, and the steps.
 GRIDS = {
-    "omniglot": ("omniglot", True, METHODS, LRS),
-    "glyphs": ("glyphs", True, METHODS, LRS),
-    "omniglot-plain": ("omniglot", False, FEWER, LRS),
-    "glyphs-plain": ("glyphs", False, FEWER, LRS),
-    "omniglot-causes": ("omniglot", True, CAUSES, LRS[1:2]),
-    "glyphs-causes": ("glyphs", True, CAUSES, LRS[1:2]),
-    "omniglot-siblings": ("omniglot", True, sum(SIBLINGS.values(), ()), LRS),
-    "glyphs-siblings": ("glyphs", True, sum(SIBLINGS.values(), ()), LRS),
+    "omniglot": ("omniglot", True, METHODS, LRS, STEPS),
+    "glyphs": ("glyphs", True, METHODS, LRS, STEPS),
+    "omniglot-plain": ("omniglot", False, FEWER, LRS, STEPS),
+    "glyphs-plain": ("glyphs", False, FEWER, LRS, STEPS),
+    "omniglot-causes": ("omniglot", True, CAUSES, LRS[1:2], STEPS),
+    "glyphs-causes": ("glyphs", True, CAUSES, LRS[1:2], STEPS),
+    "omniglot-siblings": ("omniglot", True, sum(SIBLINGS.values(), ()), LRS, STEPS),
+    "glyphs-siblings": ("glyphs", True, sum(SIBLINGS.values(), ()), LRS, STEPS),
+    "omniglot-long": ("omniglot", True, LONG, LRS[1:], 3 * STEPS),
+    "glyphs-long": ("glyphs", True, LONG, LRS[1:], 3 * STEPS),
 }
 
 Cells = dict[str, list[dict[str, Any]]]
@@ -91,15 +103,15 @@ Cells = dict[str, list[dict[str, Any]]]
 
 def run(name: str, omniglot: str, jobs: int) -> None:
     """Run a grid, write its HTML report beside the runs, and store its figures."""
-    data, augment, methods, lrs = GRIDS[name]
+    data, augment, methods, lrs, steps = GRIDS[name]
     common = Settings(
         data=data,
         root=omniglot if data == "omniglot" else "",
         augment=augment,
-        steps=STEPS,
+        steps=steps,
         schedule="cosine",
         accelerator="cpu",
-        every=25,
+        every=steps // 16,
     )
     grid = compare.Grid(common, methods, range(SEEDS), RUNS / name, lrs=lrs)
     grid.folder.mkdir(parents=True, exist_ok=True)
