@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,29 @@ INTEGERS = (
 )
 
 U = TypeVar("U", bound="PDDM")
+
+
+Kind = Literal["a finite number", "a finite number from 0", "a positive finite number"]
+
+
+def number(name: str, value: Any, kind: Kind) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is a {type(value).__name__}; {kind} is accepted")
+    from_zero, positive = kind.endswith("from 0"), "positive" in kind
+    if not math.isfinite(value) or (from_zero and value < 0) or (positive and value <= 0):
+        raise ValueError(f"{name} is {value}; {kind} is accepted")
+
+
+def size(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a {type(value).__name__}; an int is accepted")
+    if value < least:
+        raise ValueError(f"{name} is {value}; at least {least} is accepted")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values may decide an error: not in a compiled graph, and not where reading them waits for a device."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], accepted: str) -> None:
@@ -116,8 +141,7 @@ def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: PDDM) -> None:
     _unit(unit, feats.shape[1])
     _devices(feats, i, j)
     _unit_device(feats, unit)
-    # A data-dependent check has no place in a compiled graph, and would wait for another device; the kernels repeat it.
-    if feats.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(feats):  # the kernels repeat it
         for name, index in (("i", i), ("j", j)):
             bad = (index.long() < 0) | (index.long() >= len(feats))
             if bad.any():

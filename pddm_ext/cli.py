@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "eval",
         help="measure a checkpoint",
         description="Measure a checkpoint's embedding on the test classes of its data: by distance, and where it "
-        "has a PDDM unit by score and re-ranked.",
+        "has a PDDM unit by score and re-ranked, and re-ranked by structure where it has a head for that.",
         **exact,
     )
     evaluate.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run")
@@ -70,9 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--accelerator", help="device kind to measure on (default: the run's)")
     evaluate.add_argument("--workers", type=int, help="processes that read pictures (default: the run's)")
     evaluate.add_argument("--backbone", help="confirms a backbone MODULE:CALLABLE, whose code will run")
-    evaluate.add_argument(
-        "--candidates", type=int, default=100, help="nearest rows that are re-ranked by score (default: 100)"
-    )
+    evaluate.add_argument("--candidates", type=int, default=100, help="nearest rows that are re-ranked (default: 100)")
     evaluate.add_argument("--json", type=Path, help="write every figure to this file, too")
 
     compare = commands.add_parser(
@@ -173,6 +171,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.candidates < 1:
+        raise ValueError(f"--candidates is {arguments.candidates}; at least 1 is accepted")
+
     from .training import checkpoint, datasets, loop, outcome, report
 
     state = checkpoint.load(arguments.checkpoint)

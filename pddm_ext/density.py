@@ -32,7 +32,8 @@ class DensityRegularizer(nn.Module):
     exceeds ρ/2; for classes of one shape r/ρ alone decides how often. One ratio for every class therefore balances
     variation within classes and similarity between them. The room is a mean of squared distances, so it is never
     negative, is never below the nearest one, and tends to it as T falls. It is the room in the batch: between centroids
-    of n_c and n_b samples it is larger than between their expectations by r_c²/n_c + r_b²/n_b on average.
+    of n_c and n_b samples a squared distance is larger than between their expectations, by r_c²/n_c + r_b²/n_b on
+    average; the room is by less, since its weights favour the centroids that chance has brought near.
 
     The paper's is the principle: to measure how concentrated each class is in the embedding, and to make that
     concentration fit the classes around it, by a term beside any loss, trained end to end. The measure (extent over
@@ -56,14 +57,13 @@ class DensityRegularizer(nn.Module):
 
     Raises:
         ValueError: a parameter that is not positive and finite, or a shape or length that does not fit.
-        TypeError: a dtype that is not accepted.
+        TypeError: a parameter that is no number, or a dtype that is not accepted.
     """
 
     def __init__(self, ratio: float = 0.5, temperature: float = 0.05, eps: float = 1e-4) -> None:
         super().__init__()
         for name, value in (("ratio", ratio), ("temperature", temperature), ("eps", eps)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; a positive finite number is accepted")
+            _checks.number(name, value, "a positive finite number")
         self.ratio, self.temperature, self.eps = ratio, temperature, eps
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import _checks
 from .quadruplets import Quadruplets
 
 Reduction = Literal["mean", "sum", "none"]
@@ -40,7 +41,9 @@ class QuadrupletLoss(nn.Module):
         a scalar in the scores' dtype; without reduction (Q,), 0 where a quadruplet is not valid.
 
     Raises:
-        ValueError: no such reduction, a regularizer without a reduction or labels, or feats that are not (n, d).
+        ValueError: a number out of its range, no such reduction, a regularizer without a reduction or labels, or feats
+            that are not (n, d).
+        TypeError: an argument of another type, or feats of a dtype that is not accepted.
     """
 
     def __init__(
@@ -54,6 +57,12 @@ class QuadrupletLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            _checks.number(name, value, "a finite number")
+        for name, value in (("weight", weight), ("regularizer_weight", regularizer_weight)):
+            _checks.number(name, value, "a finite number from 0")
+        if not (regularizer is None or callable(regularizer)):
+            raise TypeError(f"regularizer is a {type(regularizer).__name__}; a function or None is accepted")
         if reduction not in _REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; {', '.join(map(repr, _REDUCTIONS))} are accepted")
         if regularizer is not None and reduction == "none":
@@ -84,11 +93,12 @@ class QuadrupletLoss(nn.Module):
     # Of every slot. At Q = 1 the loss is nothing but launches, so what can be one operator over all pairs is.
 
     def _similarity(self, quads: Quadruplets) -> Tensor:
+        if not isinstance(quads, Quadruplets):
+            raise TypeError(f"quads is a {type(quads).__name__}; Quadruplets are accepted")
         return F.relu(torch.stack([quads.s_ik, quads.s_jl]) - quads.s_ij + self.alpha).sum(0)
 
     def _embedding(self, feats: Tensor, quads: Quadruplets) -> Tensor:
-        if feats.dim() != 2:
-            raise ValueError(f"feats has shape {tuple(feats.shape)}; (rows, dim) is accepted")
+        _checks._matrix("feats", feats)
         if len(feats) == 0:
             return feats.sum().to(quads.s_ij.dtype)
         # Slots that are not valid are cut off before the norm, for the gradient of a row of NaN would be NaN even

@@ -12,7 +12,6 @@ two matrix products, never a tensor of pairs times coordinates. It is not symmet
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -45,15 +44,14 @@ class StructureHead(nn.Module):
 
     Raises:
         ValueError: a size is not positive, or x is not (n, dim).
-        TypeError: x has a dtype that is not accepted.
+        TypeError: a size is no int, or x has a dtype that is not accepted.
     """
 
     def __init__(self, dim: int, out: int | None = None) -> None:
         super().__init__()
         out = dim if out is None else out
-        for name, size in (("dim", dim), ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
+        for name, length in (("dim", dim), ("out", out)):
+            _checks.size(name, length)
         self.linear = nn.Linear(dim, out)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -102,18 +100,14 @@ class MultiClusterRankingLoss(nn.Module):
 
     Raises:
         ValueError: a parameter out of its range, or a shape that does not fit.
-        TypeError: clusters is no int, or a dtype that is not accepted.
+        TypeError: a parameter of another type, or a dtype that is not accepted.
     """
 
     def __init__(self, clusters: int = 2, scale: float = 10.0, spread: float = 3.0) -> None:
         super().__init__()
-        if isinstance(clusters, bool) or not isinstance(clusters, int):
-            raise TypeError(f"clusters is a {type(clusters).__name__}; an int is accepted")
-        if clusters < 2:
-            raise ValueError(f"clusters is {clusters}; at least 2 is accepted")
+        _checks.size("clusters", clusters, least=2)
         for name, value in (("scale", scale), ("spread", spread)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; a positive finite number is accepted")
+            _checks.number(name, value, "a positive finite number")
         self.clusters, self.scale, self.spread = clusters, scale, spread
 
     def extra_repr(self) -> str:
@@ -176,12 +170,13 @@ def structure_rerank(query_embeddings: Tensor, query_structure: Tensor, gallery:
         ranked: (q, k) rows of the gallery of any integer dtype, or −1 where an index found fewer than k.
 
     Returns:
-        (q, k) of the dtype of ``ranked``, nearest first. Ties stay in the order given; −1 goes last.
+        (q, k) of the dtype of ``ranked``, nearest first. Ties stay in the order given; NaN distances come last, and −1
+        after them.
 
     Raises:
         ValueError: a shape that does not fit.
         TypeError: a dtype that is not accepted.
-        IndexError: a row that the gallery does not have.
+        IndexError: a row that the gallery does not have (on the CPU; elsewhere nothing waits to find out).
     """
     _check("query_embeddings", query_embeddings, "query_structure", query_structure)
     _checks._both("query_embeddings", query_embeddings, "gallery", gallery)
@@ -198,9 +193,10 @@ def structure_rerank(query_embeddings: Tensor, query_structure: Tensor, gallery:
             )
         ]
     )
-    # −1 has read the last row of the gallery.
-    order = squared.masked_fill(candidates < 0, math.inf).argsort(dim=1, stable=True)
-    return candidates.gather(1, order).to(ranked.dtype)
+    # A sort takes NaN for the largest value. What −1 has read, the last row of the gallery, does not matter.
+    by_distance = candidates.gather(1, squared.argsort(dim=1, stable=True))
+    missing = (by_distance < 0).byte().argsort(dim=1, stable=True)
+    return by_distance.gather(1, missing).to(ranked.dtype)
 
 
 def concatenated_queries(query_embeddings: Tensor, query_structure: Tensor) -> Tensor:
@@ -213,6 +209,9 @@ def concatenated_queries(query_embeddings: Tensor, query_structure: Tensor) -> T
     vectors have one norm. As rows are of unit length, ‖gallery j‖² = 1 + Σ_t e_jt⁴ ≤ 2: append √(2 − ‖gallery j‖²) to
     each gallery vector and 0 to each query. No rescaling without that coordinate can do it, for Σ_t e_jt⁴ differs from
     row to row.
+
+    Rows that are all but equal are told apart by :func:`structure_rerank` and not by these: their distances are what
+    rounding leaves of sums of order 1.
 
     Args:
         query_embeddings: (q, d), float32, float64, bfloat16 or float16. Rows are L2-normalised inside.
@@ -240,10 +239,11 @@ def concatenated_gallery(gallery: Tensor) -> Tensor:
         (g, 2d), float32 (float64 for a float64 gallery).
 
     Raises:
-        ValueError: the shape is not (g, d).
+        ValueError: the shape is not (g, d), with a d of at least 1.
         TypeError: a dtype that is not accepted.
     """
     _checks._matrix("gallery", gallery)
+    _dimension("gallery", gallery)
     e = _unit_rows(gallery)
     return torch.cat([e, e.square()], dim=1)
 
@@ -253,6 +253,9 @@ def _unit_rows(x: Tensor) -> Tensor:
 
 
 def _distances(e: Tensor, w: Tensor, g: Tensor) -> Tensor:
+    # Where all rows lie close together, less is lost to cancellation about their mean; differences know nothing of it.
+    centre = g.detach().nan_to_num().sum(0) / max(len(g), 1)
+    e, g = e - centre, g - centre
     weighted = w * e
     with torch.autocast(e.device.type, enabled=False):
         squared = (weighted * e).sum(-1, keepdim=True) + w @ g.square().T - 2 * (weighted @ g.T)
@@ -267,7 +270,13 @@ def _check(name: str, embeddings: Any, of: str, structure: Any) -> None:
     if structure.shape != embeddings.shape:
         raise ValueError(f"{of} has shape {tuple(structure.shape)}; {name} has {tuple(embeddings.shape)}")
     _checks._devices(embeddings, structure)
-    if embeddings.shape[1] == 0:
+    _dimension(name, embeddings)
+    if _checks.readable(structure) and (structure < 0).any():
+        raise ValueError(f"{of} has a negative weight, {structure.min().item():g}; weights from 0 are accepted")
+
+
+def _dimension(name: str, x: Tensor) -> None:
+    if x.shape[1] == 0:
         raise ValueError(f"{name} has shape (n, 0); a dimension of at least 1 is accepted")
 
 
@@ -278,8 +287,9 @@ def _candidates(ranked: Any, queries: Tensor, gallery: Tensor) -> Tensor:
         raise ValueError(f"ranked has shape {tuple(ranked.shape)}; ({len(queries)}, k), a row per query, is accepted")
     _checks._devices(queries, ranked)
     candidates: Tensor = ranked.long()
-    bad = ((candidates < -1) | (candidates >= len(gallery))).nonzero()
-    if len(bad):
-        i, j = bad[0].tolist()
-        raise IndexError(f"ranked[{i}, {j}] is {int(candidates[i, j])}; gallery has {len(gallery)} rows")
+    if _checks.readable(candidates):
+        bad = ((candidates < -1) | (candidates >= len(gallery))).nonzero()
+        if len(bad):
+            i, j = bad[0].tolist()
+            raise IndexError(f"ranked[{i}, {j}] is {int(candidates[i, j])}; gallery has {len(gallery)} rows")
     return candidates

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import math
 import pickle
 import sys
 import threading
@@ -513,6 +514,33 @@ def test_the_loss_refuses_what_it_cannot_do():
         pddm_ext.QuadrupletLoss(regularizer=density, reduction="none")
     with pytest.raises(ValueError, match="labels are missing"):
         pddm_ext.QuadrupletLoss(regularizer=density)(feats, quads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"alpha": math.nan}, ValueError, "alpha is nan; a finite number is accepted"),
+        ({"beta": None}, TypeError, "beta is a NoneType; a finite number is accepted"),
+        ({"weight": -2}, ValueError, "weight is -2; a finite number from 0 is accepted"),
+        ({"regularizer_weight": "1"}, TypeError, "regularizer_weight is a str; a finite number from 0 is accepted"),
+        ({"regularizer": 3}, TypeError, "regularizer is a int; a function or None is accepted"),
+    ],
+)
+def test_the_loss_refuses_arguments_when_it_is_made(arguments, error, message):
+    with pytest.raises(error, match=message):
+        pddm_ext.QuadrupletLoss(**arguments)
+
+
+def test_the_loss_names_what_it_was_called_with():
+    feats = make_features(12, 6)
+    quads = make_unit(6).mine(feats, make_labels(12))
+    loss = pddm_ext.QuadrupletLoss()
+    with pytest.raises(TypeError, match="quads is a Tensor; Quadruplets are accepted"):
+        loss(quads, feats)
+    with pytest.raises(TypeError, match=r"feats has dtype torch.int64; float32, .* is accepted"):
+        loss(feats.long(), quads)
+    with pytest.raises(TypeError, match="feats is a list"):
+        loss(feats.tolist(), quads)
 
 
 def test_the_loss_describes_itself():

@@ -243,6 +243,23 @@ def test_validation_of_class_ids_that_float32_cannot_tell_apart():
     assert got == pytest.approx(retrieval(images, labels), rel=1e-6)
 
 
+def test_a_test_is_measured_as_validation_is_and_predictions_are_features():
+    data = noisy(45, seed=0)
+    module = MetricLearningModule(nn.Identity(), 6)
+    (got,) = trainer().test(module, DataLoader(data, 7), verbose=False)
+    assert got == pytest.approx(retrieval(*data.tensors), rel=1e-6)
+    images = data.tensors[0]
+    for loader in (DataLoader(data, 7), DataLoader(images, 7)):
+        assert torch.equal(torch.cat(trainer().predict(module, loader)), images)
+
+
+def test_features_that_are_not_finite_are_said():
+    images, labels = noisy(45, seed=0).tensors
+    images[3, 1] = torch.nan
+    with pytest.raises(FloatingPointError, match="the features are not finite; lower lr"):
+        trainer().validate(MetricLearningModule(nn.Identity(), 6), DataLoader(TensorDataset(images, labels), 7))
+
+
 def test_several_loaders_are_measured_each_by_itself():
     sets = [noisy(45, seed=0), noisy(30, seed=1)]
     module, run = MetricLearningModule(nn.Identity(), 6), trainer()

@@ -13,6 +13,7 @@ import torch
 from joblib import Parallel, delayed
 from scipy.sparse import csr_matrix
 from sklearn.base import clone
+from sklearn.datasets import load_iris
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import pairwise_distances, pairwise_kernels
 from sklearn.model_selection import GridSearchCV, cross_val_predict
@@ -281,7 +282,7 @@ def test_balanced_batches_and_the_loss_of_every_step(monkeypatch):
             assert len(drawn) == classes
             assert counts.tolist() == np.minimum(sizes[drawn], per_class).tolist()
             assert len(feats.unique(dim=0)) == len(feats)
-            which = (feats[:, None] == torch.tensor(x).float()).all(-1).nonzero()[:, 1]
+            which = (feats[:, None] == torch.tensor(adapter._scaled(x)).float()).all(-1).nonzero()[:, 1]
             np.testing.assert_array_equal(y[which], labels)
             assert mode == "pair"
         assert len({feats[0, 0].item() for feats, _, _ in batches}) > 1
@@ -380,8 +381,8 @@ def test_in_a_pipeline_and_a_grid_search():
         ({"hidden": 0}, ValueError, "hidden == 0"),
         ({"steps": 0}, ValueError, "steps == 0"),
         ({"batch_size": 7}, ValueError, "batch_size == 7, must be >= 8"),
-        ({"lr": -1.0}, ValueError, "lr == -1.0"),
-        ({"weight_decay": -1.0}, ValueError, "weight_decay == -1.0"),
+        ({"lr": -1.0}, ValueError, "lr is -1.0; a finite number from 0 is accepted"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay is -1.0; a finite number from 0 is accepted"),
         ({"random_state": "now"}, ValueError, "'now' cannot be used to seed"),
         ({"unit": pddm_ext.PDDM(5)}, ValueError, "unit scores features of dimension 5; these have 6"),
         ({"unit": torch.nn.Linear(6, 1)}, TypeError, "unit is a Linear; a PDDM is accepted"),
@@ -416,3 +417,54 @@ def test_bad_data():
     ):
         with pytest.raises(error, match=message):
             model.kneighbors(*args)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-42, 1e36, 1e300])
+def test_only_the_direction_of_a_row_counts_however_long_it_is(scale):
+    X, y = load_iris(return_X_y=True)
+    plain, scaled = (PDDMNeighborsClassifier(steps=5, random_state=0).fit(rows, y) for rows in (X, X * scale))
+    np.testing.assert_allclose(scaled.loss_curve_, plain.loss_curve_, rtol=1e-5)
+    assert (scaled.predict(X * scale) == plain.predict(X)).mean() > 0.98
+
+
+@pytest.mark.parametrize("rate", [np.inf, np.nan, 1e30])
+def test_training_that_cannot_go_well_is_said(rate):
+    X, y = load_iris(return_X_y=True)
+    with pytest.raises((ValueError, FloatingPointError), match=r"lr (is|\d)"):
+        PDDMNeighborsClassifier(steps=3, lr=rate, random_state=0).fit(X, y)
+
+
+def test_a_unit_that_is_not_finite_is_refused():
+    X, y = load_iris(return_X_y=True)
+    unit = pddm_ext.PDDM(4)
+    with torch.no_grad():
+        unit.s.bias.fill_(np.nan)
+    with pytest.raises(ValueError, match="unit has a parameter that is not finite"):
+        PDDMNeighborsClassifier(unit=unit).fit(X, y)
+
+
+def test_weights_are_checked_whenever_they_are_used():
+    X, y = load_iris(return_X_y=True)
+    fitted = PDDMNeighborsClassifier(steps=2, random_state=0).fit(X, y).set_params(weights="bogus")
+    with pytest.raises(ValueError, match="weights is 'bogus'"):
+        fitted.predict(X)
+
+
+def test_fitting_does_not_depend_on_the_mode_torch_is_in():
+    X, y = load_iris(return_X_y=True)
+
+    def curve():
+        return PDDMNeighborsClassifier(steps=5, random_state=0).fit(X, y).loss_curve_
+
+    plain = curve()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert curve() == plain
+    with torch.no_grad():
+        assert curve() == plain
+    with torch.inference_mode():
+        assert curve() == plain
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert curve() == plain
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers import DEVICE, FLOATS, Largest, on_one_thread, threads
+import pddm_ext
+from helpers import DEVICE, FLOATS, Largest, make_features, on_one_thread, threads
 from pddm_ext import structure as module
 from pddm_ext._checks import INTEGERS
 from pddm_ext.structure import (
@@ -483,7 +484,7 @@ def test_bad_parameters_are_refused(kwargs, error, message):
 
 def test_the_head_refuses_what_it_was_not_made_for():
     for kwargs, name in (({"dim": 0}, "dim"), ({"dim": 3, "out": 0}, "out")):
-        with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+        with pytest.raises(ValueError, match=f"{name} is 0; at least 1 is accepted"):
             StructureHead(**kwargs)
     head = StructureHead(5).to(DEVICE)
     with pytest.raises(ValueError, match=r"x has shape \(8, 4\); \(rows, 5\) is accepted"):
@@ -496,3 +497,69 @@ def test_the_head_refuses_what_it_was_not_made_for():
 
 def test_the_parameters_are_shown():
     assert repr(MultiClusterRankingLoss(3)) == "MultiClusterRankingLoss(clusters=3, scale=10.0, spread=3.0)"
+
+
+def test_what_has_no_distance_comes_after_what_has_one_and_before_nothing():
+    gallery = make_features(7, 6)
+    gallery[3] = math.nan
+    ranked = torch.tensor([[-1, 3, 1, 2, -1, 5]], device=DEVICE)
+    ones = torch.ones(1, 6, device=DEVICE)
+    found = pddm_ext.structure_rerank(gallery[5:6], ones, gallery, ranked)[0].tolist()
+    assert found[0] == 5
+    assert set(found[1:3]) == {1, 2}
+    assert found[3:] == [3, -1, -1]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are looked at where that waits for nothing")
+def test_negative_weights_are_refused():
+    feats = make_features(4, 6)
+    negative = torch.ones(4, 6)
+    negative[2, 1] = -0.25
+    message = "structure has a negative weight, -0.25; weights from 0 are accepted"
+    for call in (
+        lambda: pddm_ext.adaptive_distance(feats, negative, feats),
+        lambda: pddm_ext.structure_rerank(feats, negative, feats, torch.zeros(4, 1, dtype=torch.int64)),
+        lambda: pddm_ext.MultiClusterRankingLoss()(feats, negative),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_distances_survive_among_rows_that_are_nearly_equal():
+    """They are all 1e-4 of their length apart, where norms and products alone would leave rounding errors."""
+    random = torch.Generator().manual_seed(0)
+    feats = torch.ones(30, 16, dtype=torch.float64) + 1e-4 * torch.randn(30, 16, generator=random, dtype=torch.float64)
+    structure = 0.5 + torch.rand(30, 16, generator=random, dtype=torch.float64)
+    rows, weights = feats.float().to(DEVICE), structure.float().to(DEVICE)
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    exact = (weights.double()[:, None] * (unit[:, None] - unit).square()).sum(-1).sqrt()
+    found = pddm_ext.adaptive_distance(rows, weights, rows).double()
+    apart = ~torch.eye(30, dtype=torch.bool, device=DEVICE)
+    # Unit rows of float32 are themselves only known to 6e-8 an entry, of differences of 3e-5.
+    assert ((found - exact).abs() / exact)[apart].max() < 0.02
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="compiled once, where it is quick")
+def test_reranking_compiles_to_one_graph():
+    feats, structure = make_features(9, 6), torch.rand(9, 6, generator=torch.Generator().manual_seed(0))
+    ranked = torch.randint(0, 9, (9, 4), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(pddm_ext.structure_rerank, fullgraph=True, backend="eager")
+    expected = pddm_ext.structure_rerank(feats, structure, feats, ranked)
+    assert torch.equal(compiled(feats, structure, feats, ranked), expected)
+
+
+def test_gallery_vectors_need_a_dimension():
+    with pytest.raises(ValueError, match=r"gallery has shape \(n, 0\); a dimension of at least 1 is accepted"):
+        pddm_ext.concatenated_gallery(make_features(7, 6)[:, :0])
+
+
+@pytest.mark.parametrize("value", ["a", True, None])
+def test_parameters_that_are_no_numbers_are_named(value):
+    for make, name in (
+        (lambda: pddm_ext.StructureHead(value), "dim"),
+        (lambda: pddm_ext.MultiClusterRankingLoss(scale=value), "scale"),
+        (lambda: pddm_ext.MultiClusterRankingLoss(clusters=value), "clusters"),
+        (lambda: pddm_ext.DensityRegularizer(ratio=value), "ratio"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} is a {type(value).__name__}; "):
+            make()

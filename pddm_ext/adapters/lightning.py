@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from typing import Any
 
@@ -46,9 +45,9 @@ class MetricLearningModule(LightningModule):
     - ``train_loss`` and its terms, ``train_similarity`` (E_m) and ``train_embedding`` (λ E_e);
     - ``train_valid``, the share of slots that hold a quadruplet.
 
-    Validation takes each row of an epoch as a query among all others, by Euclidean distance of the unit features, and
-    logs ``precision_at_1`` and ``mean_average_precision_at_r``, under ``NAME/dataloader_idx_N`` if there are several
-    loaders. A row alone in its class is no query; where every row is, the figures are NaN.
+    Validation, and a test, take each row of an epoch as a query among all others, by Euclidean distance of the unit
+    features, and log ``precision_at_1`` and ``mean_average_precision_at_r``, under ``NAME/dataloader_idx_N`` if there
+    are several loaders. A row alone in its class is no query; where every row is, the figures are NaN.
 
     **Several processes.** ``strategy="ddp"`` serves, without looking for unused parameters: each step's graph has every
     parameter of the unit, and the features, even if no quadruplet is valid. Each process mines its own batch, and the
@@ -92,6 +91,7 @@ class MetricLearningModule(LightningModule):
     Raises:
         TypeError: net is no module; in a step, a dtype that is not accepted.
         ValueError: a mode or number that is not accepted; in a step, a shape that does not fit.
+        FloatingPointError: in validation, the features are not finite.
 
     Source: Huang, Loy, Tang, *Local Similarity-Aware Deep Feature Embedding*, NIPS 2016.
     """
@@ -115,11 +115,9 @@ class MetricLearningModule(LightningModule):
             raise TypeError(f"net is a {type(net).__name__}; a torch.nn.Module is accepted")
         _checks.mode(mode)
         for name, value in (("lr", lr), ("unit_lr_factor", unit_lr_factor)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; a positive finite number is accepted")
+            _checks.number(name, value, "a positive finite number")
         for name, value in (("alpha", alpha), ("beta", beta), ("weight", weight), ("weight_decay", weight_decay)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; a finite number from 0 is accepted")
+            _checks.number(name, value, "a finite number from 0")
         # Another constructor's arguments may be modules or anything else that only a pickle can hold, and loading
         # would give ours to it.
         if type(self).__init__ is MetricLearningModule.__init__:
@@ -170,11 +168,32 @@ class MetricLearningModule(LightningModule):
         self._validated[dataloader_idx].append((F.normalize(feats.float(), dim=-1), labels))
 
     def on_validation_epoch_end(self) -> None:
-        loaders = CombinedLoader(self.trainer.val_dataloaders).flattened
+        self._log_retrieval(CombinedLoader(self.trainer.val_dataloaders).flattened)
+
+    def on_test_epoch_start(self) -> None:
+        self._validated.clear()
+
+    def test_step(self, batch: tuple[Any, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As :meth:`validation_step`."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_retrieval(CombinedLoader(self.trainer.test_dataloaders).flattened)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """The features (n, dim) of a batch of images, or of (images, labels)."""
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        feats: Tensor = self(images)
+        return feats
+
+    def _log_retrieval(self, loaders: list[Any]) -> None:
         for index, batches in sorted(self._validated.items()):
             feats, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
             own = _distinct(loaders[index], len(feats)) if index < len(loaders) else len(feats)
-            measured = self._measure(*self._of_all_processes(feats[:own], labels[:own]))
+            feats, labels = self._of_all_processes(feats[:own], labels[:own])
+            if not feats.isfinite().all():  # on every process, or those left would wait for ever
+                raise FloatingPointError("the features are not finite; lower lr, or choose a precision of wider range")
+            measured = self._measure(feats, labels)
             suffix = f"/dataloader_idx_{index}" if len(self._validated) > 1 else ""
             for name, value in measured.items():
                 self.log(name + suffix, value, prog_bar=True, sync_dist=True, add_dataloader_idx=False)

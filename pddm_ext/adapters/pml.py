@@ -186,6 +186,7 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
         _refuse_distance(kwargs)
         super().__init__(distance=PDDMSimilarity(unit), **kwargs)
         self.mode: Mode = mode
+        self._each = losses.QuadrupletLoss(alpha, beta, weight, reduction="none")
         self.alpha, self.beta, self.weight = alpha, beta, weight
         self.add_to_recordable_attributes(list_of_names=["alpha", "beta", "weight"], is_stat=False)
 
@@ -201,6 +202,8 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
         ref_labels: Tensor,
     ) -> dict[str, Any]:
         c_f.labels_or_indices_tuple_required(labels, indices_tuple)
+        if labels is not None:
+            _checks._vector("labels", labels, len(embeddings), "embeddings")
         if indices_tuple is not None:
             triplets = lmu.convert_to_triplets(indices_tuple, labels, ref_labels)
             values = self._of_triplets(embeddings, ref_emb, *triplets)
@@ -210,8 +213,7 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
             values = self._of_triplets(embeddings, ref_emb, *triplets)
         else:
             quads = mine_and_score(embeddings, labels, self.distance.unit, mode=self.mode)
-            loss = losses.QuadrupletLoss(self.alpha, self.beta, self.weight, reduction="none")
-            values = loss(embeddings, quads)[quads.valid]
+            values = self._each(embeddings, quads)[quads.valid]
             triplets = tuple(torch.stack(quads[:3])[:, quads.valid])
         if len(values) == 0:
             return self.zero_losses()  # type: ignore[no-any-return]

@@ -54,6 +54,7 @@ class PDDMQuadrupletLoss(nn.Module):
 
         loss.unit.load_state_dict(torch.load(f"{folder}/unit.pt", weights_only=True))
 
+    - **Wrappers** that change the embeddings' dimension, as ``MatryoshkaLoss`` does, do not fit: a unit has one.
     - **Several processes.** The trainer has the model alone in its DistributedDataParallel; this loss does the same
       for the unit: rank 0's for all in the first step, and the mean of its gradients in every step. Each process
       mines its own batch.

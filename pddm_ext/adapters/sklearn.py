@@ -5,7 +5,7 @@ What scikit-learn gives as float64 is scored in float64; float32 rows are scored
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,7 +38,13 @@ def _tensor(rows: Array, unit: PDDM) -> Tensor:
     """A copy, where the unit is: joblib hands processes arrays that are not to be written to, which torch would do."""
     if not isinstance(unit, AnyPDDM):
         raise TypeError(f"unit is a {type(unit).__name__}; a PDDM is accepted")
-    return torch.tensor(np.ascontiguousarray(rows), device=unit.u.weight.device)
+    return torch.tensor(_scaled(rows), device=unit.u.weight.device)
+
+
+def _scaled(rows: Array) -> Array:
+    """Rows by powers of two such that the largest number of each is about 1: no direction overflows, or vanishes."""
+    scaled: Array = np.ldexp(rows, -np.frexp(np.abs(rows).max(1, keepdims=True, initial=0))[1])
+    return scaled
 
 
 def _distance(scores: Any) -> Any:
@@ -186,17 +192,21 @@ class PDDMNeighborsClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             ValueError: a parameter, shape or feature dimension that does not fit; NaN or infinity; y has no classes,
                 or, where a unit is to be trained, one class or no class of two rows.
             TypeError: a parameter of a wrong type; X is sparse.
+            FloatingPointError: training diverged.
         """
         check_scalar(self.n_neighbors, "n_neighbors", Integral, min_val=1)
-        if self.weights not in ("uniform", "distance"):
-            raise ValueError(f"weights is {self.weights!r}; 'uniform', 'distance' are accepted")
+        self._check_weights()
         rows, targets = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(targets)
         self.classes_, labels = np.unique(targets, return_inverse=True)
         if self.unit is None:
-            self.unit_, self.loss_curve_ = self._train(rows, labels)
+            # Whatever mode torch is in around fit, or a loss could have no gradient, or another value.
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                self.unit_, self.loss_curve_ = self._train(rows, labels)
         else:
             _checks.matrix(_tensor(rows[:1], self.unit), self.unit, None)
+            if not _finite(self.unit):
+                raise ValueError("unit has a parameter that is not finite")
             self.unit_, self.loss_curve_ = self.unit, []
         self._rows, self._labels, self.n_samples_fit_ = rows, labels, len(rows)
         return self
@@ -250,6 +260,7 @@ class PDDMNeighborsClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         Raises:
             ValueError, TypeError, NotFittedError: as of :meth:`kneighbors`.
         """
+        self._check_weights()
         distances, rows = self.kneighbors(X)
         if self.weights == "distance":
             nearest = np.maximum(distances, np.finfo(np.float64).tiny)  # softplus(−S) underflows at S = 745
@@ -271,12 +282,16 @@ class PDDMNeighborsClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         labels: Array = self.classes_[best]
         return labels
 
+    def _check_weights(self) -> None:
+        if self.weights not in ("uniform", "distance"):
+            raise ValueError(f"weights is {self.weights!r}; 'uniform', 'distance' are accepted")
+
     def _train(self, rows: Array, labels: Array) -> tuple[PDDM, list[float]]:
         check_scalar(self.hidden, "hidden", Integral, min_val=1)
         check_scalar(self.steps, "steps", Integral, min_val=1)
         check_scalar(self.batch_size, "batch_size", Integral, min_val=8)
-        check_scalar(self.lr, "lr", Real, min_val=0)
-        check_scalar(self.weight_decay, "weight_decay", Real, min_val=0)
+        for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
+            _checks.number(name, value, "a finite number from 0")
         sizes = np.bincount(labels)
         if len(sizes) == 1 or sizes.max() == 1:
             raise ValueError(
@@ -287,7 +302,7 @@ class PDDMNeighborsClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         unit = _initial_unit(rows.shape[1], int(self.hidden), rng)
         loss_fn = QuadrupletLoss()
         optimizer = torch.optim.Adam(unit.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        feats, ids = torch.tensor(rows, dtype=torch.float32), torch.tensor(labels)
+        feats, ids = torch.tensor(_scaled(rows), dtype=torch.float32), torch.tensor(labels)
         classes = np.split(labels.argsort(kind="stable"), sizes.cumsum()[:-1])
         per_class = max(4, self.batch_size // len(classes))
         losses = []
@@ -299,13 +314,19 @@ class PDDMNeighborsClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(loss.item())
+        if not _finite(unit):
+            raise FloatingPointError(f"training diverged at lr {self.lr}; lower it")
         return unit, losses
+
+
+def _finite(unit: PDDM) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in unit.parameters())
 
 
 def _initial_unit(dim: int, hidden: int, rng: np.random.RandomState) -> PDDM:
     """A unit with nn.Linear's initial distribution: its own draws would be torch's, which other threads share."""
     with torch.device("meta"):
-        unit = PDDM(dim, hidden, hidden)
+        unit = PDDM(dim, hidden, hidden).float()
     unit.to_empty(device="cpu")
     with torch.no_grad():
         for layer in (unit.u, unit.v, unit.c, unit.s):

@@ -69,7 +69,11 @@ def method(text: str, common: Settings) -> Settings:
     idle = sorted(given.keys() & unused(name))
     if idle:
         raise ValueError(f"--methods {text}: {name} does not use {', '.join(idle)}")
-    return replace(common, method=name, **parse(given, f"--methods {text}"))
+    settings = replace(common, method=name, **parse(given, f"--methods {text}"))
+    for key, term in (("density_ratio", "density"), ("clusters", "structure")):
+        if key in given and not getattr(settings, term):
+            raise ValueError(f"--methods {text}: {key} does nothing without {term}")
+    return settings
 
 
 class Grid:
