@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 import torch
@@ -454,3 +456,26 @@ class Largest(TorchDispatchMode):
             if isinstance(t, Tensor):
                 self.elements = max(self.elements, t.numel())
         return out
+
+
+def in_two_processes(target: Callable[[int, int, Path], None], folder: Path, *, preload: str) -> list[dict[str, Any]]:
+    """What ``target(rank, port, folder)`` leaves in RANK.pt in each of two processes that share a port.
+
+    ``preload`` is a module that takes seconds to import, and is so once instead of twice.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    processes = [context.Process(target=target, args=(rank, port, folder)) for rank in range(2)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

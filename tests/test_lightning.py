@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pddm_ext
-from helpers import MODES, PARAMETERS, host_only, on_one_thread
+from helpers import MODES, PARAMETERS, host_only, in_two_processes, on_one_thread
 from pddm_ext import reference
 from pddm_ext.adapters.lightning import MetricLearningModule
 
@@ -397,22 +395,7 @@ def as_one_of_two(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pddm_ext.adapters.lightning"])  # seconds, once instead of twice
-    processes = [context.Process(target=as_one_of_two, args=(rank, port, folder)) for rank in range(2)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        assert [process.exitcode for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return in_two_processes(as_one_of_two, folder, preload="pddm_ext.adapters.lightning")
 
 
 @pytest.mark.parametrize(("gather", "mode"), RUNS)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 import pddm_ext
-from helpers import MODES, PARAMETERS, host_only, on_one_thread
+from helpers import MODES, PARAMETERS, host_only, in_two_processes, on_one_thread
 from pddm_ext import reference
 from pddm_ext.adapters.sentence_transformers import PDDMQuadrupletLoss
 
@@ -264,22 +262,7 @@ def as_one_of_two(rank: int, port: int, folder: Path) -> None:
 @on_one_thread
 def test_two_processes_train_one_unit(tmp_path):
     """By the mean of their gradients, from the unit of rank 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pddm_ext.adapters.sentence_transformers"])  # seconds, once instead of twice
-    processes = [context.Process(target=as_one_of_two, args=(rank, port, tmp_path)) for rank in range(2)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        assert [process.exitcode for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = in_two_processes(as_one_of_two, tmp_path, preload="pddm_ext.adapters.sentence_transformers")
     assert not torch.equal(first["start"]["unit.u.weight"], second["start"]["unit.u.weight"])
     assert_equal(second["end"], first["end"])
 
