@@ -46,19 +46,12 @@ __global__ void __launch_bounds__(kGradientThreads)
   if (t < count) {
     if (source.i) {
       i = source.i[at], j = source.j[at], weight = source.weight[at];
-      if (i >= source.n || j >= source.n) {
-        printf("pddm: pair %lld is (%lld, %lld), out of range for %lld rows\n", static_cast<long long>(at),
-               static_cast<long long>(i), static_cast<long long>(j), static_cast<long long>(source.n));
-        __trap();
-      }
+      if (i >= source.n || j >= source.n) refuse_pair(at, i, j, source.n);
     } else if (source.split >= 0) {
       const int64_t columns = source.n - source.split;
       i = at / columns, j = source.split + at % columns, weight = source.weight[at];
     } else {
-      j = int64_t((sqrt(8.0 * double(at) + 1.0) - 1.0) / 2.0);
-      while (j * (j + 1) / 2 > at) --j;
-      while ((j + 1) * (j + 2) / 2 <= at) ++j;
-      i = at - j * (j + 1) / 2;
+      j = triangle_column(at), i = at - j * (j + 1) / 2;
       weight = source.weight[i * source.n + j];
       if (i != j) weight += source.weight[j * source.n + i];
     }

@@ -145,6 +145,20 @@ __device__ __forceinline__ int64_t last_not_above(const int64_t* before, int64_t
   return low;
 }
 
+// Entry (g, c) of a triangle, g <= c, is number c (c + 1) / 2 + g: the column of number `at`.
+__device__ __forceinline__ int64_t triangle_column(int64_t at) {
+  auto c = int64_t((sqrt(8.0 * double(at) + 1.0) - 1.0) / 2.0);  // but for rounding
+  while (c * (c + 1) / 2 > at) --c;
+  while ((c + 1) * (c + 2) / 2 <= at) ++c;
+  return c;
+}
+
+__device__ inline void refuse_pair(int64_t at, int64_t i, int64_t j, int64_t rows) {
+  printf("pddm: pair %lld is (%lld, %lld), out of range for %lld rows\n", static_cast<long long>(at),
+         static_cast<long long>(i), static_cast<long long>(j), static_cast<long long>(rows));
+  __trap();
+}
+
 // Pair `p` of tile `tile`. `partner` is the hardest positive pair, for Walk::partners.
 template <int Pairs, class Real>
 __device__ Pair pair_at(const Job<Real>& job, int64_t tile, int p, const Pair& partner) {
@@ -154,20 +168,11 @@ __device__ Pair pair_at(const Job<Real>& job, int64_t tile, int p, const Pair& p
     case Walk::pairs: {
       if (at >= job.count) return {-1, -1};
       const int64_t i = job.i[at], j = job.j[at];
-      if (i < 0 || j < 0 || i >= job.n || j >= job.n) {
-        printf("pddm: pair %lld is (%lld, %lld), out of range for %lld rows\n", static_cast<long long>(at),
-               static_cast<long long>(i), static_cast<long long>(j), static_cast<long long>(job.n));
-        __trap();
-      }
+      if (i < 0 || j < 0 || i >= job.n || j >= job.n) refuse_pair(at, i, j, job.n);
       return {int(i), int(j)};
     }
     case Walk::triangle: {
-      // Block (g, c) with g <= c is number c (c + 1) / 2 + g; the root finds c but for rounding.
-      const int64_t block = tile / kCuts;
-      int64_t c = int64_t((sqrt(8.0 * double(block) + 1.0) - 1.0) / 2.0);
-      while (c * (c + 1) / 2 > block) --c;
-      while ((c + 1) * (c + 2) / 2 <= block) ++c;
-      const int64_t g = block - c * (c + 1) / 2;
+      const int64_t block = tile / kCuts, c = triangle_column(block), g = block - c * (c + 1) / 2;
       const int64_t i = g * kColumns + tile % kCuts * kRows + p / kColumns, j = c * kColumns + p % kColumns;
       return j < job.n && (i < j || (job.diagonal && i == j)) ? Pair{int(i), int(j)} : Pair{-1, -1};
     }
