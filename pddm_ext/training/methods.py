@@ -62,22 +62,21 @@ class Recommended(Quadruplet):
     """The score loss on every positive pair's quadruplet, beside the multi-similarity loss on all pairs.
 
     The hard quadruplets train the unit and, through it, the embedding; what they leave out (the pairs that are not the
-    hardest) a loss on all pairs has. Four things differ from either alone, each chosen on validation classes:
+    hardest) a loss on all pairs has, as its library sets it. Three things differ from the paper's PDDM, each chosen on
+    validation classes:
 
     - The unit starts as a function of the distance, so that its first quadruplets are hard and its score ranks unseen
       classes. Alone that collapses the embedding, as mining by distance does; the loss on all pairs holds it open.
     - The unit sees features with noise. Without it the unit learns the places of the training classes by heart, its
       gradient draws the embedding there, and unseen classes suffer.
     - The score loss weighs 0.3: it corrects the embedding, and does not lead it.
-    - The multi-similarity loss has λ = 0.3 and β = 20 (0.5 and 50 in its paper): negatives are pushed apart from a
-      smaller similarity on, and not by the few nearest alone, which is what the quadruplets do.
     """
 
-    SCORE, NOISE, MULTI_SIMILARITY = 0.3, 0.05, {"alpha": 2, "beta": 20, "base": 0.3}
+    SCORE, NOISE = 0.3, 0.05
 
     def __init__(self, settings: Settings, unit: pddm_ext.PDDM) -> None:
         super().__init__(settings, "pair", unit)
-        self.pairs = losses.MultiSimilarityLoss(**self.MULTI_SIMILARITY)
+        self.pairs = losses.MultiSimilarityLoss()
 
     def forward(self, feats: Tensor, labels: Tensor) -> dict[str, Tensor]:
         unit = F.normalize(feats if self.unit_gradient else feats.detach(), dim=1)
@@ -147,7 +146,6 @@ def objective(settings: Settings) -> Quadruplet | PairLoss:
         "n-pair": lambda: (losses.NPairsLoss(), None),
         "contrastive": lambda: (losses.ContrastiveLoss(), None),
         "multi-similarity": lambda: (losses.MultiSimilarityLoss(), None),
-        "multi-similarity-soft": lambda: (losses.MultiSimilarityLoss(**Recommended.MULTI_SIMILARITY), None),
         "multi-similarity-mined": lambda: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
     }[settings.method]()  # type: ignore[no-untyped-call]
     return PairLoss(loss, miner)

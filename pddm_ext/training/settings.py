@@ -23,7 +23,6 @@ METHODS = (
     "n-pair",
     "contrastive",
     "multi-similarity",
-    "multi-similarity-soft",
     "multi-similarity-mined",
 )
 STARTS = ("random", "distance")
