@@ -84,7 +84,7 @@ bench: $(VENV)/bench
 
 # On a machine with a GPU and a CUDA build of torch, in whatever Python has them: make test-cuda PYTHON=python3
 CUDA_PACKAGE := build/cuda/package
-$(CUDA_PACKAGE)/built: $(NATIVE) $(wildcard pddm_ext/*.py pddm_ext/training/*)
+$(CUDA_PACKAGE)/built: $(NATIVE) $(wildcard pddm_ext/*.py pddm_ext/workbench/* pddm_ext/workbench/*/*)
 	PDDM_CUDA=on $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --upgrade \
 	  --target $(CUDA_PACKAGE) .
 	@touch $@

@@ -16,9 +16,10 @@ from typing import Any
 
 import jinja2
 
-from pddm_ext.training import compare, figures, report
-from pddm_ext.training.checkpoint import write_bytes
-from pddm_ext.training.settings import Settings
+from pddm_ext.workbench import compare
+from pddm_ext.workbench.checkpoint import write_bytes
+from pddm_ext.workbench.report import figures, page
+from pddm_ext.workbench.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE, PAGE, README = ROOT / "bench/results/retrieval", ROOT / "docs/results.md", ROOT / "README.md"
@@ -108,7 +109,7 @@ def run(name: str, omniglot: str, jobs: int) -> None:
     grid.folder.mkdir(parents=True, exist_ok=True)
     cells = grid.run(jobs)
     examples, raw = compare.examples(grid)
-    report.write(grid.folder / "report.html", cells, raw, examples)
+    page.write(grid.folder / "report.html", cells, raw, examples)
     stored = {"raw": raw, "cells": {label: [_kept(metrics) for metrics in seeds] for label, seeds in cells.items()}}
     STORE.mkdir(parents=True, exist_ok=True)
     write_bytes(STORE / f"{name}.json", (json.dumps(stored, separators=(",", ":")) + "\n").encode())
@@ -210,7 +211,7 @@ def ahead(values: list[float], others: list[float], digits: int = 1) -> str:
     return f"{statistics.fmean(differences):+.{digits}f} ± {error:.{digits}f}"
 
 
-def page() -> bytes:
+def results() -> bytes:
     """The text of docs/results.md."""
     return _filled("results.md.j2").encode()
 
@@ -248,7 +249,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail where the page is not what is stored")
     arguments = parser.parse_args()
     if arguments.check:
-        stale = [str(path) for path, text in ((PAGE, page()), (README, readme())) if path.read_bytes() != text]
+        stale = [str(path) for path, text in ((PAGE, results()), (README, readme())) if path.read_bytes() != text]
         if stale:
             print(f"{', '.join(stale)}: not what is stored; run {sys.argv[0]}", file=sys.stderr)
         return len(stale)
@@ -257,7 +258,7 @@ def main() -> int:
             run(name, arguments.omniglot, arguments.jobs)
     PAGE.parent.mkdir(exist_ok=True)
     draw()
-    write_bytes(PAGE, page())
+    write_bytes(PAGE, results())
     write_bytes(README, readme())
     return 0
 

@@ -8,7 +8,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from pddm_ext import __version__
-from pddm_ext.cli import _parser
+from pddm_ext.workbench.cli import _parser
 
 project = "pddm_ext"
 author = copyright = "The pddm_ext developers"

@@ -12,12 +12,13 @@ import pytest
 from test_training import TINY, TINY_OPTIONS, interrupt_at, make_archive, make_tiny, untimed
 
 from helpers import threads
-from pddm_ext import cli
-from pddm_ext.training import compare, datasets, glyphs, outcome
-from pddm_ext.training.compare import Cell, Grid, method
-from pddm_ext.training.data import Dataset
-from pddm_ext.training.loop import CHECKPOINT, CONFIG, CollapseWarning, Run
-from pddm_ext.training.settings import Settings
+from pddm_ext.workbench import cli, compare, outcome
+from pddm_ext.workbench.compare import Cell, Grid, method
+from pddm_ext.workbench.data import glyphs
+from pddm_ext.workbench.data.load import load
+from pddm_ext.workbench.data.splits import Dataset
+from pddm_ext.workbench.loop import CHECKPOINT, CONFIG, CollapseWarning, Run
+from pddm_ext.workbench.settings import Settings
 
 # Classes so few, and nets so small, that they collapse now and then; nothing here is about that.
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CollapseWarning.__module__}.CollapseWarning")
@@ -391,7 +392,7 @@ def test_processes_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     common = Settings(**{**TINY, "steps": 2}, data="omniglot", root=str(archive))
     for name in methods:
         metrics = outcome.read(tmp_path / "grid" / "cells" / name / "seed-0")
-        run = Run(replace(common, method=name), datasets.load(common))
+        run = Run(replace(common, method=name), load(common))
         run.train(progress=False)
         assert metrics is not None
         assert untimed(metrics) == untimed(outcome.figures(run))

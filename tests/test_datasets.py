@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from pddm_ext.training import augment, datasets, glyphs, omniglot, photos, published
-from pddm_ext.training.data import Dataset, Split, batches
-from pddm_ext.training.loop import Run
-from pddm_ext.training.settings import Settings
+from pddm_ext.workbench.data import augment, glyphs, omniglot, photos, published
+from pddm_ext.workbench.data import load as by_name
+from pddm_ext.workbench.data.splits import Dataset, Split, batches
+from pddm_ext.workbench.loop import Run
+from pddm_ext.workbench.settings import Settings
 
 OMNIGLOT = Path(__file__).parents[2] / "shared" / "data" / "omniglot" / "images_background_small1.zip"
 
@@ -762,7 +763,7 @@ class Means(nn.Sequential):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_on_a_folder(tmp_path: Path, workers: int) -> None:
     settings = Settings(**TINY, root=str(make_folder(tmp_path)), workers=workers)
-    run = Run(settings, datasets.load(settings), backbone=Means())
+    run = Run(settings, by_name.load(settings), backbone=Means())
     run.train(progress=False)
     assert run.taken == 2
     assert run.curves["step"] == [1, 2]
@@ -779,7 +780,7 @@ def test_a_backbone_whose_package_is_missing_is_named_before_any_work(
     scatter(tmp_path, {f"{c}/{p}.jpg": b"no picture" for c in "abcdefgh" for p in range(3)})
     settings = Settings(**TINY, root=str(tmp_path), backbone=f"{package}/resnet18")
     with pytest.raises(ModuleNotFoundError, match=package):
-        Run(settings, datasets.load(settings), tmp_path / "out")
+        Run(settings, by_name.load(settings), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -797,10 +798,10 @@ def test_settings_pick_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     root = "" if name == "glyphs" else str(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        assert datasets.load(Settings(data=name, root=root)).name == name
+        assert by_name.load(Settings(data=name, root=root)).name == name
     if name not in PUBLISHED:
         with pytest.raises(ValueError, match=f"--download fetches cub200, cars196 and sop; --data is {name}"):
-            datasets.load(Settings(data=name, root=root, download=True))
+            by_name.load(Settings(data=name, root=root, download=True))
 
 
 # Omniglot

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from helpers import make_unit
 from pddm_ext import reference
-from pddm_ext.training import evaluate, probes, retrieval, separation
-from pddm_ext.training.model import Embedder
+from pddm_ext.workbench.evaluation import evaluate, probes, retrieval, separation
+from pddm_ext.workbench.model import Embedder
 
 
 def noise(n: int, dim: int = 8, seed: int = 0) -> Tensor:

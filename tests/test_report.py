@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 import pddm_ext
-from pddm_ext.training import figures, pictures, report
-from pddm_ext.training.augment import DRAWINGS, PHOTOS
-from pddm_ext.training.data import Dataset, TestSet, in_memory
-from pddm_ext.training.pictures import Examples, Shown
+from pddm_ext.workbench.data.augment import DRAWINGS, PHOTOS
+from pddm_ext.workbench.data.splits import Dataset, TestSet, in_memory
+from pddm_ext.workbench.report import figures, page, pictures
+from pddm_ext.workbench.report.pictures import Examples, Shown
 
 AWKWARD = '<b>$x$ & "y"</b>:alpha=1,beta=2'
 
@@ -100,8 +100,8 @@ def examples(*labels: str, dim: int = 6, photographs: bool = False) -> Examples:
     return Examples(0, test, test[torch.arange(8)], shown)
 
 
-def page(tmp_path: Path, *args: Any) -> str:
-    return report.write(tmp_path / "report.html", *args).read_text("utf-8")
+def written_page(tmp_path: Path, *args: Any) -> str:
+    return page.write(tmp_path / "report.html", *args).read_text("utf-8")
 
 
 class Links(HTMLParser):
@@ -132,7 +132,7 @@ class Links(HTMLParser):
 
 def test_the_page_fetches_nothing_and_is_the_same_each_time(tmp_path: Path) -> None:
     cells = {"first": [cell(0, unit=True), cell(1, unit=True)], "second": [cell(0), cell(1)]}
-    written = page(tmp_path, cells, ranking(0.3), examples("first", "second"))
+    written = written_page(tmp_path, cells, ranking(0.3), examples("first", "second"))
     links = Links(written)
     assert all(link.startswith(("data:image/", "#")) for link in links.fetched)
     assert "http" not in re.sub(r"data:image/[^\"]*", "", written)
@@ -143,12 +143,12 @@ def test_the_page_fetches_nothing_and_is_the_same_each_time(tmp_path: Path) -> N
     assert {link[1:] for link in links.fetched if link.startswith("#")} <= set(links.identifiers)
     assert set(re.findall(r"url\(#([^)]*)\)", written)) <= set(links.identifiers)
     torch.manual_seed(99)
-    assert page(tmp_path, cells, ranking(0.3), examples("first", "second")) == written
+    assert written_page(tmp_path, cells, ranking(0.3), examples("first", "second")) == written
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
-    written = page(tmp_path, {AWKWARD: [cell(unit=True)]}, None, examples(AWKWARD))
+    written = written_page(tmp_path, {AWKWARD: [cell(unit=True)]}, None, examples(AWKWARD))
     links = Links(written)
     assert not links.tags & {"i", "u"}
     assert "<b>$x$" not in written
@@ -160,37 +160,37 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
     cells = {"plain": [cell(0), cell(1)]}
-    text = Links(page(tmp_path, cells)).text
+    text = Links(written_page(tmp_path, cells)).text
     for absent in ("raw pixels", "by PDDM score", "Retrieval", "Mined quadruplets", "collapsed on"):
         assert absent not in text
-    shown = Links(page(tmp_path, cells, ranking(0.3), examples("unit", "plain"))).text
+    shown = Links(written_page(tmp_path, cells, ranking(0.3), examples("unit", "plain"))).text
     assert "raw pixels" in shown
     assert "Retrieval" in shown
 
 
 def test_collapsed_seeds_are_said_in_words(tmp_path: Path) -> None:
     cells = {"good": [cell(0), cell(3)], "bad": [cell(0), cell(3, collapsed=True)]}
-    text = " ".join(Links(page(tmp_path, cells)).text.split())
+    text = " ".join(Links(written_page(tmp_path, cells)).text.split())
     assert "bad has collapsed on 1 of 2 seeds (3)." in text
     assert "nearly all pictures, alike or not, are put at one point" in text
     assert "collapsed, 1 of 2" in text
     assert "good has collapsed" not in text
-    assert report.table(cells).endswith("bad has collapsed on 1 of 2 seeds (3): spread below 0.04.")
+    assert page.table(cells).endswith("bad has collapsed on 1 of 2 seeds (3): spread below 0.04.")
 
 
 def test_one_seed_has_its_interval_and_several_their_deviation(tmp_path: Path) -> None:
-    one = Links(page(tmp_path, {"m": [cell(recall=0.5)]})).text
+    one = Links(written_page(tmp_path, {"m": [cell(recall=0.5)]})).text
     assert "49.0–53.0" in one
     assert "(95 % interval 49.0 to 53.0)" in " ".join(one.split())
     assert "± " not in one
-    several = Links(page(tmp_path, {"m": [cell(0, 0.5), cell(1, 0.6)]})).text
+    several = Links(written_page(tmp_path, {"m": [cell(0, 0.5), cell(1, 0.6)]})).text
     assert "56.0± 7.1" in several
     assert "49.0–53.0" not in several
 
 
 def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
     cells = {"low": [cell(recall=0.4)], "high": [cell(recall=0.5, unit=True)]}
-    written = page(tmp_path, cells, ranking(0.3))
+    written = written_page(tmp_path, cells, ranking(0.3))
     best = re.findall(r'<td class="best"><b>([^<]*)</b>', written)
     # Re-ranked six times, then what low and high share; never spread or effective rank.
     assert best[-6:] == ["61.0", "62.0", "64.0", "68.0", "30.0", "40.0"]
@@ -203,7 +203,7 @@ def test_settings_are_told_apart(tmp_path: Path) -> None:
     for metrics in cells["b"]:
         metrics["settings"] |= {"method": "other", "lr": 0.01}
     cells["b"][1]["environment"] = cells["b"][1]["environment"] | {"device": "cuda"}
-    written = page(tmp_path, cells)
+    written = written_page(tmp_path, cells)
     table = written[written.index('<table class="plain">') :]
     assert re.findall(r'<th scope="col">(\w+)</th>', table) == ["method", "method", "lr"]
     assert re.findall(r"<td>([^<]*)</td>", table[: table.index("</table>")]) == ["m", "0.001", "other", "0.01"]
@@ -214,7 +214,7 @@ def test_settings_are_told_apart(tmp_path: Path) -> None:
 
 def test_the_terminal_table(tmp_path: Path) -> None:
     cells = {"long-name": [cell(0, 0.5, unit=True), cell(1, 0.6, unit=True)], "n": [cell(0)]}
-    lines = report.table(cells, ranking(0.3)).splitlines()
+    lines = page.table(cells, ranking(0.3)).splitlines()
     assert lines[0].split() == ["R@1", "R@8", "MAP@R", "spread", "steps/s"]
     assert [line.partition("  ")[0] for line in lines[1:]] == [
         "raw pixels",
@@ -231,9 +231,9 @@ def test_the_terminal_table(tmp_path: Path) -> None:
 
 def test_nothing_to_report_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cells is empty"):
-        report.write(tmp_path / "report.html", {})
+        page.write(tmp_path / "report.html", {})
     with pytest.raises(ValueError, match="m has no finished seed"):
-        report.table({"m": []})
+        page.table({"m": []})
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="shown is empty"):
         examples()
@@ -324,11 +324,11 @@ def test_a_faultless_embedding_has_only_hits() -> None:
 def test_degenerate_embeddings_can_be_shown(tmp_path: Path, features: torch.Tensor) -> None:
     made = examples("m")
     flat = Examples(0, made.test, made.batch, {"m": Shown(features)})
-    assert page(tmp_path, {"m": [cell(collapsed=True)]}, None, flat).count("data:image/png") > 10
+    assert written_page(tmp_path, {"m": [cell(collapsed=True)]}, None, flat).count("data:image/png") > 10
 
 
 def test_photographs_are_scaled_down(tmp_path: Path) -> None:
-    written = page(tmp_path, {"m": [cell(unit=True)]}, None, examples("m", photographs=True))
+    written = written_page(tmp_path, {"m": [cell(unit=True)]}, None, examples("m", photographs=True))
     assert written.count("data:image/jpeg") > 60
     assert "data:image/png" not in written
     assert len(written) < 2_000_000
@@ -336,7 +336,7 @@ def test_photographs_are_scaled_down(tmp_path: Path) -> None:
 
 def test_a_summary_has_every_figure_of_a_run() -> None:
     metrics = cell(recall=0.5, unit=True, collapsed=True)
-    text = report.summary(metrics)
+    text = page.summary(metrics)
     lines = {line[:18].strip(): line[18:].split("  ") for line in text.splitlines()[1:-1]}
     assert [part.strip() for part in text.splitlines()[0].split("  ") if part] == [
         "by distance",
@@ -351,4 +351,4 @@ def test_a_summary_has_every_figure_of_a_run() -> None:
     assert set(lines) >= {"Recall@8", "MAP@R", "NMI", "AMI", "transfer", "zero-shot", "spread", "overlap", "AUC"}
     assert lines["AUC"][0].strip() == "75.0"
     assert "collapsed" in text.splitlines()[-1]
-    assert "by score" not in report.summary(cell(recall=0.5))
+    assert "by score" not in page.summary(cell(recall=0.5))

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 import pddm_ext
 from helpers import threads
-from pddm_ext import cli
-from pddm_ext.training import checkpoint, glyphs, loop, outcome
-from pddm_ext.training.augment import DRAWINGS
-from pddm_ext.training.data import Dataset, Split, TestSet, batches, fit, in_memory
-from pddm_ext.training.evaluate import embed
-from pddm_ext.training.loop import CHECKPOINT, CONFIG, CollapseWarning, Learner, Run
-from pddm_ext.training.methods import mine_by_distance, objective
-from pddm_ext.training.model import embedder
-from pddm_ext.training.retrieval import recall_at_k
-from pddm_ext.training.settings import METHODS, Settings
+from pddm_ext.workbench import checkpoint, cli, loop, outcome
+from pddm_ext.workbench.data import glyphs
+from pddm_ext.workbench.data.augment import DRAWINGS
+from pddm_ext.workbench.data.splits import Dataset, Split, TestSet, batches, fit, in_memory
+from pddm_ext.workbench.evaluation.evaluate import embed
+from pddm_ext.workbench.evaluation.retrieval import recall_at_k
+from pddm_ext.workbench.loop import CHECKPOINT, CONFIG, CollapseWarning, Learner, Run
+from pddm_ext.workbench.methods import mine_by_distance, objective
+from pddm_ext.workbench.model import embedder
+from pddm_ext.workbench.settings import METHODS, Settings
 
 TINY = {"steps": 6, "classes": 4, "samples": 3, "dim": 8, "every": 2, "accelerator": "cpu"}
 TINY_OPTIONS = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
@@ -1042,7 +1042,7 @@ import sys
 for extra in ("matplotlib", "PIL", "tqdm", "sklearn", "scipy", "jinja2", "faiss", "lightning_fabric", "tensorboard"):
     sys.modules[extra] = None
 sys.modules["pytorch_metric_learning"] = None
-from pddm_ext import cli
+from pddm_ext.workbench import cli
 assert cli.main(["info"]) == 0
 try:
     cli.main(["compare", "--help"])
@@ -1063,8 +1063,8 @@ sys.exit(cli.main(["train"]))
 _ON_TWO = """
 import os, sys
 import torch
-from pddm_ext import cli
-from pddm_ext.training import checkpoint, loop
+from pddm_ext.workbench import cli
+from pddm_ext.workbench import checkpoint, loop
 
 train, forward = loop.Run.train, loop.Learner.forward
 seen = []

@@ -16,14 +16,15 @@ from tqdm import tqdm
 
 from pddm_ext.quadruplets import Quadruplets
 
-from . import datasets, outcome
+from . import outcome
 from .checkpoint import write_bytes
-from .data import Dataset, batches
-from .evaluate import embed
+from .data.load import load
+from .data.splits import Dataset, batches
+from .evaluation.evaluate import embed
 from .loop import CHECKPOINT, CONFIG, Run
 from .methods import Quadruplet
 from .outcome import raw_pixels
-from .pictures import Examples, Shown
+from .report.pictures import Examples, Shown
 from .settings import METHODS, Settings, difference, parse, unused, written
 
 #: The sweep's runs have seeds of their own, so that no final run was looked at before.
@@ -195,7 +196,7 @@ def finished(cell: Cell) -> dict[str, Any] | None:
 
 @functools.lru_cache(1)
 def _dataset(data: str, root: str, download: bool) -> Dataset:
-    return datasets.load(Settings(data=data, root=root, download=download))
+    return load(Settings(data=data, root=root, download=download))
 
 
 def run_cell(cell: Cell, threads: int) -> None:
@@ -260,7 +261,7 @@ def _each(cells: list[Cell], jobs: int, threads: int) -> Iterator[Cell]:
 def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:
     """Pictures of the first methods, trained with the first seed, and the retrieval figures of raw pixels."""
     cells = [cell for cell in grid.cells() if cell.settings.seed == grid.seeds[0]][:_SHOWN]
-    dataset = datasets.load(cells[0].settings)
+    dataset = load(cells[0].settings)
     runs = {cell.label: Run(cell.settings, dataset) for cell in cells}
     first = next(iter(runs.values()))
     settings, view = first.settings, dataset.view

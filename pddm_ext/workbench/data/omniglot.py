@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .augment import DRAWINGS
-from .data import Dataset, Split, fit, in_memory
+from .splits import Dataset, Split, fit, in_memory
 
 TRAIN_ALPHABETS, TEST_ALPHABETS = 3, 2
 ARCHIVE = "images_background_small1"

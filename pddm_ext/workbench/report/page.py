@@ -14,12 +14,12 @@ import jinja2
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from ..checkpoint import write_bytes
+from ..evaluation.retrieval import KS
+from ..loop import COLLAPSED
 from . import figures, pictures
-from .checkpoint import write_bytes
 from .figures import Cells
-from .loop import COLLAPSED
 from .pictures import Examples
-from .retrieval import KS
 
 PAGE = "report.html"
 RANKINGS = {"distance": "by distance", "score": "by score", "rerank": "re-ranked", "structure": "by structure"}
@@ -154,7 +154,7 @@ def write(path: Path, cells: Cells, raw: Metrics | None = None, examples: Exampl
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["breakable"] = _breakable
-    template = resources.files(__package__).joinpath("report.html.j2").read_text("utf-8")
+    template = resources.files(__package__).joinpath("page.html.j2").read_text("utf-8")
     shared, differing = _settings(cells)
     page = environment.from_string(template).render(
         rows=rows,

@@ -15,10 +15,10 @@ import pddm_ext
 from pddm_ext import _C
 
 from .checkpoint import write_bytes
-from .data import Split, TestSet
-from .evaluate import evaluate
+from .data.splits import Split, TestSet
+from .evaluation.evaluate import evaluate
+from .evaluation.retrieval import retrieval
 from .loop import COLLAPSED, Run
-from .retrieval import retrieval
 from .settings import Settings
 
 METRICS = "metrics.json"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .data import Dataset
-from .settings import Settings
+from ..settings import Settings
+from .splits import Dataset
 
 
 def load(settings: Settings) -> Dataset:

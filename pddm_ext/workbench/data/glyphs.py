@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .augment import DRAWINGS
-from .data import Dataset, Split, fit, in_memory
+from .splits import Dataset, Split, fit, in_memory
 
 FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),

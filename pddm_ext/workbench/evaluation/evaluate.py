@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 import pddm_ext
 
-from .data import TestSet
-from .model import Embedder
+from ..data.splits import TestSet
+from ..model import Embedder
 from .probes import clustering, transfer, zero_shot
 from .retrieval import relevant, retrieval
 from .separation import effective_rank, separation, spread

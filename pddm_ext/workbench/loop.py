@@ -20,12 +20,12 @@ import pddm_ext
 from pddm_ext import _C
 
 from . import checkpoint
-from .data import Dataset, TestSet, batches
-from .evaluate import embed
+from .data.splits import Dataset, TestSet, batches
+from .evaluation.evaluate import embed
+from .evaluation.retrieval import KS, recall_at_k, relevant
+from .evaluation.separation import effective_rank, spread
 from .methods import PairLoss, Quadruplet, objective
 from .model import Embedder, embedder
-from .retrieval import KS, recall_at_k, relevant
-from .separation import effective_rank, spread
 from .settings import Settings, difference
 
 CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .augment import PHOTO, PHOTOS
-from .data import Dataset, Split
+from .splits import Dataset, Split
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: What Pillow may take a file for. Left to itself it starts other programs at some kinds of file.

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from . import _C, __version__
-from .training.settings import DRAWINGS, Settings, option, parse, read, written
+from .. import _C, __version__
+from .settings import DRAWINGS, Settings, option, parse, read, written
 
 _EXTRAS = "pip install 'pddm-ext[train]'"
 
@@ -139,11 +139,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
-    from .training import checkpoint, datasets, loop, outcome, report
+    from . import checkpoint, loop, outcome
+    from .data.load import load
+    from .report import page
 
     if not arguments.resume and (folder / loop.CHECKPOINT).exists():
         raise ValueError(f"{folder} holds a run; --resume continues it, another --out begins a new one")
-    dataset = datasets.load(settings)
+    dataset = load(settings)
     run = loop.Run(settings, dataset, folder)
     if arguments.resume:
         run.resume()
@@ -165,7 +167,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     metrics = outcome.figures(run)
     outcome.write(folder, metrics)
-    print(report.summary(metrics))
+    print(page.summary(metrics))
     print(f"run: {folder}")
     return 0
 
@@ -174,7 +176,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.candidates < 1:
         raise ValueError(f"--candidates is {arguments.candidates}; at least 1 is accepted")
 
-    from .training import checkpoint, datasets, loop, outcome, report
+    from . import checkpoint, loop, outcome
+    from .data.load import load
+    from .report import page
 
     state = checkpoint.load(arguments.checkpoint)
     saved = parse(state["settings"], str(arguments.checkpoint))
@@ -186,13 +190,13 @@ def _eval(arguments: argparse.Namespace) -> int:
             f"{arguments.checkpoint} has a backbone whose code would run; confirm with --backbone {saved['backbone']}"
         )
     settings = Settings(**{**saved, "download": False})
-    run = loop.Run(settings, datasets.load(settings), arguments.checkpoint.parent)
+    run = loop.Run(settings, load(settings), arguments.checkpoint.parent)
     run.resume(arguments.checkpoint)
     run.place(arguments.accelerator)
     metrics = outcome.figures(run, arguments.candidates)
     if arguments.json is not None:
         checkpoint.write_bytes(arguments.json, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
-    print(report.summary(metrics))
+    print(page.summary(metrics))
     return 0
 
 
@@ -202,7 +206,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.seeds < 1 or arguments.jobs < 1:
         raise ValueError(f"--seeds is {arguments.seeds} and --jobs {arguments.jobs}; at least 1 is accepted")
 
-    from .training import compare, report
+    from . import compare
+    from .report import page
 
     grid = compare.Grid(
         common, arguments.methods, range(arguments.seeds), folder, lrs=arguments.lrs, tries=arguments.tries
@@ -214,8 +219,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(f"\nstopped; what has finished is in {folder}, and the same command goes on from there", file=sys.stderr)
         return 130
     examples, raw = compare.examples(grid)
-    print(report.table(cells, raw))
-    print(f"report: {report.write(folder / 'report.html', cells, raw, examples)}")
+    print(page.table(cells, raw))
+    print(f"report: {page.write(folder / 'report.html', cells, raw, examples)}")
     return 0
 
 

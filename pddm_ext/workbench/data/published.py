@@ -19,7 +19,7 @@ from pytorch_metric_learning.datasets import CUB, Cars196, StanfordOnlineProduct
 from pytorch_metric_learning.datasets.base_dataset import BaseDataset
 
 from . import photos
-from .data import Dataset
+from .splits import Dataset
 
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError, ValueError)
 _OFFLINE = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)

@@ -18,8 +18,8 @@ from torch import Tensor
 import pddm_ext
 from pddm_ext.quadruplets import Quadruplets
 
-from .data import TestSet
-from .retrieval import by_distance, by_score, relevant
+from ..data.splits import TestSet
+from ..evaluation.retrieval import by_distance, by_score, relevant
 
 _MAP_CLASSES, _MAP_SAMPLES, _MAP_SIDE = 30, 8, 1000
 _QUERIES, _NEIGHBOURS, _QUADRUPLETS = 6, 10, 8

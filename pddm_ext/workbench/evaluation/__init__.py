@@ -1,0 +1,1 @@
+"""Every figure of an embedding: rankings, how far pairs are apart, and probes."""

@@ -1,0 +1,1 @@
+"""A comparison on one page: its words, curves and pictures."""
