@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from .parameters import Parameters
 from .quadruplets import MODES
-
-if TYPE_CHECKING:
-    from .reference import PDDM
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (
@@ -27,7 +25,7 @@ INTEGERS = (
     torch.uint64,
 )
 
-U = TypeVar("U", bound="PDDM")
+U = TypeVar("U", bound=Parameters)
 
 
 Kind = Literal["a finite number", "a finite number from 0", "a positive finite number"]
@@ -79,9 +77,7 @@ def _vector(name: str, x: Any, length: int | None, of: str) -> None:
 
 
 def _unit(unit: Any, dim: int) -> None:
-    from .reference import PDDM
-
-    if not isinstance(unit, PDDM):
+    if not isinstance(unit, Parameters):
         raise TypeError(f"unit is a {type(unit).__name__}; a PDDM is accepted")
     if unit.dim != dim:
         raise ValueError(f"unit scores features of dimension {unit.dim}; these have {dim}")
@@ -109,7 +105,7 @@ def _devices(*tensors: Tensor) -> None:
             )
 
 
-def _unit_device(x: Tensor, unit: PDDM) -> None:
+def _unit_device(x: Tensor, unit: Parameters) -> None:
     _devices(x, unit.u.weight)
 
 
@@ -134,7 +130,7 @@ def mining(
     return unit
 
 
-def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: PDDM) -> None:
+def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> None:
     _matrix("feats", feats)
     _vector("i", i, None, "")
     _vector("j", j, len(i), "i")
@@ -149,7 +145,7 @@ def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: PDDM) -> None:
                 raise IndexError(f"{name}[{at}] is {int(index[at])}; feats has {len(feats)} rows")
 
 
-def matched_rows(x: Tensor, y: Tensor, unit: PDDM) -> None:
+def matched_rows(x: Tensor, y: Tensor, unit: Parameters) -> None:
     _features("x", x)
     _features("y", y)
     if x.shape != y.shape or x.dim() == 0:
@@ -173,7 +169,7 @@ def _both(a: str, x: Tensor, b: str, y: Tensor) -> None:
     _devices(x, y)
 
 
-def matrix(x: Tensor, unit: PDDM, y: Tensor | None) -> None:
+def matrix(x: Tensor, unit: Parameters, y: Tensor | None) -> None:
     _matrix("x", x)
     if y is not None:
         _both("x", x, "y", y)
@@ -181,7 +177,7 @@ def matrix(x: Tensor, unit: PDDM, y: Tensor | None) -> None:
     _unit_device(x, unit)
 
 
-def ranking(queries: Tensor, gallery: Tensor, k: int, unit: PDDM) -> None:
+def ranking(queries: Tensor, gallery: Tensor, k: int, unit: Parameters) -> None:
     _matrix("queries", queries)
     _both("queries", queries, "gallery", gallery)
     _unit(unit, queries.shape[1])

@@ -37,6 +37,6 @@ def mine_and_score(feats: Tensor, labels: Tensor, unit: PDDM | None = None, *, m
 
     Source: Huang, Loy, Tang, NIPS 2016, section 3.2.
     """
-    if not isinstance(unit, reference.PDDM):  # a unit checks its own arguments
+    if not isinstance(unit, PDDM | reference.PDDM):  # a unit checks its own arguments
         unit = _checks.mining(feats, labels, unit, mode, default_unit)
     return unit.mine(feats, labels, mode=mode)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .parameters import Parameters
 from .precision import allow_tf32, score_dtype
-from .reference import PDDM
 
 try:
     from . import _C
@@ -30,7 +30,7 @@ NO_CUDA = (
 UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]
 
 
-def unit_arguments(unit: PDDM) -> UnitArguments:
+def unit_arguments(unit: Parameters) -> UnitArguments:
     return (
         unit.u.weight,
         unit.u.bias,

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from . import _checks
 from .losses import QuadrupletLoss
+from .parameters import Parameters
 from .precision import autocast, score_dtype
 from .quadruplets import Mode, Quadruplets
+from .unit import default_unit
 
 __all__ = [
     "PDDM",
@@ -29,44 +31,8 @@ __all__ = [
 ]
 
 
-class PDDM(nn.Module):
-    """Position-dependent deep metric unit: the score of a pair of features, learned.
-
-    With f the L2-normalised rows of x and y, σ the relu::
-
-        u  = |f_x − f_y|            v  = (f_x + f_y) / 2
-        u' = σ(W_u u + b_u)         v' = σ(W_v v + b_v)
-        c  = σ(W_c [u'/‖u'‖ ; v'/‖v'‖] + b_c)
-        S  = w_s · c + b_s
-
-    Args:
-        dim: length d of a feature.
-        hidden: length h of u' and v'; ``dim`` by default.
-        combined: length m of c; ``dim`` by default.
-        normalize_input: feed u/‖u‖ and v/‖v‖ to W_u and W_v.
-
-    Raises:
-        ValueError: a size is not positive.
-    """
-
-    def __init__(
-        self, dim: int, hidden: int | None = None, combined: int | None = None, *, normalize_input: bool = False
-    ) -> None:
-        super().__init__()
-        hidden = dim if hidden is None else hidden
-        combined = dim if combined is None else combined
-        for name, size in (("dim", dim), ("hidden", hidden), ("combined", combined)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
-        self.dim, self.hidden, self.combined = dim, hidden, combined
-        self.normalize_input = normalize_input
-        self.u = nn.Linear(dim, hidden)
-        self.v = nn.Linear(dim, hidden)
-        self.c = nn.Linear(2 * hidden, combined)
-        self.s = nn.Linear(combined, 1)
-
-    def extra_repr(self) -> str:
-        return f"{self.dim}, hidden={self.hidden}, combined={self.combined}, normalize_input={self.normalize_input}"
+class PDDM(Parameters):
+    __doc__ = Parameters.__doc__
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Scores of matched rows: (…, d) and (…, d) to (…)."""
@@ -82,7 +48,7 @@ def _unit_rows(x: Tensor) -> Tensor:
     return F.normalize(autocast(x).to(score_dtype(x)), dim=-1)
 
 
-def _score(f_i: Tensor, f_j: Tensor, unit: PDDM) -> Tensor:
+def _score(f_i: Tensor, f_j: Tensor, unit: Parameters) -> Tensor:
     def linear(layer: nn.Linear, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # it has rounded the features; sums are in the scores' dtype
             return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
@@ -97,21 +63,14 @@ def _score(f_i: Tensor, f_j: Tensor, unit: PDDM) -> Tensor:
     return linear(unit.s, c).squeeze(-1)
 
 
-def default_unit(dim: int, device: torch.device | str | None = None) -> PDDM:
-    """:func:`pddm_ext.default_unit`: one unit serves both, and is scored in plain PyTorch here."""
-    from .unit import default_unit
-
-    return default_unit(dim, device)
-
-
-def score_pairs(feats: Tensor, i: Tensor, j: Tensor, unit: PDDM) -> Tensor:
+def score_pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> Tensor:
     """Scores of the listed pairs: feats (n, d), i and j (P,) to (P,)."""
     _checks.pairs(feats, i, j, unit)
     f = _unit_rows(feats)
     return _score(f[i.long()], f[j.long()], unit)
 
 
-def score_matrix(x: Tensor, unit: PDDM, y: Tensor | None = None) -> Tensor:
+def score_matrix(x: Tensor, unit: Parameters, y: Tensor | None = None) -> Tensor:
     """Scores of every row of x (n, d) with every row of y (m, d), or of x itself: (n, m)."""
     _checks.matrix(x, unit, y)
     f = _unit_rows(x)
@@ -172,13 +131,15 @@ def select_quadruplets(scores: Tensor, labels: Tensor, mode: Mode = "batch") -> 
     return Quadruplets(index(i), index(j), index(k), index(l), score(i, j), score(i, k), score(j, l), valid)
 
 
-def mine_and_score(feats: Tensor, labels: Tensor, unit: PDDM | None = None, *, mode: Mode = "batch") -> Quadruplets:
+def mine_and_score(
+    feats: Tensor, labels: Tensor, unit: Parameters | None = None, *, mode: Mode = "batch"
+) -> Quadruplets:
     """Hard quadruplets of feats (n, d) with labels (n,) under the unit's score, and the scores of their pairs."""
     unit = _checks.mining(feats, labels, unit, mode, default_unit)
     return select_quadruplets(score_matrix(feats, unit), labels, mode)
 
 
-def topk(queries: Tensor, gallery: Tensor, k: int, unit: PDDM) -> tuple[Tensor, Tensor]:
+def topk(queries: Tensor, gallery: Tensor, k: int, unit: Parameters) -> tuple[Tensor, Tensor]:
     """The k best gallery rows of every query, best first: scores (q, k) and int64 indices (q, k). No gradient."""
     _checks.ranking(queries, gallery, k, unit)
     with torch.no_grad():

@@ -7,14 +7,15 @@ import threading
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks
 from .ops import unit_arguments
+from .parameters import Parameters
 from .precision import autocast
 from .quadruplets import MODES, Mode, Quadruplets
 
 
-class PDDM(reference.PDDM):
-    __doc__ = reference.PDDM.__doc__
+class PDDM(Parameters):
+    __doc__ = Parameters.__doc__
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Scores of matched rows, differentiable.

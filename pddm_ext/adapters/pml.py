@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .. import _checks, density, losses
 from ..mining import mine_and_score
+from ..parameters import Parameters
 from ..precision import autocast
 from ..quadruplets import Mode
-from ..reference import PDDM as AnyPDDM
 from ..reference import _first_best
 from ..scoring import score_matrix, score_pairs
 from ..unit import PDDM, default_unit
@@ -70,7 +70,7 @@ class PDDMSimilarity(BaseDistance):  # type: ignore[misc]
     """
 
     def __init__(self, unit: PDDM | None = None, *, collect_stats: bool | None = None) -> None:
-        if unit is not None and not isinstance(unit, AnyPDDM):
+        if unit is not None and not isinstance(unit, Parameters):
             raise TypeError(f"unit is a {type(unit).__name__}; a PDDM or None is accepted")
         # Left as they are, embeddings that are their own reference can be told by identity; the unit normalises.
         super().__init__(normalize_embeddings=False, is_inverted=True, collect_stats=collect_stats)

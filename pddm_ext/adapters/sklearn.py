@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _checks
 from ..losses import QuadrupletLoss
 from ..mining import mine_and_score
-from ..reference import PDDM as AnyPDDM
+from ..parameters import Parameters
 from ..scoring import score_matrix, topk
 from ..unit import PDDM
 from . import needs
@@ -36,7 +36,7 @@ Array: TypeAlias = NDArray[Any]
 
 def _tensor(rows: Array, unit: PDDM) -> Tensor:
     """A copy, where the unit is: joblib hands processes arrays that are not to be written to, which torch would do."""
-    if not isinstance(unit, AnyPDDM):
+    if not isinstance(unit, Parameters):
         raise TypeError(f"unit is a {type(unit).__name__}; a PDDM is accepted")
     return torch.tensor(_scaled(rows), device=unit.u.weight.device)
 
