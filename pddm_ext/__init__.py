@@ -7,6 +7,7 @@ from importlib.metadata import version as _version
 
 from . import reference
 from .density import DensityRegularizer
+from .health import HealthError, HealthWarning, set_health_checks
 from .losses import QuadrupletLoss
 from .mining import mine_and_score
 from .quadruplets import Quadruplets
@@ -26,6 +27,8 @@ __version__ = _version("pddm-ext")
 __all__ = [
     "PDDM",
     "DensityRegularizer",
+    "HealthError",
+    "HealthWarning",
     "MultiClusterRankingLoss",
     "QuadrupletLoss",
     "Quadruplets",
@@ -38,6 +41,7 @@ __all__ = [
     "reference",
     "score_matrix",
     "score_pairs",
+    "set_health_checks",
     "structure_rerank",
     "topk",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from numbers import Real
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._numbers import integer
 from .parameters import Parameters
 from .quadruplets import MODES
 
@@ -28,27 +27,15 @@ INTEGERS = (
 U = TypeVar("U", bound=Parameters)
 
 
-Kind = Literal["a finite number", "a finite number from 0", "a positive finite number"]
-
-
-def number(name: str, value: Any, kind: Kind) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is a {type(value).__name__}; {kind} is accepted")
-    from_zero, positive = kind.endswith("from 0"), "positive" in kind
-    if not math.isfinite(value) or (from_zero and value < 0) or (positive and value <= 0):
-        raise ValueError(f"{name} is {value}; {kind} is accepted")
-
-
-def size(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is a {type(value).__name__}; an int is accepted")
-    if value < least:
-        raise ValueError(f"{name} is {value}; at least {least} is accepted")
-
-
 def readable(x: Tensor) -> bool:
-    """Whether values may decide an error: not in a compiled graph, and not where reading them waits for a device."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may decide an error: not where there are none yet (a compiled graph, a fake tensor, a transform of
+    ``torch.func``), and not where reading them waits for a device."""
+    return x.device.type == "cpu" and concrete(x)
+
+
+def concrete(x: Tensor) -> bool:
+    """Whether a tensor has values that can be read."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or hasattr(x, "fake_mode"))
 
 
 def _tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], accepted: str) -> None:
@@ -56,6 +43,9 @@ def _tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], accepted: str) -
         raise TypeError(f"{name} is a {type(x).__name__}; a tensor of {accepted} is accepted")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {x.dtype}; {accepted} is accepted")
+    if x.is_nested or x.layout != torch.strided:
+        layout = "is nested" if x.is_nested else f"has layout {x.layout}"
+        raise TypeError(f"{name} {layout}; a dense tensor (torch.strided) is accepted")
 
 
 def _features(name: str, x: Any) -> None:
@@ -72,8 +62,21 @@ def _vector(name: str, x: Any, length: int | None, of: str) -> None:
     _tensor(name, x, INTEGERS, "an integer dtype")
     if x.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; one dimension is accepted")
-    if length is not None and len(x) != length:
-        raise ValueError(f"{name} has length {len(x)}; {of} has {length}")
+    if length is not None and x.shape[0] != length:  # not len(), which would fix the length in an exported graph
+        raise ValueError(f"{name} has length {x.shape[0]}; {of} has {length}")
+
+
+def _formula(unit: Parameters) -> None:
+    """Refuses a subclass with a formula of its own where that formula would not be asked."""
+    for kind in type(unit).__mro__:
+        if "forward" in kind.__dict__:
+            if not kind.__module__.startswith("pddm_ext."):
+                raise TypeError(
+                    f"unit is a {type(unit).__name__}, whose forward is its own; mining, matrices, listed pairs and "
+                    f"rankings compute PDDM's score from the eight parameters and would not call it. A unit without a "
+                    f"forward of its own is accepted; for another score see the documentation, 'A score of your own'"
+                )
+            return
 
 
 def _unit(unit: Any, dim: int) -> None:
@@ -85,6 +88,7 @@ def _unit(unit: Any, dim: int) -> None:
     layers = {"u": (hidden, dim), "v": (hidden, dim), "c": (combined, 2 * hidden), "s": (1, combined)}
     for name, shape in layers.items():
         layer = getattr(unit, name)
+        _plain(name, layer)
         for kind, p, wanted in (("weight", layer.weight, shape), ("bias", layer.bias, shape[:1])):
             if not isinstance(p, Tensor) or tuple(p.shape) != wanted:
                 found = f"has shape {tuple(p.shape)}" if isinstance(p, Tensor) else "is missing"
@@ -93,6 +97,33 @@ def _unit(unit: Any, dim: int) -> None:
                 raise TypeError(
                     f"unit's {name}.{kind} has dtype {p.dtype}; float32, float64, bfloat16 or float16 is accepted"
                 )
+            if hasattr(p, "device_mesh"):
+                raise TypeError(f"unit's {name}.{kind} is a DTensor, a part of a sharded parameter; {_SHARDED}")
+
+
+_SHARDED = (
+    "after fully_shard(unit) call torch.distributed.fsdp.register_fsdp_forward_method(unit, 'mine'), and mine by "
+    "unit.mine(…), which then gathers the parameters as unit(…) does"
+)
+_PARAMETRIZE = (
+    "the kernels read the tensors and call no layer: constrain, adapt or prune it by torch.nn.utils.parametrize (such "
+    "as torch.nn.utils.parametrizations.weight_norm), or merge the change into the weight"
+)
+
+
+def _plain(name: str, layer: Any) -> None:
+    """Refuses a layer that would compute something else than its weight and bias say when they are read."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:
+        raise TypeError(
+            f"unit's {name} is a {type(layer).__module__}.{type(layer).__qualname__} with a forward of its own; a "
+            f"torch.nn.Linear is accepted, since {_PARAMETRIZE}"
+        )
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        raise TypeError(f"unit's {name} has forward hooks, which would never run; {_PARAMETRIZE}")
+    for kind in ("weight", "bias"):
+        # Where the old weight_norm, spectral_norm and prune leave a stale product that only a call of the layer renews.
+        if kind in layer.__dict__ and kind not in getattr(layer, "_former_parameters", ()):  # DataParallel's copies
+            raise TypeError(f"unit's {name}.{kind} is no parameter of its layer but made from others; {_PARAMETRIZE}")
 
 
 def _devices(*tensors: Tensor) -> None:
@@ -119,13 +150,14 @@ def mining(
 ) -> U:
     mode(mode_name)
     _matrix("feats", feats)
-    _vector("labels", labels, len(feats), "feats")
+    _vector("labels", labels, feats.shape[0], "feats")
     _devices(feats, labels)
     if feats.shape[1] == 0:
         raise ValueError("feats has shape (n, 0); a dimension of at least 1 is accepted")
     if unit is None:
         unit = default(feats.shape[1], feats.device)
     _unit(unit, feats.shape[1])
+    _formula(unit)
     _unit_device(feats, unit)
     return unit
 
@@ -133,16 +165,17 @@ def mining(
 def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> None:
     _matrix("feats", feats)
     _vector("i", i, None, "")
-    _vector("j", j, len(i), "i")
+    _vector("j", j, i.shape[0], "i")
     _unit(unit, feats.shape[1])
+    _formula(unit)
     _devices(feats, i, j)
     _unit_device(feats, unit)
     if readable(feats):  # the kernels repeat it
         for name, index in (("i", i), ("j", j)):
-            bad = (index.long() < 0) | (index.long() >= len(feats))
+            bad = (index.long() < 0) | (index.long() >= feats.shape[0])
             if bad.any():
                 at = int(bad.nonzero()[0])
-                raise IndexError(f"{name}[{at}] is {int(index[at])}; feats has {len(feats)} rows")
+                raise IndexError(f"{name}[{at}] is {int(index[at])}; feats has {feats.shape[0]} rows")
 
 
 def matched_rows(x: Tensor, y: Tensor, unit: Parameters) -> None:
@@ -174,6 +207,7 @@ def matrix(x: Tensor, unit: Parameters, y: Tensor | None) -> None:
     if y is not None:
         _both("x", x, "y", y)
     _unit(unit, x.shape[1])
+    _formula(unit)
     _unit_device(x, unit)
 
 
@@ -181,8 +215,8 @@ def ranking(queries: Tensor, gallery: Tensor, k: int, unit: Parameters) -> None:
     _matrix("queries", queries)
     _both("queries", queries, "gallery", gallery)
     _unit(unit, queries.shape[1])
+    _formula(unit)
     _unit_device(queries, unit)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k is a {type(k).__name__}; an int is accepted")
-    if not 1 <= k <= len(gallery):
-        raise ValueError(f"k is {k}; 1 to {len(gallery)}, the rows of gallery, is accepted")
+    integer("k", k)
+    if not 1 <= k <= gallery.shape[0]:
+        raise ValueError(f"k is {k}; 1 to {gallery.shape[0]}, the rows of gallery, is accepted")

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks
-from .precision import score_dtype
+from . import _checks, _numbers
+from .precision import no_autocast, score_dtype
+from .unlabelled import unlabelled
 
 
 class DensityRegularizer(nn.Module):
@@ -50,6 +51,7 @@ class DensityRegularizer(nn.Module):
         ratio: the extent aimed at, over the room; positive.
         temperature: T, in squared distance, which is at most 4 between unit features; positive.
         eps: ε, in squared distance; positive.
+        ignore_label: the label of rows whose class is not known, which are left out.
 
     Shape:
         feats (n, d), float32, float64, bfloat16 or float16, L2-normalised inside; labels (n,) of any integer dtype. The
@@ -60,17 +62,29 @@ class DensityRegularizer(nn.Module):
         TypeError: a parameter that is no number, or a dtype that is not accepted.
     """
 
-    def __init__(self, ratio: float = 0.5, temperature: float = 0.05, eps: float = 1e-4) -> None:
+    def __init__(
+        self,
+        ratio: float = 0.5,
+        temperature: float = 0.05,
+        eps: float = 1e-4,
+        *,
+        ignore_label: int | None = None,
+    ) -> None:
         super().__init__()
         for name, value in (("ratio", ratio), ("temperature", temperature), ("eps", eps)):
-            _checks.number(name, value, "a positive finite number")
-        self.ratio, self.temperature, self.eps = ratio, temperature, eps
+            _numbers.number(name, value, "a positive finite number")
+        if ignore_label is not None:
+            _numbers.integer("ignore_label", ignore_label)
+        self.ratio, self.temperature, self.eps, self.ignore_label = ratio, temperature, eps, ignore_label
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, temperature={self.temperature}, eps={self.eps}"
 
     def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
         _check(feats, labels)
+        left_out = unlabelled(labels, self.ignore_label)
+        if left_out is not None:
+            feats, labels = feats[~left_out], labels[~left_out]
         # Only equality matters: uint64, which few operators know, may wrap.
         _, c, counts = torch.unique(labels.long(), return_inverse=True, return_counts=True)
         several = (counts > 1).nonzero().squeeze(1)
@@ -92,7 +106,7 @@ class DensityRegularizer(nn.Module):
         # Classes lie close together early in training: about their common mean, less is lost to cancellation.
         mu = mu - mu.mean(0)
         own = F.embedding(several, mu)
-        with torch.autocast(mu.device.type, enabled=False):
+        with no_autocast(mu):
             product = own @ mu.T
         distances = F.relu(own.square().sum(-1, keepdim=True) + mu.square().sum(-1) - 2 * product)
         itself = several[:, None] == torch.arange(len(mu), device=mu.device)
@@ -103,7 +117,7 @@ class DensityRegularizer(nn.Module):
 
 def _check(feats: Tensor, labels: Tensor) -> None:
     _checks._matrix("feats", feats)
-    _checks._vector("labels", labels, len(feats), "feats")
+    _checks._vector("labels", labels, feats.shape[0], "feats")
     _checks._devices(feats, labels)
     if feats.shape[1] == 0:
         raise ValueError("feats has shape (n, 0); a dimension of at least 1 is accepted")

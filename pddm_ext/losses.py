@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _numbers
 from .quadruplets import Quadruplets
 
 Reduction = Literal["mean", "sum", "none"]
@@ -28,9 +28,9 @@ class QuadrupletLoss(nn.Module):
     Source: Huang, Loy, Tang, NIPS 2016, equations 3 to 5.
 
     Args:
-        alpha: margin α of the scores.
-        beta: margin β of the squared distances, which lie in [0, 4].
-        weight: λ, of E_e.
+        alpha: margin α of the scores, from 0.
+        beta: margin β of the squared distances, which lie in [0, 4]; from 0.
+        weight: λ, of E_e; from 0.
         regularizer: added to the loss, a function of the features and their labels such as
             :class:`pddm_ext.DensityRegularizer`; the loss then wants the labels, too.
         regularizer_weight: of its value.
@@ -41,8 +41,8 @@ class QuadrupletLoss(nn.Module):
         a scalar in the scores' dtype; without reduction (Q,), 0 where a quadruplet is not valid.
 
     Raises:
-        ValueError: a number out of its range, no such reduction, a regularizer without a reduction or labels, or feats
-            that are not (n, d).
+        ValueError: a number out of its range, no such reduction, a regularizer without a reduction or labels, feats
+            that are not (n, d), or quads that were mined from another number of rows.
         TypeError: an argument of another type, or feats of a dtype that is not accepted.
     """
 
@@ -57,10 +57,9 @@ class QuadrupletLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            _checks.number(name, value, "a finite number")
-        for name, value in (("weight", weight), ("regularizer_weight", regularizer_weight)):
-            _checks.number(name, value, "a finite number from 0")
+        numbers = {"alpha": alpha, "beta": beta, "weight": weight, "regularizer_weight": regularizer_weight}
+        for name, value in numbers.items():
+            _numbers.number(name, value, "a finite number from 0")
         if not (regularizer is None or callable(regularizer)):
             raise TypeError(f"regularizer is a {type(regularizer).__name__}; a function or None is accepted")
         if reduction not in _REDUCTIONS:
@@ -99,7 +98,8 @@ class QuadrupletLoss(nn.Module):
 
     def _embedding(self, feats: Tensor, quads: Quadruplets) -> Tensor:
         _checks._matrix("feats", feats)
-        if len(feats) == 0:
+        _same_batch(feats, quads)
+        if feats.shape[0] == 0:
             return feats.sum().to(quads.s_ij.dtype)
         # Slots that are not valid are cut off before the norm, for the gradient of a row of NaN would be NaN even
         # times 0. An embedding's gradient is added up in one order on every device.
@@ -113,3 +113,15 @@ class QuadrupletLoss(nn.Module):
         if self.reduction == "none":
             return values
         return values.sum() if self.reduction == "sum" else values.sum() / valid.sum().clamp(min=1)
+
+
+def _same_batch(feats: Tensor, quads: Quadruplets) -> None:
+    """Refuses features that are not those of the quadruplets, as far as their number tells."""
+    rows = feats.shape[0]
+    mined = None if torch.compiler.is_compiling() else quads.mined_rows()
+    if mined is not None and mined != rows:
+        raise ValueError(f"feats has {rows} rows; quads were mined from {mined}")
+    if mined is None and _checks.readable(feats) and len(quads.i):
+        last = int(torch.stack(quads[:4]).max())
+        if last >= rows:
+            raise ValueError(f"feats has {rows} rows; quads were mined from {last + 1} or more")

@@ -9,7 +9,14 @@ from .quadruplets import Mode, Quadruplets
 from .unit import PDDM, default_unit
 
 
-def mine_and_score(feats: Tensor, labels: Tensor, unit: PDDM | None = None, *, mode: Mode = "batch") -> Quadruplets:
+def mine_and_score(
+    feats: Tensor,
+    labels: Tensor,
+    unit: PDDM | None = None,
+    *,
+    mode: Mode = "batch",
+    ignore_label: int | None = None,
+) -> Quadruplets:
     """Find the hard quadruplets of a batch under the unit's score, and the scores of their pairs.
 
     Over the positive pairs (same label) and the negatives (another label)::
@@ -26,6 +33,10 @@ def mine_and_score(feats: Tensor, labels: Tensor, unit: PDDM | None = None, *, m
         mode: ``"batch"`` (the paper): one quadruplet, from the hardest positive pair of the batch, P + 2n scores.
             ``"anchor"``: one per row, with its own hardest positive, n²/2 scores.
             ``"pair"``: one per positive pair, n²/2 scores.
+        ignore_label: the label of rows whose class is not known, such as −1. They are in no quadruplet, neither as
+            positives of each other nor as negatives of anybody. None: every number is a class, −1 too.
+
+    A batch from which nothing can be learned is told once in words; see :func:`pddm_ext.set_health_checks`.
 
     Returns:
         :class:`Quadruplets` of (Q,) tensors; see there for Q and for slots that are not valid.
@@ -39,4 +50,4 @@ def mine_and_score(feats: Tensor, labels: Tensor, unit: PDDM | None = None, *, m
     """
     if not isinstance(unit, PDDM | reference.PDDM):  # a unit checks its own arguments
         unit = _checks.mining(feats, labels, unit, mode, default_unit)
-    return unit.mine(feats, labels, mode=mode)
+    return unit.mine(feats, labels, mode=mode, ignore_label=ignore_label)

@@ -6,10 +6,12 @@ switches, in the order of :func:`unit_arguments`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .parameters import Parameters
 from .precision import allow_tf32, score_dtype
@@ -106,7 +108,7 @@ def _mine_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     if not given:
         return (None,) * 13
     weight, first, second = (torch.cat(parts) for parts in zip(*given, strict=True))
-    d_feats, *d_unit = torch.ops.pddm.score_pairs_backward(weight, feats, first, second, *unit, *ctx.switches)
+    d_feats, *d_unit = call("score_pairs_backward", weight, feats, first, second, *unit, *ctx.switches)
     return d_feats, None, *d_unit, None, None, None
 
 
@@ -117,7 +119,7 @@ def _keep_pairs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _score_pairs_backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
-    d_feats, *d_unit = torch.ops.pddm.score_pairs_backward(weight, *ctx.saved_tensors, *ctx.switches)
+    d_feats, *d_unit = call("score_pairs_backward", weight, *ctx.saved_tensors, *ctx.switches)
     return d_feats, None, None, *d_unit, None, None
 
 
@@ -129,7 +131,7 @@ def _keep_matrix(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _score_matrix_backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
     feats, *unit = ctx.saved_tensors
-    d_feats, *d_unit = torch.ops.pddm.score_matrix_backward(weight, feats, ctx.split, *unit, *ctx.switches)
+    d_feats, *d_unit = call("score_matrix_backward", weight, feats, ctx.split, *unit, *ctx.switches)
     return d_feats, None, *d_unit, None, None
 
 
@@ -143,11 +145,61 @@ def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
-torch.library.register_autograd("pddm::mine", _mine_backward, setup_context=_keep_mined)
-torch.library.register_autograd("pddm::score_pairs", _score_pairs_backward, setup_context=_keep_pairs)
-torch.library.register_autograd("pddm::score_matrix", _score_matrix_backward, setup_context=_keep_matrix)
-for _name in ("score_pairs_backward", "score_matrix_backward"):
-    torch.library.register_autograd(f"pddm::{_name}", _no_second_derivative, setup_context=_keep_nothing)
+def _no_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+    raise NotImplementedError("pddm_ext.topk has no gradient; pddm_ext.score_matrix has one")
+
+
+_GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "mine": (_mine_backward, _keep_mined),
+    "score_pairs": (_score_pairs_backward, _keep_pairs),
+    "score_matrix": (_score_matrix_backward, _keep_matrix),
+    "score_pairs_backward": (_no_second_derivative, _keep_nothing),
+    "score_matrix_backward": (_no_second_derivative, _keep_nothing),
+    "topk": (_no_gradient, _keep_nothing),
+}
+for _name, (_backward, _keep) in _GRADIENTS.items():
+    if _name != "topk":
+        torch.library.register_autograd(f"pddm::{_name}", _backward, setup_context=_keep)
+
+
+def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
+    raise NotImplementedError(
+        "pddm_ext has no forward-mode derivatives (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad); "
+        "pddm_ext.reference has them, and the same values"
+    )
+
+
+def _transformable(name: str, backward: Callable[..., Any], keep: Callable[..., Any]) -> Any:
+    """The operator once more, in the form that ``torch.func`` asks for; gradients registered with it are not."""
+
+    def forward(*arguments: Any) -> Any:
+        return getattr(torch.ops.pddm, name)(*arguments)
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        def of(element: int) -> Any:
+            return call(
+                name, *(a if at is None else a.select(at, element) for a, at in zip(arguments, in_dims, strict=True))
+            )
+
+        results = [of(element) for element in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        if len({field.shape for result in results for field in result[:1]}) > 1:
+            raise ValueError("mode 'pair' has a slot for each positive pair, and vmap needs as many in every batch")
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    members = {"forward": forward, "setup_context": keep, "backward": backward, "jvp": _no_forward_mode, "vmap": vmap}
+    return type(f"Transformable_{name}", (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
+
+
+_TRANSFORMABLE = {name: _transformable(name, *gradient) for name, gradient in _GRADIENTS.items()}
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """``torch.ops.pddm.<name>``, also under the transforms of ``torch.func`` and within forward-mode levels."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _TRANSFORMABLE[name].apply(*arguments)
+    return getattr(torch.ops.pddm, name)(*arguments)
 
 
 def _refuse_cuda(*_: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ._numbers import size, switch
+
 
 class Parameters(nn.Module):
     """Position-dependent deep metric unit: the score of a pair of features, learned.
@@ -23,6 +25,7 @@ class Parameters(nn.Module):
 
     Raises:
         ValueError: a size is not positive.
+        TypeError: a size is no int, or normalize_input no bool.
     """
 
     def __init__(
@@ -31,10 +34,10 @@ class Parameters(nn.Module):
         super().__init__()
         hidden = dim if hidden is None else hidden
         combined = dim if combined is None else combined
-        for name, size in (("dim", dim), ("hidden", hidden), ("combined", combined)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
-        self.dim, self.hidden, self.combined = dim, hidden, combined
+        for name, value in (("dim", dim), ("hidden", hidden), ("combined", combined)):
+            size(name, value)
+        switch("normalize_input", normalize_input)
+        self.dim, self.hidden, self.combined = dim, hidden, combined = int(dim), int(hidden), int(combined)
         self.normalize_input = normalize_input
         self.u = nn.Linear(dim, hidden)
         self.v = nn.Linear(dim, hidden)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,9 @@ def allow_tf32() -> bool:
     """
     matmul = torch.backends.cuda.matmul
     return bool(matmul.allow_tf32 if torch.compiler.is_compiling() else matmul.fp32_precision == "tf32")
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Products in the operands' own dtype, on devices too that know no autocast."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

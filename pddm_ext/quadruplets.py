@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Final, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Mode = Literal["batch", "anchor", "pair"]
+
+_ROWS: Final = "_pddm_rows"
 
 #: The modes in the order the native core numbers them.
 MODES: Final[tuple[Mode, ...]] = ("batch", "anchor", "pair")
@@ -31,3 +34,16 @@ class Quadruplets(NamedTuple):
     s_jl: Tensor
     #: bool.
     valid: Tensor
+
+    def of_rows(self, rows: int) -> Quadruplets:
+        """These, known to be mined from so many rows; a loss of another number of rows is then refused.
+
+        The fields alone are the contract, so the number stands on a tensor, where copies and devices may lose it.
+        """
+        if not torch.compiler.is_compiling():
+            setattr(self.valid, _ROWS, rows)
+        return self
+
+    def mined_rows(self) -> int | None:
+        """How many rows the batch had that these were mined from, where that is known."""
+        return getattr(self.valid, _ROWS, None)

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, health
 from .losses import QuadrupletLoss
 from .parameters import Parameters
-from .precision import autocast, score_dtype
+from .precision import autocast, no_autocast, score_dtype
 from .quadruplets import Mode, Quadruplets
 from .unit import default_unit
+from .unlabelled import unlabelled
 
 __all__ = [
     "PDDM",
@@ -39,9 +40,11 @@ class PDDM(Parameters):
         _checks.matched_rows(x, y, self)
         return _score(_unit_rows(x), _unit_rows(y), self)
 
-    def mine(self, feats: Tensor, labels: Tensor, *, mode: Mode = "batch") -> Quadruplets:
+    def mine(
+        self, feats: Tensor, labels: Tensor, *, mode: Mode = "batch", ignore_label: int | None = None
+    ) -> Quadruplets:
         """:func:`mine_and_score` with this unit."""
-        return mine_and_score(feats, labels, self, mode=mode)
+        return mine_and_score(feats, labels, self, mode=mode, ignore_label=ignore_label)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def _unit_rows(x: Tensor) -> Tensor:
 
 def _score(f_i: Tensor, f_j: Tensor, unit: Parameters) -> Tensor:
     def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # it has rounded the features; sums are in the scores' dtype
+        with no_autocast(x):  # it has rounded the features; sums are in the scores' dtype
             return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     u = (f_i - f_j).abs()
@@ -90,19 +93,24 @@ def _first_best(scores: Tensor, allowed: Tensor, smallest: bool) -> tuple[Tensor
     return (allowed & (scores == best)).byte().argmax(-1), allowed.any(-1)
 
 
-def select_quadruplets(scores: Tensor, labels: Tensor, mode: Mode = "batch") -> Quadruplets:
+def select_quadruplets(
+    scores: Tensor, labels: Tensor, mode: Mode = "batch", *, ignore_label: int | None = None
+) -> Quadruplets:
     """Hard quadruplets by any (n, n) matrix of similarities, which need not come from a unit.
 
-    (i, j) is the positive pair of smallest score, k and l the negatives of largest score to i and to j.
+    (i, j) is the positive pair of smallest score, k and l the negatives of largest score to i and to j. Rows labelled
+    ``ignore_label`` are in no pair.
     """
     _checks.mode(mode)
-    n = len(labels)
+    n = labels.shape[0]
     rows = torch.arange(n, device=labels.device)
     same = labels[:, None] == labels[None, :]
-    positive = same & (rows[:, None] != rows[None, :])
+    left_out = unlabelled(labels, ignore_label)
+    paired = torch.ones_like(same) if left_out is None else ~(left_out[:, None] | left_out[None, :])
+    positive = same & paired & (rows[:, None] != rows[None, :])
     detached = scores.detach()
 
-    k_of, has_negative = _first_best(detached, ~same, smallest=False)
+    k_of, has_negative = _first_best(detached, ~same & paired, smallest=False)
     if mode == "batch":
         flat, found = _first_best(detached.flatten(), positive.triu().flatten(), smallest=True)
         i, j = flat.reshape(1) // max(n, 1), flat.reshape(1) % max(n, 1)
@@ -132,11 +140,19 @@ def select_quadruplets(scores: Tensor, labels: Tensor, mode: Mode = "batch") -> 
 
 
 def mine_and_score(
-    feats: Tensor, labels: Tensor, unit: Parameters | None = None, *, mode: Mode = "batch"
+    feats: Tensor,
+    labels: Tensor,
+    unit: Parameters | None = None,
+    *,
+    mode: Mode = "batch",
+    ignore_label: int | None = None,
 ) -> Quadruplets:
     """Hard quadruplets of feats (n, d) with labels (n,) under the unit's score, and the scores of their pairs."""
     unit = _checks.mining(feats, labels, unit, mode, default_unit)
-    return select_quadruplets(score_matrix(feats, unit), labels, mode)
+    left_out = unlabelled(labels, ignore_label)
+    quads = select_quadruplets(score_matrix(feats, unit), labels, mode, ignore_label=ignore_label)
+    health.after_mining(quads, feats, labels, unit, left_out)
+    return quads.of_rows(feats.shape[0])
 
 
 def topk(queries: Tensor, gallery: Tensor, k: int, unit: Parameters) -> tuple[Tensor, Tensor]:

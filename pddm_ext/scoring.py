@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .ops import unit_arguments
+from .ops import call, unit_arguments
 from .precision import autocast
 from .unit import PDDM
 
@@ -28,7 +28,7 @@ def score_pairs(feats: Tensor, i: Tensor, j: Tensor, unit: PDDM) -> Tensor:
         IndexError: a row number out of range.
     """
     _checks.pairs(feats, i, j, unit)
-    scores: Tensor = torch.ops.pddm.score_pairs(autocast(feats), i, j, *unit_arguments(unit))
+    scores: Tensor = call("score_pairs", autocast(feats), i, j, *unit_arguments(unit))
     return scores
 
 
@@ -48,8 +48,8 @@ def score_matrix(x: Tensor, unit: PDDM, y: Tensor | None = None) -> Tensor:
         TypeError: a dtype that is not accepted.
     """
     _checks.matrix(x, unit, y)
-    rows, split = (x, -1) if y is None else (torch.cat([x, y]), len(x))
-    scores: Tensor = torch.ops.pddm.score_matrix(autocast(rows), split, *unit_arguments(unit))
+    rows, split = (x, -1) if y is None else (torch.cat([x, y]), x.shape[0])
+    scores: Tensor = call("score_matrix", autocast(rows), split, *unit_arguments(unit))
     return scores
 
 
@@ -72,5 +72,5 @@ def topk(queries: Tensor, gallery: Tensor, k: int, unit: PDDM) -> tuple[Tensor, 
     """
     _checks.ranking(queries, gallery, k, unit)
     with torch.no_grad():
-        scores, indices = torch.ops.pddm.topk(autocast(queries), autocast(gallery), k, *unit_arguments(unit))
+        scores, indices = call("topk", autocast(queries), autocast(gallery), k, *unit_arguments(unit))
     return scores, indices

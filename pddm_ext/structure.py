@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks
-from .precision import score_dtype
+from . import _checks, _numbers
+from .precision import no_autocast, score_dtype
 
 # Of the mean distance: no centre of clusters lies nearer than this (NASA).
 _NEAREST = 0.2
@@ -51,7 +51,7 @@ class StructureHead(nn.Module):
         super().__init__()
         out = dim if out is None else out
         for name, length in (("dim", dim), ("out", out)):
-            _checks.size(name, length)
+            _numbers.size(name, length)
         self.linear = nn.Linear(dim, out)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -105,9 +105,9 @@ class MultiClusterRankingLoss(nn.Module):
 
     def __init__(self, clusters: int = 2, scale: float = 10.0, spread: float = 3.0) -> None:
         super().__init__()
-        _checks.size("clusters", clusters, least=2)
+        _numbers.size("clusters", clusters, least=2)
         for name, value in (("scale", scale), ("spread", spread)):
-            _checks.number(name, value, "a positive finite number")
+            _numbers.number(name, value, "a positive finite number")
         self.clusters, self.scale, self.spread = clusters, scale, spread
 
     def extra_repr(self) -> str:
@@ -115,7 +115,7 @@ class MultiClusterRankingLoss(nn.Module):
 
     def forward(self, embeddings: Tensor, structure: Tensor) -> Tensor:
         _check("embeddings", embeddings, "structure", structure)
-        n = len(embeddings)
+        n = embeddings.shape[0]
         if n < 2:
             return embeddings[:0].sum().to(score_dtype(embeddings)) + structure[:0].sum().to(score_dtype(embeddings))
         e, w = _unit_rows(embeddings), structure.to(score_dtype(embeddings))
@@ -128,7 +128,7 @@ class MultiClusterRankingLoss(nn.Module):
     @torch.no_grad()
     def _centres(self, e: Tensor, itself: Tensor) -> Tensor:
         """η of the off-diagonal distances, (K,), falling."""
-        pairs = len(e) * (len(e) - 1)
+        pairs = e.shape[0] * (e.shape[0] - 1)
         plain = _distances(e, torch.ones_like(e), e).masked_fill(itself, 0)
         mean = plain.sum(-1).sum() / pairs
         deviation = ((plain - mean).square().masked_fill(itself, 0).sum(-1).sum() / pairs).sqrt()
@@ -181,7 +181,7 @@ def structure_rerank(query_embeddings: Tensor, query_structure: Tensor, gallery:
     _check("query_embeddings", query_embeddings, "query_structure", query_structure)
     _checks._both("query_embeddings", query_embeddings, "gallery", gallery)
     candidates = _candidates(ranked, query_embeddings, gallery)
-    if candidates.numel() == 0 or len(gallery) == 0:
+    if candidates.numel() == 0 or gallery.shape[0] == 0:
         return ranked.clone()
     e, w, g = _unit_rows(query_embeddings), query_structure.to(score_dtype(query_embeddings)), _unit_rows(gallery)
     rows = max(1, _GATHERED // (candidates.shape[1] * g.shape[1]))
@@ -254,10 +254,10 @@ def _unit_rows(x: Tensor) -> Tensor:
 
 def _distances(e: Tensor, w: Tensor, g: Tensor) -> Tensor:
     # Where all rows lie close together, less is lost to cancellation about their mean; differences know nothing of it.
-    centre = g.detach().nan_to_num().sum(0) / max(len(g), 1)
+    centre = g.detach().nan_to_num().sum(0) / max(g.shape[0], 1)
     e, g = e - centre, g - centre
     weighted = w * e
-    with torch.autocast(e.device.type, enabled=False):
+    with no_autocast(e):
         squared = (weighted * e).sum(-1, keepdim=True) + w @ g.square().T - 2 * (weighted @ g.T)
     # Rounding may leave less than 0, and at 0 the root has no gradient; NaN is neither and stays.
     zero = squared <= 0
@@ -283,13 +283,15 @@ def _dimension(name: str, x: Tensor) -> None:
 def _candidates(ranked: Any, queries: Tensor, gallery: Tensor) -> Tensor:
     """int64, each a row of the gallery or −1."""
     _checks._tensor("ranked", ranked, _checks.INTEGERS, "an integer dtype")
-    if ranked.dim() != 2 or len(ranked) != len(queries):
-        raise ValueError(f"ranked has shape {tuple(ranked.shape)}; ({len(queries)}, k), a row per query, is accepted")
+    if ranked.dim() != 2 or ranked.shape[0] != queries.shape[0]:
+        raise ValueError(
+            f"ranked has shape {tuple(ranked.shape)}; ({queries.shape[0]}, k), a row per query, is accepted"
+        )
     _checks._devices(queries, ranked)
     candidates: Tensor = ranked.long()
     if _checks.readable(candidates):
-        bad = ((candidates < -1) | (candidates >= len(gallery))).nonzero()
+        bad = ((candidates < -1) | (candidates >= gallery.shape[0])).nonzero()
         if len(bad):
             i, j = bad[0].tolist()
-            raise IndexError(f"ranked[{i}, {j}] is {int(candidates[i, j])}; gallery has {len(gallery)} rows")
+            raise IndexError(f"ranked[{i}, {j}] is {int(candidates[i, j])}; gallery has {gallery.shape[0]} rows")
     return candidates

@@ -7,11 +7,12 @@ import threading
 import torch
 from torch import Tensor
 
-from . import _checks
-from .ops import unit_arguments
+from . import _checks, health
+from .ops import call, unit_arguments
 from .parameters import Parameters
 from .precision import autocast
 from .quadruplets import MODES, Mode, Quadruplets
+from .unlabelled import set_aside, unlabelled
 
 
 class PDDM(Parameters):
@@ -34,15 +35,21 @@ class PDDM(Parameters):
         n = x[..., 0].numel()
         rows = autocast(torch.cat([x.reshape(n, self.dim), y.reshape(n, self.dim)]))
         i = torch.arange(n, device=x.device)
-        scores: Tensor = torch.ops.pddm.score_pairs(rows, i, i + n, *unit_arguments(self))
+        scores: Tensor = call("score_pairs", rows, i, i + n, *unit_arguments(self))
         return scores.reshape(x.shape[:-1])
 
-    def mine(self, feats: Tensor, labels: Tensor, *, mode: Mode = "batch") -> Quadruplets:
+    def mine(
+        self, feats: Tensor, labels: Tensor, *, mode: Mode = "batch", ignore_label: int | None = None
+    ) -> Quadruplets:
         """:func:`pddm_ext.mine_and_score` with this unit."""
         _checks.mining(feats, labels, self, mode, default_unit)
-        mined = torch.ops.pddm.mine(autocast(feats), labels, *unit_arguments(self), MODES.index(mode))
+        left_out = unlabelled(labels, ignore_label)
+        rows, classes = (feats, labels) if left_out is None else set_aside(feats, labels, left_out)
+        mined = call("mine", autocast(rows), classes, *unit_arguments(self), MODES.index(mode))
         s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
-        return Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid)
+        quads = Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid)
+        health.after_mining(quads, feats, labels, self, left_out)
+        return quads.of_rows(feats.shape[0])
 
 
 _default_units: dict[tuple[int, torch.device], PDDM] = {}
@@ -67,5 +74,27 @@ def default_unit(dim: int, device: torch.device | str | None = None) -> PDDM:
         # Made in ordinary mode even if an evaluation under inference_mode is the first to ask, or it could never train.
         with _default_units_lock, torch.inference_mode(False):
             if (dim, where) not in _default_units:
-                _default_units[dim, where] = PDDM(dim).to(where)
+                unit = PDDM(dim).to(where)
+                unit.u.weight.register_post_accumulate_grad_hook(_notice_unused)  # type: ignore[no-untyped-call]
+                _default_units[dim, where] = unit
     return _default_units[dim, where]
+
+
+#: Backward passes into one gradient, of a parameter that nobody changes, until that is told.
+_UNUSED_PASSES = 8
+
+
+def _notice_unused(weight: Tensor) -> None:
+    assert weight.grad is not None
+    # An optimizer would have changed the weight, or its zero_grad would have left a new gradient.
+    version, passes = getattr(weight.grad, "_pddm_passes", (weight._version, 0))
+    passes = passes + 1 if version == weight._version else 1
+    weight.grad._pddm_passes = (weight._version, passes)  # type: ignore[attr-defined]
+    if passes == _UNUSED_PASSES:
+        dim = weight.shape[1]
+        health.tell(
+            "default unit",
+            f"default_unit({dim}) has gathered the gradients of {passes} backward passes and no optimizer has used "
+            f"them: it never trains. Hand its parameters to your optimizer, [*net.parameters(), "
+            f"*pddm_ext.default_unit({dim}).parameters()], or freeze it with requires_grad_(False)",
+        )

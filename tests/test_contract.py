@@ -221,7 +221,7 @@ def test_a_unit_whose_layers_do_not_fit_together_is_refused_before_memory_is_rea
 @pytest.mark.parametrize("sizes", [{"dim": 0}, {"dim": 3, "hidden": 0}, {"dim": 3, "combined": -1}])
 def test_a_unit_has_positive_sizes(package, sizes):
     name, value = list(sizes.items())[-1]
-    with complaint(ValueError, f"{name} is {value}; it must be at least 1"):
+    with complaint(ValueError, f"{name} is {value}; at least 1 is accepted"):
         package.PDDM(**sizes)
 
 
@@ -519,8 +519,8 @@ def test_the_loss_refuses_what_it_cannot_do():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"alpha": math.nan}, ValueError, "alpha is nan; a finite number is accepted"),
-        ({"beta": None}, TypeError, "beta is a NoneType; a finite number is accepted"),
+        ({"alpha": math.nan}, ValueError, "alpha is nan; a finite number from 0 is accepted"),
+        ({"beta": None}, TypeError, "beta is a NoneType; a finite number from 0 is accepted"),
         ({"weight": -2}, ValueError, "weight is -2; a finite number from 0 is accepted"),
         ({"regularizer_weight": "1"}, TypeError, "regularizer_weight is a str; a finite number from 0 is accepted"),
         ({"regularizer": 3}, TypeError, "regularizer is a int; a function or None is accepted"),

@@ -79,9 +79,10 @@ def test_a_circle_through_a_function_is_found(tmp_path: Path) -> None:
 
 #: What each floor may stand on, from the bottom: (design, section 4).
 FLOORS = [
-    {"quadruplets", "precision", "parameters"},
+    {"_numbers", "quadruplets", "precision"},
+    {"parameters", "unlabelled"},
     {"_checks"},
-    {"ops", "losses", "density", "structure"},
+    {"health", "ops", "losses", "density", "structure"},
     {"unit"},
     {"scoring", "reference"},
     {"mining"},

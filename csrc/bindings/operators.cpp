@@ -308,11 +308,11 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.def("mine(Tensor feats, Tensor labels, " PDDM_UNIT_SCHEMA
         ", int mode) -> (Tensor s_ij, Tensor s_ik, Tensor s_jl, Tensor i, Tensor j, Tensor k, Tensor l, Tensor valid)");
   m.def("score_pairs(Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA ") -> Tensor");
-  m.def("score_matrix(Tensor feats, int split, " PDDM_UNIT_SCHEMA ") -> Tensor");
-  m.def("topk(Tensor queries, Tensor gallery, int k, " PDDM_UNIT_SCHEMA ") -> (Tensor scores, Tensor indices)");
+  m.def("score_matrix(Tensor feats, SymInt split, " PDDM_UNIT_SCHEMA ") -> Tensor");
+  m.def("topk(Tensor queries, Tensor gallery, SymInt k, " PDDM_UNIT_SCHEMA ") -> (Tensor scores, Tensor indices)");
   m.def("score_pairs_backward(Tensor weight, Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA
         ") -> " PDDM_GRADIENTS_SCHEMA);
-  m.def("score_matrix_backward(Tensor weight, Tensor feats, int split, " PDDM_UNIT_SCHEMA
+  m.def("score_matrix_backward(Tensor weight, Tensor feats, SymInt split, " PDDM_UNIT_SCHEMA
         ") -> " PDDM_GRADIENTS_SCHEMA);
 }
 

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from .. import _checks
+from .. import _checks, _numbers
 from ..losses import QuadrupletLoss
 from ..precision import score_dtype
 from ..quadruplets import Mode
 from ..unit import PDDM
+from ..unlabelled import unlabelled
 from . import needs
 
 needs("lightning", "lightning")
@@ -79,6 +80,8 @@ class MetricLearningModule(LightningModule):
         unit_lr_factor: the unit's learning rate over ``lr``.
         weight_decay: L2 penalty of Adam, the paper's γ.
         gather: mine the rows of all processes together.
+        ignore_label: the label of images whose class is not known: they are in no quadruplet, and in validation
+            neither queries nor found.
 
     Attributes:
         net: as given.
@@ -109,22 +112,25 @@ class MetricLearningModule(LightningModule):
         unit_lr_factor: float = 1.0,
         weight_decay: float = 5e-4,
         gather: bool = False,
+        ignore_label: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
             raise TypeError(f"net is a {type(net).__name__}; a torch.nn.Module is accepted")
         _checks.mode(mode)
         for name, value in (("lr", lr), ("unit_lr_factor", unit_lr_factor)):
-            _checks.number(name, value, "a positive finite number")
+            _numbers.number(name, value, "a positive finite number")
         for name, value in (("alpha", alpha), ("beta", beta), ("weight", weight), ("weight_decay", weight_decay)):
-            _checks.number(name, value, "a finite number from 0")
+            _numbers.number(name, value, "a finite number from 0")
         # Another constructor's arguments may be modules or anything else that only a pickle can hold, and loading
         # would give ours to it.
         if type(self).__init__ is MetricLearningModule.__init__:
             self.save_hyperparameters(ignore=["net"])
         self.net, self.unit = net, PDDM(dim)
         self.loss = QuadrupletLoss(alpha, beta, weight)
-        self.mode, self.gather = mode, gather
+        if ignore_label is not None:
+            _numbers.integer("ignore_label", ignore_label)
+        self.mode, self.gather, self.ignore_label = mode, gather, ignore_label
         self.lr, self.unit_lr_factor, self.weight_decay = lr, unit_lr_factor, weight_decay
         self._validated: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
@@ -149,7 +155,7 @@ class MetricLearningModule(LightningModule):
             feats, labels = self._of_all_processes(feats, labels)
         # Autocast would round the features for scoring.
         with torch.autocast(feats.device.type, enabled=False):
-            quads = self.unit.mine(feats, labels, mode=self.mode)
+            quads = self.unit.mine(feats, labels, mode=self.mode, ignore_label=self.ignore_label)
             similarity = self.loss.similarity(quads)
             embedding = self.loss.weight * self.loss.embedding(feats, quads)
             loss = similarity + embedding
@@ -191,6 +197,9 @@ class MetricLearningModule(LightningModule):
             feats, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
             own = _distinct(loaders[index], len(feats)) if index < len(loaders) else len(feats)
             feats, labels = self._of_all_processes(feats[:own], labels[:own])
+            left_out = unlabelled(labels, self.ignore_label)
+            if left_out is not None:
+                feats, labels = feats[~left_out], labels[~left_out]
             if not feats.isfinite().all():  # on every process, or those left would wait for ever
                 raise FloatingPointError("the features are not finite; lower lr, or choose a precision of wider range")
             measured = self._measure(feats, labels)
@@ -223,6 +232,8 @@ class MetricLearningModule(LightningModule):
 
     def _measure(self, feats: Tensor, labels: Tensor) -> dict[str, float]:
         measured: dict[str, float] = {}
+        if len(feats) == 0:
+            return dict.fromkeys(METRICS, float("nan"))
         if self.trainer.is_global_zero:
             calculator = AccuracyCalculator(include=METRICS, k="max_bin_count", device=torch.device("cpu"))
             # It compares labels as float32: not the class ids themselves, which may be large.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, density, losses
+from .. import _checks, _numbers, density, losses
 from ..mining import mine_and_score
 from ..parameters import Parameters
 from ..precision import autocast
@@ -25,6 +25,7 @@ from ..quadruplets import Mode
 from ..reference import _first_best
 from ..scoring import score_matrix, score_pairs
 from ..unit import PDDM, default_unit
+from ..unlabelled import unlabelled
 from . import needs
 
 needs("pytorch_metric_learning", "pml")
@@ -108,6 +109,7 @@ class PDDMMiner(BaseMiner):  # type: ignore[misc]
         unit: the scoring unit.
         mode: ``"anchor"``: each row's own hardest positive. ``"batch"``: the one hardest positive pair.
             ``"pair"``: every positive pair.
+        ignore_label: the label of rows whose class is not known: they are in no triplet.
         **kwargs: of the library's ``BaseMiner``, but ``distance``.
 
     Shape:
@@ -120,19 +122,22 @@ class PDDMMiner(BaseMiner):  # type: ignore[misc]
     Source: Huang, Loy, Tang, NIPS 2016, section 3.2.
     """
 
-    def __init__(self, unit: PDDM | None = None, mode: Mode = "anchor", **kwargs: Any) -> None:
+    def __init__(
+        self, unit: PDDM | None = None, mode: Mode = "anchor", *, ignore_label: int | None = None, **kwargs: Any
+    ) -> None:
         _checks.mode(mode)
         _refuse_distance(kwargs)
         super().__init__(distance=PDDMSimilarity(unit), **kwargs)
         self.mode: Mode = mode
+        self.ignore_label = _ignored(ignore_label)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}"
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Triplets:
         if ref_emb is not embeddings or ref_labels is not labels:
-            return _from_reference(self.distance, self.mode, embeddings, labels, ref_emb, ref_labels)
-        quads = mine_and_score(embeddings, labels, self.distance.unit, mode=self.mode)
+            return _from_reference(self, embeddings, labels, ref_emb, ref_labels)
+        quads = mine_and_score(embeddings, labels, self.distance.unit, mode=self.mode, ignore_label=self.ignore_label)
         i, j, k, l = torch.stack(quads[:4])[:, quads.valid]  # noqa: E741 - the paper's names
         return torch.cat([i, j]), torch.cat([j, i]), torch.cat([k, l])
 
@@ -161,6 +166,7 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
         alpha: margin α of the scores.
         beta: margin β of the squared distances, which lie in [0, 4].
         weight: of the distances' term.
+        ignore_label: the label of rows whose class is not known: what this mines has none of them.
         **kwargs: of the library's ``BaseMetricLossFunction``, but ``distance``: reducer, embedding_regularizer, …
 
     Shape:
@@ -180,12 +186,15 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
         alpha: float = 0.5,
         beta: float = 1.0,
         weight: float = 0.5,
+        *,
+        ignore_label: int | None = None,
         **kwargs: Any,
     ) -> None:
         _checks.mode(mode)
         _refuse_distance(kwargs)
         super().__init__(distance=PDDMSimilarity(unit), **kwargs)
         self.mode: Mode = mode
+        self.ignore_label = _ignored(ignore_label)
         self._each = losses.QuadrupletLoss(alpha, beta, weight, reduction="none")
         self.alpha, self.beta, self.weight = alpha, beta, weight
         self.add_to_recordable_attributes(list_of_names=["alpha", "beta", "weight"], is_stat=False)
@@ -209,10 +218,12 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
             values = self._of_triplets(embeddings, ref_emb, *triplets)
         elif ref_emb is not embeddings or ref_labels is not labels:
             with torch.no_grad():
-                triplets = _from_reference(self.distance, self.mode, embeddings, labels, ref_emb, ref_labels)
+                triplets = _from_reference(self, embeddings, labels, ref_emb, ref_labels)
             values = self._of_triplets(embeddings, ref_emb, *triplets)
         else:
-            quads = mine_and_score(embeddings, labels, self.distance.unit, mode=self.mode)
+            quads = mine_and_score(
+                embeddings, labels, self.distance.unit, mode=self.mode, ignore_label=self.ignore_label
+            )
             values = self._each(embeddings, quads)[quads.valid]
             triplets = tuple(torch.stack(quads[:3])[:, quads.valid])
         if len(values) == 0:
@@ -255,6 +266,7 @@ class DensityRegularizer(BaseRegularizer):  # type: ignore[misc]
         ratio: the extent aimed at, over the room; positive.
         temperature: T, in squared distance; positive.
         eps: ε, in squared distance; positive.
+        ignore_label: the label of rows whose class is not known, which are left out.
         **kwargs: of the library's ``BaseRegularizer``, but ``distance``.
 
     Shape:
@@ -266,10 +278,18 @@ class DensityRegularizer(BaseRegularizer):  # type: ignore[misc]
         RuntimeError: it is called by no loss that it is attached to, or by one that was called without labels.
     """
 
-    def __init__(self, ratio: float = 0.5, temperature: float = 0.05, eps: float = 1e-4, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        ratio: float = 0.5,
+        temperature: float = 0.05,
+        eps: float = 1e-4,
+        *,
+        ignore_label: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         _refuse_distance(kwargs)
         super().__init__(**kwargs)
-        self.density = density.DensityRegularizer(ratio, temperature, eps)
+        self.density = density.DensityRegularizer(ratio, temperature, eps, ignore_label=ignore_label)
         self._labels: Tensor | None = None
 
     def attach(self, loss: BaseMetricLossFunction) -> BaseMetricLossFunction:
@@ -321,9 +341,14 @@ def _one_space(embeddings: Tensor, ref_emb: Tensor) -> tuple[Tensor, Tensor]:
     return embeddings, ref_emb
 
 
+def _ignored(ignore_label: int | None) -> int | None:
+    if ignore_label is not None:
+        _numbers.integer("ignore_label", ignore_label)
+    return ignore_label
+
+
 def _from_reference(
-    similarity: PDDMSimilarity,
-    mode: Mode,
+    mining: PDDMMiner | QuadrupletLoss,
     embeddings: Tensor,
     labels: Tensor,
     ref_emb: Tensor,
@@ -333,9 +358,14 @@ def _from_reference(
     ref_labels = labels if ref_labels is None else ref_labels  # the library's reading
     _checks._vector("labels", labels, len(embeddings), "embeddings")
     _checks._vector("ref_labels", ref_labels, len(ref_emb), "ref_emb")
-    scores = similarity(embeddings, ref_emb)
+    scores, mode = mining.distance(embeddings, ref_emb), mining.mode
     positive = labels.long()[:, None] == ref_labels.long()
-    k, has_negative = _first_best(scores, ~positive, smallest=False)
+    negative = ~positive
+    left_out, ref_left_out = (unlabelled(y, mining.ignore_label) for y in (labels, ref_labels))
+    for rows in (left_out if left_out is None else left_out[:, None], ref_left_out):
+        if rows is not None:
+            positive, negative = positive & ~rows, negative & ~rows
+    k, has_negative = _first_best(scores, negative, smallest=False)
     if ref_emb is embeddings or ref_labels is labels:
         positive.fill_diagonal_(False)
     # unique() cannot sort NaN. Whatever stands for it, pairs with it score NaN and stay out.

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import _checks, _numbers
 from ..losses import QuadrupletLoss
 from ..precision import score_dtype
 from ..quadruplets import Mode
@@ -66,6 +66,7 @@ class PDDMQuadrupletLoss(nn.Module):
         alpha: margin α of the scores.
         beta: margin β of the squared distances.
         weight: λ, of the embedding term.
+        ignore_label: the label of sentences whose class is not known: they are in no quadruplet.
 
     Attributes:
         unit: the :class:`pddm_ext.PDDM`, for :func:`pddm_ext.topk` or :func:`pddm_ext.score_matrix` after training.
@@ -89,6 +90,8 @@ class PDDMQuadrupletLoss(nn.Module):
         alpha: float = 0.5,
         beta: float = 1.0,
         weight: float = 0.5,
+        *,
+        ignore_label: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, SentenceTransformer):
@@ -102,7 +105,9 @@ class PDDMQuadrupletLoss(nn.Module):
             unit = PDDM(dim).to(model.device)
         _checks._unit(unit, dim)
         self.model = model  # by this name the trainer puts a wrapped model in its place
-        self.unit, self.mode = unit, mode
+        if ignore_label is not None:
+            _numbers.integer("ignore_label", ignore_label)
+        self.unit, self.mode, self.ignore_label = unit, mode, ignore_label
         self.quadruplet_loss = QuadrupletLoss(alpha, beta, weight)
         self._shared = False
 
@@ -121,7 +126,8 @@ class PDDMQuadrupletLoss(nn.Module):
             self._share_unit()
         # Autocast would round the features for scoring.
         with torch.autocast(feats.device.type, enabled=False):
-            loss: Tensor = self.quadruplet_loss(feats, self.unit.mine(feats, labels, mode=self.mode))
+            quads = self.unit.mine(feats, labels, mode=self.mode, ignore_label=self.ignore_label)
+            loss: Tensor = self.quadruplet_loss(feats, quads)
         return loss
 
     def _share_unit(self) -> None:
@@ -139,6 +145,7 @@ class PDDMQuadrupletLoss(nn.Module):
             "alpha": self.quadruplet_loss.alpha,
             "beta": self.quadruplet_loss.beta,
             "weight": self.quadruplet_loss.weight,
+            "ignore_label": self.ignore_label,
         }
 
     @property

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _numbers
 from ..losses import QuadrupletLoss
 from ..mining import mine_and_score
 from ..parameters import Parameters
@@ -144,6 +144,7 @@ class PDDMNeighborsClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         weight_decay: of Adam.
         random_state: int, RandomState or None, for the initial weights and the batches. An int makes the same unit
             every time. Torch's global generator is neither used nor moved.
+        ignore_label: the label of rows whose class is not known, such as −1: they are left out.
 
     Attributes:
         unit_: the unit, trained or given.
@@ -167,6 +168,7 @@ class PDDMNeighborsClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         lr: float = 1e-3,
         weight_decay: float = 5e-4,
         random_state: int | np.random.RandomState | None = None,
+        ignore_label: int | None = None,
     ) -> None:
         self.n_neighbors = n_neighbors
         self.weights = weights
@@ -177,6 +179,7 @@ class PDDMNeighborsClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.lr = lr
         self.weight_decay = weight_decay
         self.random_state = random_state
+        self.ignore_label = ignore_label
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> PDDMNeighborsClassifier:
         """Keep the rows to compare with, and train the unit unless one is given.
@@ -198,6 +201,11 @@ class PDDMNeighborsClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self._check_weights()
         rows, targets = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(targets)
+        if self.ignore_label is not None:
+            known = targets != self.ignore_label
+            if not known.any():
+                raise ValueError(f"y has no label but {self.ignore_label}, which ignore_label leaves out")
+            rows, targets = rows[known], targets[known]
         self.classes_, labels = np.unique(targets, return_inverse=True)
         if self.unit is None:
             # Whatever mode torch is in around fit, or a loss could have no gradient, or another value.
@@ -291,7 +299,7 @@ class PDDMNeighborsClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         check_scalar(self.steps, "steps", Integral, min_val=1)
         check_scalar(self.batch_size, "batch_size", Integral, min_val=8)
         for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
-            _checks.number(name, value, "a finite number from 0")
+            _numbers.number(name, value, "a finite number from 0")
         sizes = np.bincount(labels)
         if len(sizes) == 1 or sizes.max() == 1:
             raise ValueError(

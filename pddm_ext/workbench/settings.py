@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pddm_ext._numbers import number
 from pddm_ext.quadruplets import MODES
 
 DRAWINGS = ("glyphs", "omniglot")
@@ -98,11 +98,9 @@ class Settings:
         if self.seed >= 2**32:
             raise ValueError(f"--seed is {self.seed}; less than 2**32 is accepted")
         for name in ("lr", "unit_lr_factor", "density_ratio"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{option(name)} is {getattr(self, name)}; a positive finite number is accepted")
+            number(option(name), getattr(self, name), "a positive finite number")
         for name in ("weight_decay", "alpha", "beta", "weight", "margin", "density", "structure"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{option(name)} is {getattr(self, name)}; a finite number from 0 is accepted")
+            number(option(name), getattr(self, name), "a finite number from 0")
         if self.pretrained and not self.backbone.startswith(("timm/", "torchvision/")):
             raise ValueError(f"--pretrained is for timm and torchvision backbones; --backbone is {self.backbone}")
         if (self.root == "") != (self.data == "glyphs"):
