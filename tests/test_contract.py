@@ -22,21 +22,19 @@ from helpers import (
     ON_CUDA,
     PARAMETERS,
     assert_same_bits,
-    assert_within,
-    bound_of,
     counters,
     cpu_only,
     host_only,
-    in_a_new_process,
     instruction_set,
     make_features,
     make_labels,
     make_unit,
     reset_counters,
     threads,
-    truth,
 )
 from pddm_ext import _C, ops, reference
+from processes import in_a_new_process
+from truth import assert_within, bound_of, truth
 
 PACKAGES = [pytest.param(pddm_ext, id="fused"), pytest.param(reference, id="reference")]
 X, LABELS, I = make_features(8, 4), make_labels(8), torch.arange(8, device=DEVICE)  # noqa: E741

@@ -14,18 +14,14 @@ from helpers import (
     FLOATS,
     MODES,
     ON_CUDA,
-    assert_mined,
     assert_same_bits,
-    assert_within,
-    bound_of,
-    decided,
-    in_a_new_process,
     make_features,
     make_labels,
     make_unit,
     matmul_precision,
-    truth,
 )
+from processes import in_a_new_process
+from truth import assert_mined, assert_within, bound_of, decided, truth
 
 pytestmark = pytest.mark.skipif(not ON_CUDA, reason="PDDM_TEST_DEVICE is not cuda")
 

@@ -4,22 +4,9 @@ import pytest
 import torch
 
 import pddm_ext
-from helpers import (
-    EMULATED,
-    FLOATS,
-    MODES,
-    assert_lowest,
-    assert_mined,
-    assert_within,
-    bound_of,
-    counters,
-    in_a_new_process,
-    make_features,
-    make_labels,
-    make_unit,
-    reset_counters,
-    truth,
-)
+from helpers import EMULATED, FLOATS, MODES, counters, make_features, make_labels, make_unit, reset_counters
+from processes import in_a_new_process
+from truth import assert_lowest, assert_mined, assert_within, bound_of, truth
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="this build does not emulate a GPU")
 

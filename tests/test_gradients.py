@@ -18,12 +18,9 @@ from helpers import (
     Batch,
     all_pairs,
     assert_same_bits,
-    assert_within,
     batches,
-    bound_of,
     cpu_only,
     gpu_only,
-    in_double,
     instruction_set,
     kill_relus,
     make_features,
@@ -32,9 +29,9 @@ from helpers import (
     matmul_precision,
     on_one_thread,
     random_rows,
-    truth,
 )
 from pddm_ext import reference
+from truth import assert_within, bound_of, in_double, truth
 
 Scores = Callable[[Tensor, reference.PDDM], Tensor]
 

@@ -21,7 +21,6 @@ from helpers import (
     counters,
     cpu_only,
     gpu_only,
-    in_a_new_process,
     instruction_set,
     make_features,
     make_labels,
@@ -32,6 +31,7 @@ from helpers import (
     threads,
 )
 from pddm_ext import _C
+from processes import in_a_new_process
 
 
 def counted(call) -> dict[str, int]:

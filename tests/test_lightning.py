@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pddm_ext
-from helpers import MODES, PARAMETERS, host_only, in_two_processes, on_one_thread
+from helpers import MODES, PARAMETERS, host_only, on_one_thread
 from pddm_ext import reference
 from pddm_ext.adapters.lightning import MetricLearningModule
+from processes import in_two_processes
 
 pytestmark = [host_only("Lightning's CPU accelerator"), pytest.mark.filterwarnings("ignore")]
 

@@ -14,20 +14,17 @@ from helpers import (
     MODES,
     ON_GPU_KERNELS,
     Batch,
-    assert_lowest,
-    assert_mined,
     assert_same_bits,
-    assert_selected,
     batches,
     cpu_only,
     instruction_set,
     make_features,
     make_labels,
     make_unit,
-    operand_rounding,
 )
 from pddm_ext import reference
 from pddm_ext.reference import select_quadruplets
+from truth import assert_lowest, assert_mined, assert_selected, operand_rounding
 
 LABEL_DTYPES = [
     torch.int64,

@@ -17,12 +17,8 @@ from helpers import (
     SIZES,
     Batch,
     all_pairs,
-    assert_mined,
-    assert_ranked,
     assert_same_bits,
-    assert_within,
     batches,
-    bound_of,
     cpu_only,
     gpu_only,
     instruction_set,
@@ -31,11 +27,9 @@ from helpers import (
     make_labels,
     make_unit,
     matmul_precision,
-    operand_rounding,
-    rounding_bound,
-    truth,
 )
 from pddm_ext import reference
+from truth import assert_mined, assert_ranked, assert_within, bound_of, operand_rounding, rounding_bound, truth
 
 
 @cache

@@ -24,15 +24,14 @@ from helpers import (
     ON_CUDA,
     assert_same_bits,
     counters,
-    in_double,
     make_features,
     make_unit,
     on_one_thread,
     reset_counters,
-    truth,
 )
 from pddm_ext import reference
 from pddm_ext.adapters.pml import DensityRegularizer, PDDMMiner, PDDMSimilarity, QuadrupletLoss
+from truth import in_double, truth
 
 D = 6
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 import pddm_ext
-from helpers import MODES, PARAMETERS, host_only, in_two_processes, on_one_thread
+from helpers import MODES, PARAMETERS, host_only, on_one_thread
 from pddm_ext import reference
 from pddm_ext.adapters.sentence_transformers import PDDMQuadrupletLoss
+from processes import in_two_processes
 
 pytestmark = [host_only("the trainer's CPU"), pytest.mark.filterwarnings("ignore")]
 

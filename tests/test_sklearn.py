@@ -25,10 +25,11 @@ from sklearn.utils.estimator_checks import check_estimator
 from torch import Tensor
 
 import pddm_ext
-from helpers import assert_same_bits, in_double, make_features, make_unit, threads, truth
+from helpers import assert_same_bits, make_features, make_unit, threads
 from pddm_ext import reference
 from pddm_ext.adapters import sklearn as adapter
 from pddm_ext.adapters.sklearn import PDDMDistance, PDDMKernel, PDDMNeighborsClassifier
+from truth import in_double, truth
 
 TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
