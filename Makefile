@@ -90,7 +90,8 @@ $(CUDA_PACKAGE)/built: $(NATIVE) $(wildcard pddm_ext/*.py pddm_ext/workbench/* p
 	@touch $@
 
 ON_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA_PACKAGE):$$PYTHONPATH PDDM_TEST_DEVICE=cuda
-NEED_EXTRAS := training compare datasets evaluation report docs examples adapters pml lightning sentence_transformers sklearn
+NEED_EXTRAS := training methods backbones resuming cli compare splits drawings photos published evaluation report docs examples \
+  adapters pml lightning sentence_transformers sklearn
 # Not python -m pytest, which would find the source folder first.
 PYTEST_CUDA := $(PYTHON) -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))'
 test-cuda: $(CUDA_PACKAGE)/built

@@ -1,10 +1,16 @@
+from __future__ import annotations
+
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from helpers import CAPABILITIES, instruction_set, threads
+
+if TYPE_CHECKING:
+    from pddm_ext.workbench.data.splits import Dataset
 
 # Every run draws the same examples. Their time is nobody's promise.
 settings.register_profile(
@@ -26,3 +32,22 @@ def _seed_and_threads() -> Iterator[None]:
     torch.manual_seed(0)
     with threads(2):
         yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Nets this small, among other test processes, are slower on more."""
+    with threads(1):
+        yield
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    """Eight training classes and five test classes, which the command line finds in the glyphs' place."""
+    # Here, for a suite on a GPU may lack what the workbench needs.
+    from pddm_ext.workbench.data import glyphs
+    from runs import make_tiny
+
+    dataset = make_tiny()
+    monkeypatch.setattr(glyphs, "load", lambda: dataset)
+    return dataset

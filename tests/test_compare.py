@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import TINY, TINY_OPTIONS, interrupt_at, make_archive, make_tiny, untimed
 
-from helpers import threads
 from pddm_ext.workbench import cli, compare, outcome
 from pddm_ext.workbench.compare import Cell, Grid, method
 from pddm_ext.workbench.data import glyphs
@@ -19,17 +17,15 @@ from pddm_ext.workbench.data.load import load
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import CHECKPOINT, CONFIG, CollapseWarning, Run
 from pddm_ext.workbench.settings import Settings
+from runs import TINY, TINY_OPTIONS, interrupt_at, make_archive, make_tiny, untimed
 
 # Classes so few, and nets so small, that they collapse now and then; nothing here is about that.
-pytestmark = pytest.mark.filterwarnings(f"ignore::{CollapseWarning.__module__}.CollapseWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{CollapseWarning.__module__}.CollapseWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 COMMON = Settings(**{**TINY, "steps": 4, "classes": 3})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture

@@ -1,0 +1,105 @@
+"""Backbones: of one's own, by name, and those that do not fit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pddm_ext.workbench import cli, outcome
+from pddm_ext.workbench.data.splits import Dataset
+from pddm_ext.workbench.evaluation.evaluate import embed
+from pddm_ext.workbench.loop import CHECKPOINT, Run
+from pddm_ext.workbench.model import embedder
+from pddm_ext.workbench.settings import Settings
+from runs import TINY, TINY_OPTIONS, dropping, trained
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_backbone_of_ones_own_is_trained_and_measured_in_evaluation_mode(tiny: Dataset) -> None:
+    backbone = dropping()
+    before = [parameter.clone() for parameter in backbone.parameters()]
+    run = trained(tiny, backbone=backbone)
+    for one, parameter in zip(before, backbone.parameters(), strict=True):
+        assert not torch.equal(one, parameter)
+    assert torch.equal(embed(run.learner.net, run.test), embed(run.learner.net, run.test))
+    assert run.learner.net.training
+
+
+class Quadratic(nn.Module):
+    def forward(self, pictures: Tensor) -> Tensor:
+        return pictures[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (Quadratic(), r"gives \(1, 32, 32\) for one picture; features of shape \(1, f\)"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), r"does not take pictures of shape \(1, 32, 32\)"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_told(tiny: Dataset, backbone: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Run(Settings(**TINY), tiny, backbone=backbone)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet", "convnet, timm/NAME, torchvision/NAME and MODULE:CALLABLE are accepted"),
+        ("timm/", "convnet, timm/NAME, torchvision/NAME and MODULE:CALLABLE are accepted"),
+        ("collections:NoSuchThing", "--backbone collections:NoSuchThing: .*NoSuchThing"),
+        ("collections:OrderedDict", "gives OrderedDict; a torch.nn.Module is accepted"),
+    ],
+)
+def test_bad_backbone_names(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        embedder(Settings(backbone=name), (1, 32, 32))
+
+
+@pytest.fixture
+def module_of_mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``mine:net``, whose import leaves a mark."""
+    mark = tmp_path / "imported"
+    (tmp_path / "mine_for_a_test.py").write_text(
+        f"from pathlib import Path\nfrom torch import nn\nPath({str(mark)!r}).touch()\n"
+        "def net():\n    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(64, 16), nn.ReLU())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine_for_a_test", raising=False)
+    return mark
+
+
+def test_eval_runs_a_backbones_code_only_when_confirmed(
+    tiny: Dataset, tmp_path: Path, module_of_mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, path = "mine_for_a_test:net", str(tmp_path / "run" / CHECKPOINT)
+    assert cli.main(["train", *TINY_OPTIONS, "--backbone", name, "--out", str(tmp_path / "run")]) == 0
+    del sys.modules["mine_for_a_test"]
+    module_of_mine.unlink()
+    for unconfirmed in ([], ["--backbone", "mine_for_a_test:other"]):
+        assert cli.main(["eval", path, *unconfirmed]) == 2
+        assert f"confirm with --backbone {name}" in capsys.readouterr().err
+        assert not module_of_mine.exists()
+    assert cli.main(["eval", path, "--backbone", name, "--json", str(tmp_path / "again.json")]) == 0
+    assert module_of_mine.exists()
+    assert json.loads((tmp_path / "again.json").read_text()) == outcome.read(tmp_path / "run")
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_backbone_library_that_is_missing_is_named(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], library: str
+) -> None:
+    for module in (library, f"{library}.models"):
+        monkeypatch.setitem(sys.modules, module, None)
+    options = ["train", *TINY_OPTIONS, "--backbone", f"{library}/resnet18", "--out", str(tmp_path / "out")]
+    assert cli.main(options) == 2
+    error = capsys.readouterr().err
+    assert f"this needs {library}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

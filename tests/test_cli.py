@@ -1,0 +1,286 @@
+"""The command line: what it leaves behind, what it refuses before any work, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pddm_ext
+from pddm_ext.workbench import cli, loop, outcome
+from pddm_ext.workbench.data import glyphs
+from pddm_ext.workbench.data.splits import Dataset
+from pddm_ext.workbench.loop import CHECKPOINT, CONFIG
+from pddm_ext.workbench.settings import Settings
+from runs import TINY, TINY_OPTIONS, make_archive, scalars, untimed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# What a run leaves behind
+
+
+def test_what_train_leaves_behind(tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "folder"
+    assert cli.main(["train", *TINY_OPTIONS, "--steps", "5", "--out", str(folder)]) == 0
+    printed = capsys.readouterr()
+    for text in ("train on 8 classes, 32 pictures: one, two", "search among 5 classes, 20 pictures: three"):
+        assert text in printed.out
+    for text in ("Recall@1", "Recall@8", "MAP@R", "by distance", "by score", "re-ranked", f"run: {folder}"):
+        assert text in printed.out
+    assert "5/5" in printed.err  # the progress bar
+    assert sorted(file.name for file in folder.iterdir()) == [CHECKPOINT, CONFIG, "metrics.json", "tensorboard"]
+
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    assert metrics["data"] == {
+        "train": {"classes": 8, "from": ["one", "two"], "pictures": 32},
+        "test": {"classes": 5, "from": ["three"], "pictures": 20},
+    }
+    assert set(metrics["results"]) == {"distance", "score", "rerank"}
+    assert metrics["curves"]["step"] == [2, 4, 5]
+    assert {len(curve) for curve in metrics["curves"].values()} == {3}
+    assert metrics["curves"]["recall"][-1] == pytest.approx(metrics["results"]["distance"]["recall"]["1"]["value"])
+    assert metrics["spread"] == pytest.approx(metrics["curves"]["spread"][-1])
+    assert metrics["collapsed"] == (metrics["spread"] < loop.COLLAPSED)
+    assert metrics["environment"]["device"] == "cpu"
+    assert metrics["environment"]["threads"] == 1
+
+    logged = scalars(folder)
+    assert logged.keys() == metrics["curves"].keys()
+    for name, curve in metrics["curves"].items():
+        assert [step for step, _ in logged[name]] == [2, 4, 5]
+        assert [value for _, value in logged[name]] == pytest.approx(curve, rel=1e-6), name
+
+
+def test_eval_prints_and_writes_the_figures_of_the_run(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--precision", "64-true", "--structure", "0.3", "--out", str(tmp_path)]
+    assert cli.main(["train", *TINY_OPTIONS, *options]) == 0
+    table = capsys.readouterr().out.split("three\n")[1].split("run: ")[0]
+    assert all(heading in table for heading in ("by distance", "by score", "re-ranked", "by structure"))
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["eval", str(tmp_path / CHECKPOINT), "--json", str(tmp_path / "again.json")]) == 0
+    assert capsys.readouterr().out == table
+    again, metrics = (json.loads((tmp_path / name).read_text()) for name in ("again.json", "metrics.json"))
+    assert again == metrics
+    assert cli.main(["eval", str(tmp_path / CHECKPOINT), "--accelerator", "nonsense"]) == 2
+    assert "--accelerator nonsense is not to be had" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "again.json"])
+
+
+def test_eval_finds_data_that_have_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = make_archive(tmp_path / "small.zip")
+    options = ["--data", "omniglot", "--root", str(archive), *TINY_OPTIONS, "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *options]) == 0
+    assert "search among 6 classes, 24 pictures: D, E" in capsys.readouterr().out
+    archive.rename(tmp_path / "moved.zip")
+    path = str(tmp_path / "run" / CHECKPOINT)
+    assert cli.main(["eval", path]) == 2
+    assert str(archive) in capsys.readouterr().err
+    assert cli.main(["eval", path, "--root", str(tmp_path / "moved.zip")]) == 0
+    assert "Recall@1" in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_not_overwritten(tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path)]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert cli.main(["train", *TINY_OPTIONS, "--lr", "0.01", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds a run; --resume continues it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    assert outcome.read(tmp_path) is None
+    for damaged in ("", "{", "[]", '{"settings": {}}', "\udcff"):
+        (tmp_path / "metrics.json").write_bytes(damaged.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ValueError, match=r"metrics\.json: not the figures of a finished run .* delete it"):
+            outcome.read(tmp_path)
+
+
+# Options and settings
+
+
+def test_config_repeats_a_run_and_options_override_it(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--method", "contrastive", "--no-augment", "--lr", "0.002", "--seed", "3"]
+    assert cli.main(["train", *TINY_OPTIONS, *options, "--out", str(tmp_path / "first")]) == 0
+    config = tmp_path / "first" / CONFIG
+    given = json.loads(config.read_text())
+    assert given == {**Settings(**TINY).__dict__, "method": "contrastive", "augment": False, "lr": 0.002, "seed": 3}
+    assert cli.main(["train", "--config", str(config), "--out", str(tmp_path / "again")]) == 0
+    first, again = (outcome.read(tmp_path / name) for name in ("first", "again"))
+    assert first is not None
+    assert again is not None
+    assert untimed(first) == untimed(again)
+    assert (tmp_path / "again" / CONFIG).read_bytes() == config.read_bytes()
+
+    changed = ["--config", str(config), "--steps", "2", "--augment", "--lr", "1"]
+    assert cli.main(["train", *changed, "--out", str(tmp_path / "other")]) == 0
+    assert json.loads((tmp_path / "other" / CONFIG).read_text()) == {**given, "steps": 2, "augment": True, "lr": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"steps": 5', "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[1]", "not a JSON object of settings"),
+        (b'{"step": 5}', "'step' is no setting; data, root"),
+        (b'{"steps": "5"}', "steps is '5'; a value of type int is accepted"),
+        (b'{"steps": 5.0}', "steps is 5.0; a value of type int is accepted"),
+        (b'{"steps": true}', "steps is True; a value of type int is accepted"),
+        (b'{"augment": 1}', "augment is 1; a value of type bool is accepted"),
+        (b'{"lr": null}', "lr is None; a value of type float is accepted"),
+        (b'{"lr": NaN}', "--lr is nan; a positive finite number is accepted"),
+        (b'{"method": "triplet"}', "--method is 'triplet'; recommended, pddm-batch"),
+        (b'{"precision": "fp8"}', "--precision is 'fp8'; 32-true"),
+        (None, "No such file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_bad_config_fails_before_any_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    content: bytes | None,
+    message: str,
+) -> None:
+    monkeypatch.setattr(glyphs, "load", lambda: pytest.fail("work was begun"))
+    config = tmp_path / "config.json"
+    if content is not None:
+        config.write_bytes(content)
+    assert cli.main([command, "--config", str(config), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pddm-ext: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "omniglot"], "--data omniglot needs --root"),
+        (["--root", "somewhere"], "--data glyphs has no --root"),
+        (["--download"], "--download fetches cub200, cars196 and sop; --data is glyphs"),
+        (["--steps", "0"], "--steps is 0; at least 1 is accepted"),
+        (["--classes", "1"], "--classes is 1; at least 2 is accepted"),
+        (["--classes", "999"], "--classes is 999; glyphs has 8 to train on"),
+        (["--samples", "1"], "--samples is 1; at least 2 is accepted"),
+        (["--accumulate", "0"], "--accumulate is 0; at least 1 is accepted"),
+        (["--dim", "0"], "--dim is 0; at least 1 is accepted"),
+        (["--devices", "0"], "--devices is 0; at least 1 is accepted"),
+        (["--workers", "-1"], "--workers is -1; at least 0 is accepted"),
+        (["--warmup", "-1"], "--warmup is -1; at least 0 is accepted"),
+        (["--lr", "nan"], "--lr is nan; a positive finite number is accepted"),
+        (["--unit-lr-factor", "-1"], "--unit-lr-factor is -1.0; a positive finite number is accepted"),
+        (["--weight-decay", "inf"], "--weight-decay is inf; a finite number from 0 is accepted"),
+        (["--density", "-1"], "--density is -1.0; a finite number from 0 is accepted"),
+        (["--density-ratio", "0"], "--density-ratio is 0.0; a positive finite number is accepted"),
+        (["--structure", "nan"], "--structure is nan; a finite number from 0 is accepted"),
+        (["--clusters", "1"], "--clusters is 1; at least 2 is accepted"),
+        (["--margin", "-0.1"], "--margin is -0.1; a finite number from 0 is accepted"),
+        (["--seed", "-1"], "--seed is -1; at least 0 is accepted"),
+        (["--seed", str(2**32)], "less than 2**32 is accepted"),
+        (["--every", "0"], "--every is 0; at least 1 is accepted"),
+        (["--backbone", "resnet"], "--backbone is 'resnet'"),
+        (["--pretrained"], "--pretrained is for timm and torchvision backbones; --backbone is convnet"),
+        (
+            ["--data", "folder", "--root", "x"],
+            "--backbone convnet is for drawings (glyphs, omniglot); for --data folder",
+        ),
+        (["--resume"], "no checkpoint to resume from"),
+    ],
+)
+def test_bad_options_fail_before_any_work(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert cli.main(["train", *TINY_OPTIONS, *options, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pddm-ext: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_anywhere_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load() -> Dataset:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(glyphs, "load", load)
+    assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
+def test_choices_are_named_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--method", "--data", "--schedule", "--precision"):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["train", option, "nonsense"])
+        assert left.value.code == 2
+        assert f"argument {option}: invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("accelerator", ["nonsense", "mps" if not torch.backends.mps.is_available() else "tpu"])
+def test_an_accelerator_that_is_not_there_is_named(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], accelerator: str
+) -> None:
+    assert cli.main(["train", *TINY_OPTIONS, "--accelerator", accelerator, "--out", str(tmp_path)]) == 2
+    assert f"error: --accelerator {accelerator} is not to be had" in capsys.readouterr().err
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_an_output_folder_that_is_a_file_is_named(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("")
+    assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path / "out")]) == 2
+    assert str(tmp_path / "out") in capsys.readouterr().err
+
+
+def test_divergence_ends_the_command(tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *TINY_OPTIONS, "--lr", "1e30", "--out", str(tmp_path)]) == 2
+    assert "embedding is not finite after 2 steps; lower --lr" in capsys.readouterr().err
+    assert not (tmp_path / CHECKPOINT).exists()
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_info_says_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    build = pddm_ext._C.build_info()
+    for text in (pddm_ext.__version__, torch.__version__, build["compiler"], build["stable_abi"], "CUDA", "threads"):
+        assert text in out
+    for name in pddm_ext._C.cpu_capabilities():
+        assert name in out
+
+
+def test_info_and_help_need_no_training_extra_and_train_says_how_to_get_them() -> None:
+    program = """
+import sys
+for extra in ("matplotlib", "PIL", "tqdm", "sklearn", "scipy", "jinja2", "faiss", "lightning_fabric", "tensorboard"):
+    sys.modules[extra] = None
+sys.modules["pytorch_metric_learning"] = None
+from pddm_ext.workbench import cli
+assert cli.main(["info"]) == 0
+try:
+    cli.main(["compare", "--help"])
+except SystemExit as left:
+    assert left.code == 0
+sys.exit(cli.main(["train"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "instruction sets" in done.stdout
+    assert "--unit-lr-factor" in done.stdout
+    assert "pip install 'pddm-ext[train]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,152 @@
+"""The methods: what each mines, that each trains, and what they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import pddm_ext
+from pddm_ext.workbench.data.splits import Dataset
+from pddm_ext.workbench.loop import Run
+from pddm_ext.workbench.methods import mine_by_distance, objective
+from pddm_ext.workbench.settings import METHODS, Settings
+from runs import TINY, differences, pictures_of, trained
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("mode", ["batch", "anchor", "pair"])
+def test_mining_by_distance_finds_the_farthest_positive_and_the_nearest_negatives(mode: Any) -> None:
+    feats = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(12) % 3
+    quads = mine_by_distance(feats, labels, mode)
+    unit = torch.nn.functional.normalize(feats.double(), dim=1)
+    distance = torch.cdist(unit, unit)
+    for i, j, k, l in zip(*(field.tolist() for field in quads[:4]), strict=True):  # noqa: E741
+        others = labels != labels[i]
+        assert k == distance[i].masked_fill(~others, torch.inf).argmin()
+        assert l == distance[j].masked_fill(~others, torch.inf).argmin()
+        if mode == "anchor":
+            assert j == distance[i].masked_fill(others, -torch.inf).argmax()
+    assert len(quads.i) == {"batch": 1, "anchor": 12, "pair": 18}[mode]
+
+
+def test_a_unit_that_starts_by_distance_ranks_by_it() -> None:
+    made = objective(Settings(method="pddm-pair", dim=16, unit_start="distance"))
+    assert made.unit is not None
+    feats = torch.nn.functional.normalize(torch.randn(60, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    i, j = torch.triu_indices(60, 60, 1)
+    scores, distances = pddm_ext.score_matrix(feats, made.unit)[i, j].detach(), torch.cdist(feats, feats)[i, j]
+    ranks = torch.stack([scores.argsort().argsort(), distances.argsort().argsort()]).double()
+    assert torch.corrcoef(ranks)[0, 1] < -0.9
+    assert scores[distances.argmin()] > scores[distances.argmax()]
+
+
+def test_first_updates_can_be_mined_by_distance(tiny: Dataset) -> None:
+    made = objective(Settings(method="pddm-anchor", dim=8, distance_steps=1, accumulate=2))
+    feats, labels = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4).repeat(3)
+    mined = []
+    made.loss.similarity = lambda quads: (mined.append(quads), quads.s_ij.sum())[1]  # type: ignore[method-assign]
+    for _ in range(3):  # two batches of the first update, and one of the second
+        made(feats, labels)
+    by_distance, by_score = mine_by_distance(feats, labels, "anchor"), made.mine(feats, labels)
+    assert not all(torch.equal(one, other) for one, other in zip(by_distance[:4], by_score[:4], strict=True))
+    for quads, expected in zip(mined, (by_distance, by_distance, by_score), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(quads[:4], expected[:4], strict=True))
+        scores = pddm_ext.score_pairs(feats, quads.i, quads.j, made.unit)
+        torch.testing.assert_close(quads.s_ij, scores)
+        torch.testing.assert_close(quads.s_jl, pddm_ext.score_pairs(feats, quads.j, quads.l, made.unit))
+
+
+@pytest.mark.parametrize("flows", [True, False])
+def test_the_score_loss_trains_the_embedding_only_if_asked(flows: bool) -> None:
+    made = objective(Settings(method="pddm-pair", dim=8, unit_gradient=flows))
+    feats = torch.randn(12, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    terms = made(feats, torch.arange(4).repeat(3))
+    assert terms["score"] > 0
+    terms["score"].backward()
+    assert (feats.grad is not None and feats.grad.abs().sum() > 0) == flows
+    assert made.unit.u.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "terms"),
+    [
+        *((method, {}) for method in METHODS),
+        *((method, {"density": 0.1, "structure": 0.3}) for method in ("pddm-anchor", "multi-similarity")),
+    ],
+)
+def test_each_method_trains(tiny: Dataset, method: str, terms: dict[str, Any]) -> None:
+    """Every parameter moves, and on a fixed batch the loss comes down."""
+    run = Run(Settings(**TINY, method=method, lr=3e-3, **terms), tiny)
+    assert (run.learner.unit is not None) == (method.startswith("pddm-") or method == "recommended")
+    before = {name: value.clone() for name, value in run.learner.named_parameters()}
+    pictures, labels = pictures_of(tiny)
+    losses = []
+    for _ in range(15):
+        torch.manual_seed(0)  # the same noise, where a method has some
+        loss = sum(run.learner(pictures, labels).values())
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, value in run.learner.named_parameters():
+        assert not torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("method", ["euclidean-anchor", "multi-similarity"])
+def test_density_and_structure_are_terms_beside_any_loss(tiny: Dataset, method: str) -> None:
+    common = {**TINY, "method": method}
+    plain, both = (
+        Run(Settings(**common, **more), tiny).learner
+        for more in ({}, {"density": 0.1, "density_ratio": 0.7, "structure": 0.3, "clusters": 3})
+    )
+    pictures, labels = pictures_of(tiny)
+    terms, bare = both(pictures, labels), plain(pictures, labels)
+    feats, structure = both.net.both(pictures)
+    assert structure is not None
+    expected = {
+        **bare,
+        "density": 0.1 * pddm_ext.DensityRegularizer(0.7)(feats, labels),
+        "structure": 0.3 * pddm_ext.MultiClusterRankingLoss(3)(feats, structure),
+    }
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
+    assert plain.net.both(pictures)[1] is None
+    assert {name for name, _ in both.named_parameters()} - {name for name, _ in plain.named_parameters()} == {
+        "net.structure.linear.weight",
+        "net.structure.linear.bias",
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_divergence_of_any_method_is_said(tiny: Dataset, method: str) -> None:
+    with pytest.raises(FloatingPointError, match="embedding is not finite after 2 steps"):
+        trained(tiny, method=method, lr=1e30)
+
+
+def test_every_method_starts_from_the_same_net_and_torchs_generator_is_left_alone(tiny: Dataset) -> None:
+    before = torch.random.get_rng_state()
+    nets = [Run(Settings(**TINY, method=method), tiny).learner.net.state_dict() for method in METHODS]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(not differences(nets[0], net) for net in nets)
+    units = [objective(Settings(**TINY, method=method)).state_dict() for method in METHODS if "pddm" in method]
+    assert all(not differences(units[0], unit) for unit in units)
+    other = Run(Settings(**TINY, seed=1), tiny).learner.net.state_dict()
+    assert "/backbone.0.weight" in differences(nets[0], other)
+
+
+def test_the_unit_has_a_learning_rate_of_its_own(tiny: Dataset) -> None:
+    run = Run(Settings(**TINY, method="pddm-pair", lr=0.01, unit_lr_factor=5.0), tiny)
+    net, unit = run.optimizer.param_groups
+    assert (net["lr"], unit["lr"]) == (0.01, pytest.approx(0.05))
+    assert net["weight_decay"] == unit["weight_decay"] == 5e-4
+    assert run.learner.unit is not None
+    assert {id(p) for p in unit["params"]} == {id(p) for p in run.learner.unit.parameters()}
+    assert {id(p) for p in net["params"]} == {id(p) for p in run.learner.net.parameters()}
+    alone = Run(Settings(**TINY, method="n-pair", weight_decay=0.0), tiny)
+    assert [group["weight_decay"] for group in alone.optimizer.param_groups] == [0]
