@@ -91,7 +91,7 @@ $(CUDA_PACKAGE)/built: $(NATIVE) $(wildcard pddm_ext/*.py pddm_ext/workbench/* p
 
 ON_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA_PACKAGE):$$PYTHONPATH PDDM_TEST_DEVICE=cuda
 NEED_EXTRAS := training methods backbones resuming cli compare splits drawings photos published evaluation report docs examples \
-  adapters pml lightning sentence_transformers sklearn
+  adapters pml_miner pml_distance pml_loss pml_loops lightning sentence_transformers sklearn
 # Not python -m pytest, which would find the source folder first.
 PYTEST_CUDA := $(PYTHON) -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))'
 test-cuda: $(CUDA_PACKAGE)/built
