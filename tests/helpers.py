@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pddm_ext
-from pddm_ext import _C
+from pddm_ext import _C, reference
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +34,7 @@ if ON_GPU_KERNELS:
     CAPABILITIES = ["emulated" if EMULATED else "cuda"]
 PARAMETERS = [f"{layer}.{kind}" for layer in "uvcs" for kind in ("weight", "bias")]
 
+PACKAGES = [pytest.param(pddm_ext, id="fused"), pytest.param(reference, id="reference")]
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # (n, d, h, m). A tile is 32, 16 or 8 lanes of 12 or 6 outputs: one of everything, ragged ends, and whole tiles.

@@ -1,0 +1,132 @@
+"""The quadruplet loss: its formula, its reductions, its regularizer, and what it refuses."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+import pddm_ext
+from helpers import DEVICE, MODES, make_features, make_labels, make_unit
+
+
+def test_the_loss_of_an_example_worked_by_hand():
+    # Rows at 0°, 90° and 180°: D is 2 between neighbours, 4 between opposites.
+    one = partial(torch.tensor, device=DEVICE)
+    feats = one([[3.0, 0.0], [0.0, 0.5], [-2.0, 0.0]])
+    quads = pddm_ext.Quadruplets(
+        i=one([0, -1]), j=one([1, -1]), k=one([2, -1]), l=one([2, -1]),
+        s_ij=one([0.25, 0.0]), s_ik=one([0.5, 0.0]), s_jl=one([-0.5, 0.0]), valid=one([True, False]),
+    )  # fmt: skip
+    # E_m = max(0, .5 + .5 − .25) + max(0, .5 − .5 − .25) = .75    E_e = max(0, 1 + 2 − 4) + max(0, 1 + 2 − 2) = 1
+    assert pddm_ext.QuadrupletLoss()(feats, quads).item() == pytest.approx(0.75 + 0.5 * 1.0, abs=1e-6)
+    assert pddm_ext.QuadrupletLoss(weight=2.0)(feats, quads).item() == pytest.approx(0.75 + 2.0, abs=1e-6)
+    assert pddm_ext.QuadrupletLoss(alpha=1.0)(feats, quads).item() == pytest.approx(1.5 + 0.5, abs=1e-6)
+    assert pddm_ext.QuadrupletLoss(beta=3.0)(feats, quads).item() == pytest.approx(0.75 + 0.5 * 4.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_is_the_formula_over_valid_quadruplets(dtype, mode):
+    feats, labels = make_features(30, 6, dtype=dtype), make_labels(30, per_class=3)
+    labels[3] = 500
+    quads = make_unit(6).mine(feats, labels, mode=mode)
+    unit_rows = (feats.double() / feats.double().norm(dim=1, keepdim=True)).tolist()
+
+    def distance(a: int, b: int) -> float:
+        return sum((p - q) ** 2 for p, q in zip(unit_rows[a], unit_rows[b], strict=True))
+
+    total, count = 0.0, 0
+    for i, j, k, l, s_ij, s_ik, s_jl, valid in zip(*(f.tolist() for f in quads), strict=True):  # noqa: E741
+        if valid:
+            e_m = max(0, 0.5 + s_ik - s_ij) + max(0, 0.5 + s_jl - s_ij)
+            e_e = max(0, 1 + distance(i, j) - distance(i, k)) + max(0, 1 + distance(i, j) - distance(j, l))
+            total, count = total + e_m + 0.5 * e_e, count + 1
+    loss = pddm_ext.QuadrupletLoss()(feats, quads)
+    assert loss.shape == ()
+    assert loss.dtype == dtype
+    # Sums of at most 30 terms of order 1, each of a handful of roundings.
+    assert loss.item() == pytest.approx(total / count, rel=1e-5 if dtype == torch.float32 else 1e-13)
+
+
+def test_the_loss_takes_half_precision_features():
+    feats = make_features(12, 6, dtype=torch.bfloat16).requires_grad_()
+    loss = pddm_ext.QuadrupletLoss()(feats, make_unit(6).mine(feats, make_labels(12), mode="anchor"))
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert feats.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("part", ["forward", "similarity", "embedding"])
+def test_the_loss_reduces_as_asked(part):
+    feats, labels = make_features(30, 6), make_labels(30, per_class=3)
+    labels[3] = 500
+    quads = make_unit(6).mine(feats, labels, mode="anchor")
+    arguments = (quads,) if part == "similarity" else (feats, quads)
+    each, total, mean = (
+        getattr(pddm_ext.QuadrupletLoss(reduction=reduction), part)(*arguments) for reduction in ("none", "sum", "mean")
+    )
+    assert each.shape == (30,)
+    assert (each == 0).sum() < 30
+    assert each[~quads.valid].tolist() == [0] * 1
+    torch.testing.assert_close(total, each.sum())
+    torch.testing.assert_close(mean, each.sum() / 29)
+    assert torch.equal(getattr(pddm_ext.QuadrupletLoss(), part)(*arguments), mean)
+
+
+def test_the_loss_adds_its_regularizer():
+    feats, labels = make_features(12, 6).requires_grad_(), make_labels(12)
+    quads = make_unit(6).mine(feats, labels, mode="anchor")
+    density = pddm_ext.DensityRegularizer()
+    loss = pddm_ext.QuadrupletLoss(regularizer=density, regularizer_weight=0.3)(feats, quads, labels)
+    apart = pddm_ext.QuadrupletLoss()(feats, quads) + 0.3 * density(feats, labels)
+    torch.testing.assert_close(loss, apart)
+    gradients = [torch.autograd.grad(value, feats, retain_graph=True)[0] for value in (loss, apart)]
+    torch.testing.assert_close(*gradients)
+    pddm_ext.QuadrupletLoss()(feats, quads, labels)  # which it may be given without use for them
+
+
+def test_the_loss_refuses_what_it_cannot_do():
+    feats, labels = make_features(12, 6), make_labels(12)
+    quads = make_unit(6).mine(feats, labels)
+    density = pddm_ext.DensityRegularizer()
+    with pytest.raises(ValueError, match="reduction is 'max'; 'mean', 'sum', 'none' are accepted"):
+        pddm_ext.QuadrupletLoss(reduction="max")
+    with pytest.raises(ValueError, match="reduction is 'none' beside a regularizer"):
+        pddm_ext.QuadrupletLoss(regularizer=density, reduction="none")
+    with pytest.raises(ValueError, match="labels are missing"):
+        pddm_ext.QuadrupletLoss(regularizer=density)(feats, quads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"alpha": math.nan}, ValueError, "alpha is nan; a finite number from 0 is accepted"),
+        ({"beta": None}, TypeError, "beta is a NoneType; a finite number from 0 is accepted"),
+        ({"weight": -2}, ValueError, "weight is -2; a finite number from 0 is accepted"),
+        ({"regularizer_weight": "1"}, TypeError, "regularizer_weight is a str; a finite number from 0 is accepted"),
+        ({"regularizer": 3}, TypeError, "regularizer is a int; a function or None is accepted"),
+    ],
+)
+def test_the_loss_refuses_arguments_when_it_is_made(arguments, error, message):
+    with pytest.raises(error, match=message):
+        pddm_ext.QuadrupletLoss(**arguments)
+
+
+def test_the_loss_names_what_it_was_called_with():
+    feats = make_features(12, 6)
+    quads = make_unit(6).mine(feats, make_labels(12))
+    loss = pddm_ext.QuadrupletLoss()
+    with pytest.raises(TypeError, match="quads is a Tensor; Quadruplets are accepted"):
+        loss(quads, feats)
+    with pytest.raises(TypeError, match=r"feats has dtype torch.int64; float32, .* is accepted"):
+        loss(feats.long(), quads)
+    with pytest.raises(TypeError, match="feats is a list"):
+        loss(feats.tolist(), quads)
+
+
+def test_the_loss_describes_itself():
+    assert repr(pddm_ext.QuadrupletLoss()) == "QuadrupletLoss(alpha=0.5, beta=1.0, weight=0.5)"
+    regularized = repr(pddm_ext.QuadrupletLoss(regularizer=pddm_ext.DensityRegularizer(), regularizer_weight=0.3))
+    assert "regularizer_weight=0.3" in regularized
+    assert "(regularizer): DensityRegularizer(ratio=0.5, temperature=0.05, eps=0.0001)" in regularized
