@@ -59,7 +59,7 @@ $(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/* pddm_ext/*.py)
 	@touch $@
 
 test-emulated: $(EMULATED)/built
-	PYTHONPATH=$(CURDIR)/$(EMULATED) $(BIN)/pytest -n 2 $(addprefix tests/test_,numerics.py mining.py gradients.py laws.py emulation.py)
+	PYTHONPATH=$(CURDIR)/$(EMULATED) $(BIN)/pytest -n 2 $(addprefix tests/test_,numerics.py mining.py gradients.py autograd.py laws.py emulation.py)
 
 # nvcc of this machine, or else one of its own.
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))

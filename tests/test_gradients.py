@@ -1,7 +1,6 @@
-"""Gradients: gradcheck in float64, the reference's autograd, and what has none."""
+"""Gradients are right: gradcheck in float64, the reference's autograd, and zeros where nothing is valid."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import pddm_ext
+from derivatives import ENTRIES, assert_close_relatively, entries, gradients
 from helpers import (
     CAPABILITIES,
     DEVICE,
@@ -32,59 +32,6 @@ from helpers import (
 )
 from pddm_ext import reference
 from truth import assert_within, bound_of, in_double, truth
-
-Scores = Callable[[Tensor, reference.PDDM], Tensor]
-
-
-def gradients(scores: Scores, feats: Tensor, unit: reference.PDDM, weight: Tensor | None = None) -> list[Tensor]:
-    """Of Σ weight · scores: with respect to the features, then the eight parameters."""
-    x = feats.detach().clone().requires_grad_()
-    values = scores(x, unit)
-    if weight is None:
-        weight = make_features(values.numel(), 1, seed=9, dtype=values.dtype).reshape(values.shape)
-    leaves = [x, *(unit.get_parameter(name) for name in PARAMETERS)]
-    got = torch.autograd.grad((values * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
-    return [g.detach() for g in got]
-
-
-def assert_close_relatively(got: list[Tensor], expected: list[Tensor], tolerance: float, lost: float = 0.0) -> None:
-    """Relative to the largest entry of all: one that vanishes by cancellation is compared with what cancelled.
-
-    The features may be off by ``lost`` more. Theirs may be of another order and do not count for the parameters.
-    """
-    largest = [b.double().abs().max().item() if b.numel() else 0.0 for b in expected]
-    for name, a, b in zip(["feats", *PARAMETERS], got, expected, strict=True):
-        allowed = tolerance * max(largest) + lost if name == "feats" else tolerance * max(largest[1:])
-        error = (a.double() - b.double()).abs()
-        assert not error.isnan().any(), name
-        assert (error <= allowed).all(), f"{name}: off by {error.max():.3g}, {allowed:.3g} allowed"
-
-
-def entries(n: int) -> dict[str, tuple[Scores, Scores]]:
-    """Every differentiable entry, and the reference's."""
-    i, j = all_pairs(n, n)
-    labels = make_labels(n, per_class=3)
-
-    def mined(package, mode):
-        def scores(x: Tensor, unit: reference.PDDM) -> Tensor:
-            q = package.mine_and_score(x, labels, unit, mode=mode)
-            return torch.stack([q.s_ij, q.s_ik, q.s_jl])
-
-        return scores
-
-    def both(make) -> tuple[Scores, Scores]:
-        return make(pddm_ext), make(reference)
-
-    return {
-        "pairs": both(lambda p: lambda x, unit: p.score_pairs(x, i, j, unit)),
-        "matrix": both(lambda p: lambda x, unit: p.score_matrix(x, unit)),
-        "rectangle": both(lambda p: lambda x, unit: p.score_matrix(x[: n // 3], unit, x[n // 3 :])),
-        "call": both(lambda _: lambda x, unit: unit(x[i], x[j])),
-        **{mode: both(lambda p, mode=mode: mined(p, mode)) for mode in MODES},
-    }
-
-
-ENTRIES = list(entries(2))
 
 
 @pytest.mark.parametrize("normalize_input", [False, True])
@@ -408,16 +355,6 @@ def test_w_v_has_a_gradient_where_inputs_are_normalised():
     assert_close_relatively(fused, plain, 1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16, torch.float64])
-def test_gradients_have_the_dtype_of_what_they_belong_to(dtype, parameters):
-    unit = make_unit(6, 5, 4).to(parameters)
-    x = make_features(20, 6, dtype=dtype).requires_grad_()
-    unit.mine(x, make_labels(20), mode="anchor").s_ij.sum().backward()
-    assert x.grad.dtype == dtype
-    assert all(p.grad.dtype == parameters and p.grad.shape == p.shape for p in unit.parameters())
-
-
 @cpu_only("the GPU goes back in TF32 from half precision")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gradients_are_the_float32_ones_rounded(dtype):
@@ -431,129 +368,6 @@ def test_half_precision_gradients_are_the_float32_ones_rounded(dtype):
     half, full = gradients(scores, x, unit, weight), gradients(scores, x.float(), unit, weight)
     assert_same_bits(half[0], full[0].to(dtype))
     assert_same_bits(half[1:], full[1:])
-
-
-def test_autocast_goes_back_to_the_features_dtype():
-    unit, x, labels = make_unit(9), make_features(20, 9).requires_grad_(), make_labels(20)
-    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        quads = unit.mine(x, labels, mode="anchor")
-        loss = pddm_ext.QuadrupletLoss()(x, quads)
-    loss.backward()
-    assert x.grad.dtype == torch.float32
-    assert x.grad.abs().max() > 0
-    assert all(p.grad.dtype == torch.float32 for p in unit.parameters())
-
-
-def test_strided_upstream_gradients_and_inputs():
-    unit, x = make_unit(5), make_features(12, 5)
-    weight = make_features(12, 24, seed=4)[:, ::2].T
-    expected = gradients(lambda x, unit: pddm_ext.score_matrix(x, unit), x, unit, weight.contiguous())
-    assert_same_bits(gradients(lambda x, unit: pddm_ext.score_matrix(x, unit), x, unit, weight), expected)
-    strided = gradients(lambda x, unit: pddm_ext.score_matrix(x.T.contiguous().T, unit), x, unit, weight)
-    assert_same_bits(strided, expected)
-    ones = torch.ones(12, 12, device=DEVICE)
-    broadcast = gradients(lambda x, unit: pddm_ext.score_matrix(x, unit).sum().reshape(1), x, unit, ones[0, :1])
-    ones = gradients(lambda x, unit: pddm_ext.score_matrix(x, unit), x, unit, ones)
-    assert_same_bits(broadcast, ones)
-
-
-@pytest.mark.parametrize("trainable", [(), ("s.weight",), ("u.weight", "c.bias"), ("v.weight",)])
-@pytest.mark.parametrize("features", [False, True])
-@pytest.mark.parametrize("entry", ["pairs", "matrix", "anchor"])
-def test_frozen_inputs_get_no_gradient_and_change_no_other(entry, features, trainable):
-    unit, x = make_unit(5), make_features(12, 5)
-    scores = entries(12)[entry][0]
-    weight = torch.ones_like(scores(x, unit))
-    everything = dict(zip(["feats", *PARAMETERS], gradients(scores, x, unit, weight), strict=True))
-    for name, p in unit.named_parameters():
-        p.requires_grad_(name in trainable)
-    x.requires_grad_(features)
-    total = scores(x, unit).sum()
-    assert total.requires_grad == (features or bool(trainable))
-    if total.requires_grad:
-        total.backward()
-    for name, leaf in {"feats": x, **dict(unit.named_parameters())}.items():
-        if leaf.requires_grad:
-            assert_same_bits(leaf.grad, everything[name])
-        else:
-            assert leaf.grad is None
-
-
-def test_gradients_accumulate_over_two_calls():
-    unit, x, labels = make_unit(5), make_features(12, 5).requires_grad_(), make_labels(12)
-    unit.mine(x, labels).s_ij.sum().backward()
-    once = x.grad.clone()
-    unit.mine(x, labels).s_ij.sum().backward()
-    assert_same_bits(x.grad, once + once)
-
-
-def test_backward_twice_with_a_retained_graph():
-    unit, x = make_unit(5), make_features(12, 5).requires_grad_()
-    total = unit.mine(x, make_labels(12), mode="anchor").s_ij.sum()
-    first = torch.autograd.grad(total, x, retain_graph=True)[0]
-    assert_same_bits(torch.autograd.grad(total, x)[0], first)
-
-
-@pytest.mark.parametrize("entry", ["pairs", "matrix", "anchor"])
-def test_a_change_of_the_features_before_backward_is_noticed(entry):
-    unit, leaf = make_unit(5), make_features(12, 5).requires_grad_()
-    x = leaf * 1
-    total = entries(12)[entry][0](x, unit).sum()
-    x.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
-
-
-def test_a_change_of_a_parameter_before_backward_is_noticed():
-    unit = make_unit(5)
-    total = unit.mine(make_features(12, 5), make_labels(12)).s_ij.sum()
-    with torch.no_grad():
-        unit.c.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_no_graph_where_none_is_wanted(context):
-    unit, x, labels = make_unit(5), make_features(12, 5).requires_grad_(), make_labels(12)
-    with context():
-        quads = unit.mine(x, labels, mode="anchor")
-        scores = pddm_ext.score_matrix(x, unit)
-    assert not quads.s_ij.requires_grad
-    assert not scores.requires_grad
-    assert_same_bits(quads.s_ij, unit.mine(x, labels, mode="anchor").s_ij)
-
-
-def test_only_scores_carry_gradient():
-    unit, x, labels = make_unit(5), make_features(12, 5).requires_grad_(), make_labels(12)
-    quads = unit.mine(x, labels)
-    assert [field.requires_grad for field in quads] == [False] * 4 + [True] * 3 + [False]
-    scores, indices = pddm_ext.topk(x, x, 3, unit)
-    assert not scores.requires_grad
-    assert not indices.requires_grad
-
-
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_a_second_derivative_says_that_there_is_none(entry):
-    unit, x = make_unit(5).double(), make_features(12, 5, dtype=torch.float64).requires_grad_()
-    total = entries(12)[entry][0](x, unit).square().sum()
-    (first,) = torch.autograd.grad(total, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="first derivatives only"):
-        first.sum().backward()
-
-
-def test_a_training_step_lowers_the_loss():
-    unit, x, labels = make_unit(8), make_features(40, 8).requires_grad_(), make_labels(40)
-    optimizer = torch.optim.SGD([x, *unit.parameters()], lr=0.05)
-    criterion = pddm_ext.QuadrupletLoss()
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = criterion(x, unit.mine(x, labels, mode="anchor"))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
 
 
 @cpu_only("they have instruction sets")
