@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pddm_ext
-from helpers import host_only, in_two_processes
+from helpers import host_only
+from processes import in_two_processes
 
 pytestmark = host_only("gloo and small CPU tensors")
 
