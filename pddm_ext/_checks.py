@@ -120,10 +120,6 @@ def _plain(name: str, layer: Any) -> None:
         )
     if layer._forward_pre_hooks or layer._forward_hooks:
         raise TypeError(f"unit's {name} has forward hooks, which would never run; {_PARAMETRIZE}")
-    for kind in ("weight", "bias"):
-        # Where the old weight_norm, spectral_norm and prune leave a stale product that only a call of the layer renews.
-        if kind in layer.__dict__ and kind not in getattr(layer, "_former_parameters", ()):  # DataParallel's copies
-            raise TypeError(f"unit's {name}.{kind} is no parameter of its layer but made from others; {_PARAMETRIZE}")
 
 
 def _devices(*tensors: Tensor) -> None:

@@ -408,7 +408,7 @@ ROWS: dict[str, dict[str, Callable[[Asked, nn.Module], Any]]] = {
     },
     "Layers of the unit": {
         "`torch.nn.utils.parametrizations`": parametrized,
-        "`torch.nn.utils.weight_norm`, `spectral_norm` by hooks": old_weight_norm,
+        "`torch.nn.utils.weight_norm` by hooks": old_weight_norm,
         "`torch.nn.utils.spectral_norm` by hooks": old_spectral_norm,
         "`torch.nn.utils.prune`": pruned,
         "a layer in the place of `nn.Linear` (LoRA)": adapted,
@@ -417,8 +417,6 @@ ROWS: dict[str, dict[str, Callable[[Asked, nn.Module], Any]]] = {
         "dynamic quantization": quantized,
     },
 }
-del ROWS["Layers of the unit"]["`torch.nn.utils.weight_norm`, `spectral_norm` by hooks"]
-ROWS["Layers of the unit"]["`torch.nn.utils.weight_norm` by hooks"] = old_weight_norm
 RIGHT, REFUSED = "right", "refused"
 #: What an error has to name for a refusal to be one in words.
 NAMES = ("pddm_ext.reference", "torch.nn.utils.parametriz", "unit's u.weight has", "unit's u.weight is missing")
@@ -471,11 +469,11 @@ def test_the_page_has_these_rows_and_no_others() -> None:
 
 
 def test_topk_has_no_gradient_under_transforms() -> None:
-    unit, x = unit_of(pddm_ext.PDDM), rows()
-    assert not pddm_ext.topk(x.requires_grad_(), rows(seed=3), 2, unit)[0].requires_grad
-    scores, columns = vmap(lambda q: pddm_ext.topk(q, rows(seed=3), 2, unit))(torch.stack([rows(), rows(seed=4)]))
+    unit, x, gallery = unit_of(pddm_ext.PDDM), rows(), rows(seed=3)
+    assert not pddm_ext.topk(x.requires_grad_(), gallery, 2, unit)[0].requires_grad
+    scores, columns = vmap(lambda q: pddm_ext.topk(q, gallery, 2, unit))(torch.stack([rows(), rows(seed=4)]))
     for k, queries in enumerate((rows(), rows(seed=4))):
-        expected = pddm_ext.topk(queries, rows(seed=3), 2, unit)
+        expected = pddm_ext.topk(queries, gallery, 2, unit)
         assert torch.equal(scores[k], expected[0])
         assert torch.equal(columns[k], expected[1])
 
@@ -490,9 +488,9 @@ def test_vmap_mines_each_batch(mode: str) -> None:
 
 
 def test_vmap_of_pairs_wants_as_many_in_every_batch() -> None:
-    labels = torch.stack([LABELS, torch.arange(N) // 4])
+    labels, unit = torch.stack([LABELS, torch.arange(N) // 4]), unit_of(pddm_ext.PDDM)
     with pytest.raises(ValueError, match="a slot for each positive pair, and vmap needs as many in every batch"):
-        vmap(lambda x, y: tuple(unit_of(pddm_ext.PDDM).mine(x, y, mode="pair")))(torch.stack([rows(), rows()]), labels)
+        vmap(lambda x, y: tuple(unit.mine(x, y, mode="pair")))(torch.stack([rows(), rows()]), labels)
 
 
 if __name__ == "__main__":
