@@ -306,12 +306,12 @@ void test_chunks(const cpu::Engine<T>& engine, const Case& c, double tolerance) 
     return UnitGradient{g.p[0].data(), g.p[1].data(), g.p[2].data(), g.p[3].data(),
                         g.p[4].data(), g.p[5].data(), g.p[6].data(), g.p[7].data()};
   };
-  cpu::score_matrix_backward<T>(engine, threads(2), t.all(c), -1, weight.data(), t.unit, dense.rows.data(),
-                                fresh(dense));
+  const UnitGradient to_dense = fresh(dense), to_listed = fresh(listed);
+  cpu::score_matrix_backward<T>(engine, threads(2), t.all(c), -1, weight.data(), t.unit, dense.rows.data(), to_dense);
   std::vector<int64_t> i, j;
   for (int64_t p = 0; p < n * n; ++p) i.push_back(p / n), j.push_back(p % n);
   cpu::score_pairs_backward<T>(engine, threads(2), t.all(c), {i.data(), j.data(), n * n}, weight.data(), t.unit,
-                               listed.rows.data(), fresh(listed));
+                               listed.rows.data(), to_listed);
   const auto close = [&](const std::vector<T>& a, const std::vector<T>& b) {
     double most = 0, size = 0;
     for (size_t e = 0; e < a.size(); ++e)
