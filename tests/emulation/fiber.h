@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <new>
@@ -22,7 +23,8 @@
 
 namespace pddm::emulation {
 
-constexpr size_t kPage = 4096, kStackBytes = 128 << 10;
+constexpr size_t kStackBytes = 128 << 10;
+const size_t kPage = size_t(sysconf(_SC_PAGESIZE));  // up to 64 KiB on Arm
 
 // Each stack ends at a page that faults. They live as long as the host thread.
 class Stacks {
