@@ -39,6 +39,8 @@
 // The compiler may assume nothing of this vector's value from here on.
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(PDDM_PLAIN_VECTORS)
 #define PDDM_OPAQUE(vector) __asm__ volatile("" : "+v"(vector))
+#elif defined(__GNUC__) && defined(__aarch64__) && !defined(PDDM_PLAIN_VECTORS)
+#define PDDM_OPAQUE(vector) __asm__ volatile("" : "+w"(vector))
 #else
 #define PDDM_OPAQUE(vector) (void)(vector)
 #endif

@@ -4,8 +4,8 @@
 //            ┌────────────┬────────────┐
 //   w: C   ──┤ acc[0][0]  │ acc[0][1]  │   one step:  2 loads of x, C broadcasts of w, 2·C multiply-adds
 //   scalars  │    …       │     …      │   AVX-512:   C = 12, 24 accumulators + 2 + 1 of 32 registers
-//   per    ──┤ acc[C-1]…  │            │   AVX2, SSE: C = 6, 12 + 2 + 1 of 16
-//   step     └────────────┴────────────┘
+//   per    ──┤ acc[C-1]…  │            │   NEON:      the same
+//   step     └────────────┴────────────┘   AVX2, SSE: C = 6, 12 + 2 + 1 of 16
 //
 // In the scoring products a column is a pair and a w is a weight, so that norms, biases, relu and the last product are
 // lane-wise, nothing is ever shuffled, and the value of a pair depends neither on its lane nor on its neighbours. In
@@ -16,7 +16,12 @@
 
 namespace pddm::PDDM_ISA {
 
-constexpr int kUnit = PDDM_VECTOR_BYTES == 64 ? 4 : 2;  // weights are packed in strips of 3, 2 or 1 units of columns
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = PDDM_VECTOR_BYTES == 64 ? 32 : 16;
+#endif
+constexpr int kUnit = kRegisters == 32 ? 4 : 2;  // weights are packed in strips of 3, 2 or 1 units of columns
 constexpr int kStrip = 3 * kUnit;
 
 // How operands are stored and multiplied. `kFold` steps of the mathematical product share one stored element.
@@ -43,6 +48,8 @@ struct Bf16 {
 
 template <class T>
 constexpr int kLanes = 2 * kWidth<T>;
+// What is padded to lanes has room for whole units.
+static_assert(kLanes<float> % kUnit == 0 && kLanes<double> % kUnit == 0);
 
 template <class T, int C>
 struct Tile {
