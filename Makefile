@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: help demo test test-native test-python test-emulated cuda test-cuda bench bench-cuda results docs lint format sanitize dist clean
+.PHONY: help demo test test-native test-python test-emulated test-arm cuda test-cuda bench bench-cuda results docs lint format sanitize dist clean
 
 help:
 	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,15 @@ $(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/* pddm_ext/*.py)
 
 test-emulated: $(EMULATED)/built
 	PYTHONPATH=$(CURDIR)/$(EMULATED) $(BIN)/pytest -n 2 $(addprefix tests/test_,numerics.py mining.py gradients.py autograd.py laws.py emulation.py)
+
+# make test-arm   the native tests, cross-compiled for 64-bit Arm and run under emulation: whether they pass, not how fast
+test-arm: $(VENV)/tools
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \
+	  echo "$$tool is missing; on Debian: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/arm -G Ninja -DPDDM_CUDA=off \
+	  -DCMAKE_TOOLCHAIN_FILE="$(CURDIR)/tests/native/aarch64.cmake"
+	$(BIN)/cmake --build build/arm
+	$(BIN)/ctest --test-dir build/arm --output-on-failure -j 2
 
 # nvcc of this machine, or else one of its own.
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
