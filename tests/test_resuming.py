@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from pddm_ext import __version__
 from pddm_ext.workbench import checkpoint, cli, outcome
 from pddm_ext.workbench.data.augment import DRAWINGS
 from pddm_ext.workbench.data.splits import Dataset
@@ -161,6 +162,23 @@ def test_a_missing_or_damaged_checkpoint_is_named(tiny: Dataset, tmp_path: Path)
         torch.save(other, path)
         with pytest.raises(ValueError, match="not a checkpoint of format"):
             checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("found", "way"), [(checkpoint.FORMAT + 1, "a newer pddm_ext wrote it: upgrade"), (1, "no release wrote that")]
+)
+def test_a_checkpoint_of_another_format_says_what_to_do(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], found: int, way: str
+) -> None:
+    trained(tiny, tmp_path, steps=2)
+    path = tmp_path / CHECKPOINT
+    torch.save({**checkpoint.load(path), "format": found}, path)
+    content = path.read_bytes()
+    for command in (["eval", str(path)], ["train", *TINY_OPTIONS, "--out", str(tmp_path), "--resume"]):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert f"a checkpoint of format {found}; pddm_ext {__version__} reads {checkpoint.FORMAT}; {way}" in error
+    assert path.read_bytes() == content
 
 
 class Creates:

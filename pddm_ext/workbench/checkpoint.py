@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from .. import __version__
+
+#: A reader of FORMAT also reads every earlier one that a release has written; the first release writes 2.
 FORMAT = 2
 KEYS = {
     "settings",
@@ -46,7 +49,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the file is damaged or no checkpoint of this format.
+        ValueError: the file is damaged, no checkpoint, or of a format that this version does not read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no checkpoint to resume from; expected the one that 'pddm-ext train' writes")
@@ -58,6 +61,10 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: not a readable checkpoint ({reason}); expected the one that 'pddm-ext train' writes"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= KEYS:
+    found = state.get("format") if isinstance(state, dict) else None
+    if type(found) is int and found != FORMAT:
+        way = "a newer pddm_ext wrote it: upgrade" if found > FORMAT else "no release wrote that: train again"
+        raise ValueError(f"{path}: a checkpoint of format {found}; pddm_ext {__version__} reads {FORMAT}; {way}")
+    if not isinstance(state, dict) or type(found) is not int or not state.keys() >= KEYS:
         raise ValueError(f"{path}: not a checkpoint of format {FORMAT}; expected the one that 'pddm-ext train' writes")
     return state
