@@ -1,8 +1,8 @@
-"""From pytest-benchmark's JSON to a table: print it, keep the run, and put it into the README.
+"""From pytest-benchmark's JSON to two tables: a reader's in the README, and the project's goals in docs/performance.md.
 
-python bench/table.py cpu build/bench-cpu.json             print
-python bench/table.py cpu build/bench-cpu.json --store     and keep it in bench/results/, and write the README's table
-python bench/table.py --check                              fail if a table of the README is not that of its stored run
+python bench/table.py cpu build/bench-cpu.json             print them
+python bench/table.py cpu build/bench-cpu.json --store     and keep the run in bench/results/, and write both pages
+python bench/table.py --check                              fail if a page's table is not that of its stored run
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from pddm_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+README, GOALS = ROOT / "README.md", ROOT / "docs" / "performance.md"
 DEVICES = ("cpu", "cuda")
+PEERS = ("reference", "chunked", "compiled")
+SHARES = {"peak": "of the peak", "matmul": "of torch.matmul"}
 
 
 def read_run(device: str, path: Path) -> dict[str, Any]:
     """What is worth keeping of a run; nothing that names the machine beyond its processor."""
-    raw = json.loads(path.read_text())
+    raw = json.loads(path.read_text("utf-8"))
     run = {
         "date": raw["datetime"][:10],
         "torch": torch.__version__,
@@ -57,7 +59,46 @@ def text(name: str, value: float) -> str:
     return f"{value:.{1 if value < 100 else 0}f}× {name}"
 
 
-def render(run: dict[str, Any]) -> str:
+def milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} ms"
+
+
+def floor(row: dict[str, Any]) -> float | None:
+    """Milliseconds that the pairs' multiply-adds take at the peak: what a peer takes, over its ratio to them."""
+    for name, ratio in row.get("ratio_at_peak", {}).items():
+        return row["milliseconds"][name] / ratio
+    return None
+
+
+def reader_row(row: dict[str, Any]) -> dict[str, str]:
+    """Cells by column: what ours takes, how many times as long a peer does, and how near ours is to a bound."""
+    measured = {name: value for name, (value, _) in row["figures"].items()}
+    ours, least = row.get("milliseconds", {}).get("ours"), floor(row)
+    cells = {"what": row["what"].removesuffix(", MiB"), "ours": milliseconds(ours), "floor": milliseconds(least)}
+    for name, value in measured.items():
+        if name in PEERS:
+            cells[name] = text(name, value).removesuffix(f" {name}")
+        elif name in SHARES:
+            cells[SHARES[name]] = f"{value:.0%}"
+        elif name == "MiB":
+            cells["ours"] = text(name, value)
+        elif "÷" in name:
+            cells["ours"] = f"{value:.1f}-fold"
+    if ours and least and "peak" not in measured:
+        cells[SHARES["peak"]] = f"{least / ours:.0%}"
+    return cells
+
+
+def reader_table(run: dict[str, Any]) -> str:
+    rows = [cells for cells in map(reader_row, run["rows"]) if cells["ours"]]
+    columns = [
+        name for name in ("what", "ours", *PEERS, *SHARES.values(), "floor") if any(row.get(name) for row in rows)
+    ]
+    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", machine(run)])
+
+
+def goals_table(run: dict[str, Any]) -> str:
     lines = ["| what | measured | goal | ours | the floor would show |", "|---|---|---|---|---|"]
     for r in run["rows"]:
         measured, wanted = [], []
@@ -72,11 +113,22 @@ def render(run: dict[str, Any]) -> str:
             f"| {r['what']} | {', '.join(measured)} | {', '.join(wanted)} | "
             f"{'' if ours is None else f'{ours:.2f} ms'} | {ceiling} |"
         )
-    return "\n".join([*lines, "", cuda_notes(run) if "cuda" in run else cpu_notes(run)])
+    return "\n".join([*lines, "", machine(run) + (cuda_notes(run) if "cuda" in run else cpu_notes(run))])
+
+
+def machine(run: dict[str, Any]) -> str:
+    built = f"torch {run['torch']}, {run['compiler']}, {run['date']}."
+    if "cuda" in run:
+        return f"{run['processor']}, CUDA {run['cuda']}, {built}"
+    peaks = sorted(r["peak_gflops"] for r in run["rows"] if "peak_gflops" in r)
+    return (
+        f"{run['processor']}, {run['threads']} threads, {run['instructions']}, multiply-add peak "
+        f"{peaks[len(peaks) // 2]:.0f} GFLOP/s (median), {built}"
+    )
 
 
 def cuda_notes(run: dict[str, Any]) -> str:
-    notes = f"{run['processor']}, CUDA {run['cuda']}, torch {run['torch']}, {run['compiler']}, {run['date']}."
+    notes = ""
     for r in run["rows"]:
         if "matmul_tflops" in r:
             notes += f" torch.matmul 8192³ beside the {r['what']}: {r['matmul_tflops']:.0f} TFLOP/s."
@@ -87,11 +139,7 @@ def cuda_notes(run: dict[str, Any]) -> str:
 
 
 def cpu_notes(run: dict[str, Any]) -> str:
-    peaks = sorted(r["peak_gflops"] for r in run["rows"] if "peak_gflops" in r)
-    notes = (
-        f"{run['processor']}, {run['threads']} threads, {run['instructions']}, multiply-add peak "
-        f"{peaks[len(peaks) // 2]:.0f} GFLOP/s (median), torch {run['torch']}, {run['compiler']}, {run['date']}."
-    )
+    notes = ""
     for r in run["rows"]:
         if "mining_ms" in r:
             what, ours = r["what"].partition(",")[0], r["milliseconds"]["ours"]
@@ -106,45 +154,50 @@ def cpu_notes(run: dict[str, Any]) -> str:
 
 def replace(path: Path, content: str) -> None:
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(content)
+    temporary.write_text(content, "utf-8")
     os.replace(temporary, path)
 
 
-def readme_with(device: str, table: str) -> str:
+TABLES = {README: reader_table, GOALS: goals_table}
+
+
+def page_with(page: Path, device: str, run: dict[str, Any]) -> str:
+    """The page, with the run's table between its marks."""
     begin, end = (f"<!-- bench/results/{device}.json: {which} -->" for which in ("begin", "end"))
-    content = README.read_text()
-    before, _, rest = content.partition(begin)
+    before, _, rest = page.read_text("utf-8").partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        sys.exit(f"{README.name} has no '{begin}' … '{end}'")
-    return f"{before}{begin}\n{table}\n{end}{after}"
+        sys.exit(f"{page.name} has no '{begin}' … '{end}'")
+    return f"{before}{begin}\n{TABLES[page](run)}\n{end}{after}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("device", choices=DEVICES, nargs="?")
     parser.add_argument("run", type=Path, nargs="?", help="pytest-benchmark's JSON")
-    parser.add_argument("--store", action="store_true", help="keep the run and write the README's table")
-    parser.add_argument("--check", action="store_true", help="compare the README's tables with the stored runs")
+    parser.add_argument("--store", action="store_true", help="keep the run and write its tables into the pages")
+    parser.add_argument("--check", action="store_true", help="compare the pages' tables with the stored runs")
     arguments = parser.parse_args()
     if arguments.check:
-        stored = [(device, RESULTS / f"{device}.json") for device in DEVICES]
+        stored = {device: RESULTS / f"{device}.json" for device in DEVICES}
+        runs = {device: json.loads(path.read_text("utf-8")) for device, path in stored.items() if path.exists()}
         stale = [
-            device
-            for device, path in stored
-            if path.exists() and README.read_text() != readme_with(device, render(json.loads(path.read_text())))
+            (page, device)
+            for device, run in runs.items()
+            for page in TABLES
+            if page.read_text("utf-8") != page_with(page, device, run)
         ]
-        for device in stale:
-            print(f"README.md's table is not that of bench/results/{device}.json", file=sys.stderr)
+        for page, device in stale:
+            print(f"{page.name}'s table is not that of bench/results/{device}.json", file=sys.stderr)
         return bool(stale)
     if arguments.run is None:
         parser.error("a device and pytest-benchmark's JSON are needed")
     run = read_run(arguments.device, arguments.run)
-    table = render(run)
-    print(table)
+    print("\n\n".join(table(run) for table in TABLES.values()))
     if arguments.store:
         replace(RESULTS / f"{arguments.device}.json", json.dumps(run, indent=1, ensure_ascii=False) + "\n")
-        replace(README, readme_with(arguments.device, table))
+        for page in TABLES:
+            replace(page, page_with(page, arguments.device, run))
     return 0
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import pddm_ext
 from helpers import threads
@@ -18,12 +17,6 @@ PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: What a fence may open with besides Python, which always runs.
 NOT_RUN = {"bash", "bibtex"}
-
-
-def prelude() -> dict[str, Any]:
-    """What the README leaves to its reader."""
-    labels = torch.arange(8).repeat_interleave(4)
-    return {"loader": [(torch.randn(32, 1, 28, 28), labels)] * 2}
 
 
 def blocks(path: Path) -> list[Callable[[dict[str, Any]], None]]:
@@ -40,9 +33,9 @@ def blocks(path: Path) -> list[Callable[[dict[str, Any]], None]]:
 
 @pytest.mark.parametrize("page", [page for page, path in PAGES.items() if blocks(path)])
 def test_every_python_block_of_a_page_runs(page, monkeypatch):
-    """In order, in one namespace."""
+    """In order, in one namespace, which begins empty."""
     monkeypatch.setattr("pddm_ext.unit._default_units", {})
-    namespace = prelude()
+    namespace: dict[str, Any] = {}
     with threads(1):  # small steps
         for run in blocks(PAGES[page]):
             run(namespace)
