@@ -441,7 +441,7 @@ def test_two_processes_measure_what_one_does(two_processes):
     ("arguments", "error", "message"),
     [
         ({"net": torch.relu}, TypeError, "net is a builtin_function_or_method; a torch.nn.Module is accepted"),
-        ({"dim": 0}, ValueError, "dim is 0; it must be at least 1"),
+        ({"dim": 0}, ValueError, "dim is 0; at least 1 is accepted"),
         ({"mode": "hard"}, ValueError, "mode is 'hard'; 'batch', 'anchor', 'pair' are accepted"),
         ({"lr": 0.0}, ValueError, "lr is 0.0; a positive finite number is accepted"),
         ({"unit_lr_factor": float("inf")}, ValueError, "unit_lr_factor is inf; a positive finite number is accepted"),

@@ -235,6 +235,7 @@ def test_configuration_and_citation_are_for_the_model_card():
         "alpha": 0.4,
         "beta": 0.8,
         "weight": 0.3,
+        "ignore_label": None,
     }
     assert loss.citation.startswith("\n@inproceedings{huang2016local,")
 

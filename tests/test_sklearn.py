@@ -255,10 +255,10 @@ def test_learns_which_coordinate_counts_in_which_place():
     (x, y), (q, z) = places(400, seed=0), places(400, seed=1)
     for metric in ("euclidean", "cosine"):
         assert KNeighborsClassifier(metric=metric).fit(x, y).score(q, z) < 0.85
-    model = PDDMNeighborsClassifier(steps=200, lr=3e-3, random_state=0).fit(x, y)
-    assert model.score(q, z) > 0.95
+    model = PDDMNeighborsClassifier(steps=400, lr=3e-3, random_state=0).fit(x, y)
+    assert model.score(q, z) > 0.95  # at half the steps 0.9475 to 0.97, by instruction set and seed
     assert np.mean(model.loss_curve_[-20:]) < 0.8 * np.mean(model.loss_curve_[:5])
-    assert len(model.loss_curve_) == 200
+    assert len(model.loss_curve_) == 400
     untrained = PDDMNeighborsClassifier(steps=1, lr=0, random_state=0).fit(x, y)
     assert untrained.score(q, z) < 0.85
     # It is a unit like any other.
