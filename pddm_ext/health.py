@@ -121,16 +121,7 @@ def _signs(quads: Quadruplets, feats: Tensor) -> Tensor:
 def _diagnose(
     quads: Quadruplets, feats: Tensor, labels: Tensor, unit: Parameters | None, left_out: Tensor | None
 ) -> None:
-    finite = feats.isfinite().all(1)
-    if not finite.all():
-        bad = (~finite).nonzero().flatten()
-        tell(
-            "features",
-            f"{len(bad)} of {len(feats)} rows of feats are not finite, the first is row {int(bad[0])}: they are in no "
-            f"quadruplet, and where all are, the loss is 0 with zero gradients. Training has diverged, or the data or "
-            f"the network's precision bring NaN or infinity: look at the network's output, lower its learning rate, or "
-            f"find the place with torch.autograd.set_detect_anomaly(True)",
-        )
+    if not _finite("feats", feats):
         return
     if unit is not None:
         broken = [name for name, p in unit.named_parameters() if not p.isfinite().all()]
@@ -158,6 +149,29 @@ def _diagnose(
             "the unit gives different pairs the same score, to the last bit: its relus are dead, and it has no "
             "gradient. Lower its learning rate and start it anew",
         )
+
+
+def before_mining(**feats: Tensor) -> None:
+    """Look at features (n, d) by the names of their arguments, where what is mined of them is not looked at after."""
+    for name, x in feats.items():
+        if _action != "ignore" and _checks.readable(x):
+            _finite(name, x.detach())
+
+
+def _finite(name: str, feats: Tensor) -> bool:
+    """Whether features (n, d) are finite; told if not."""
+    finite = feats.isfinite().all(1)
+    if finite.all():
+        return True
+    bad = (~finite).nonzero().flatten()
+    tell(
+        "features",
+        f"{len(bad)} of {len(feats)} rows of {name} are not finite, the first is row {int(bad[0])}: they are in no "
+        f"quadruplet, and where all are, the loss is 0 with zero gradients. Training has diverged, or the data or "
+        f"the network's precision bring NaN or infinity: look at the network's output, lower its learning rate, or "
+        f"find the place with torch.autograd.set_detect_anomaly(True)",
+    )
+    return False
 
 
 def _diagnose_labels(labels: Tensor) -> None:

@@ -188,6 +188,17 @@ def test_a_dead_unit_is_told():
     assert "its relus are dead" in said
 
 
+@pytest.mark.parametrize("bad", ["embeddings", "ref_emb"])
+def test_an_adapter_that_mines_in_a_reference_tells_as_well(bad):
+    pml = pytest.importorskip("pddm_ext.adapters.pml")
+    rows = {"embeddings": X, "ref_emb": make_features(16, 6, seed=2)}
+    rows[bad] = broken(slice(2, 4), torch.nan)
+    miner = pml.PDDMMiner(make_unit(6))
+    said = told(lambda: [miner(rows["embeddings"], LABELS, rows["ref_emb"], LABELS.clone()) for _ in range(2)])
+    assert len(said) == 1
+    assert f"2 of 16 rows of {bad} are not finite, the first is row 2" in said[0]
+
+
 # --- The default unit -------------------------------------------------------------------------------------------------
 
 

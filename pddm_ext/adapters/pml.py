@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, _numbers, density, losses
+from .. import _checks, _numbers, density, health, losses
 from ..mining import mine_and_score
 from ..parameters import Parameters
 from ..precision import autocast
@@ -358,6 +358,7 @@ def _from_reference(
     ref_labels = labels if ref_labels is None else ref_labels  # the library's reading
     _checks._vector("labels", labels, len(embeddings), "embeddings")
     _checks._vector("ref_labels", ref_labels, len(ref_emb), "ref_emb")
+    health.before_mining(embeddings=embeddings, ref_emb=ref_emb)
     scores, mode = mining.distance(embeddings, ref_emb), mining.mode
     positive = labels.long()[:, None] == ref_labels.long()
     negative = ~positive
