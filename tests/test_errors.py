@@ -1,5 +1,6 @@
 """Errors name the argument, what it was and what is accepted, before any work."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from helpers import (
     make_unit,
     reset_counters,
 )
-from pddm_ext import _C, ops
+from pddm_ext import _C, ops, reference
 
 X, LABELS, I = make_features(8, 4), make_labels(8), torch.arange(8, device=DEVICE)  # noqa: E741
 DEVICES = r"Expected all tensors to be on the same device, .* (cpu|cuda:\d+) and meta"
@@ -198,6 +199,113 @@ def test_a_unit_has_positive_sizes(package, sizes):
     name, value = list(sizes.items())[-1]
     with complaint(ValueError, f"{name} is {value}; at least 1 is accepted"):
         package.PDDM(**sizes)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("name", ["dim", "hidden", "combined"])
+@pytest.mark.parametrize("value", [64.0, "64", True, [64], torch.tensor(64)], ids=repr)
+def test_a_unit_has_sizes_that_are_ints(package, name, value):
+    with complaint(TypeError, f"{name} is a {type(value).__name__}; an int is accepted"):
+        package.PDDM(**{"dim": 3, name: value})
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_unit_takes_whatever_counts_as_an_int_and_a_bool(package):
+    assert package.PDDM(np.int64(3), np.int32(2)).extra_repr() == package.PDDM(3, 2).extra_repr()
+    with complaint(TypeError, "normalize_input is a str; a bool is accepted"):
+        package.PDDM(3, normalize_input="no")
+    with complaint(TypeError, "dim is a str; an int is accepted"):
+        package.default_unit("3")
+
+
+LAYOUTS = {
+    "has layout torch.sparse_coo": lambda x: x.to_sparse(),
+    "has layout torch.sparse_csr": lambda x: x.to_sparse_csr(),
+    "is nested": lambda x: torch.nested.nested_tensor([x[0], x[1]]),
+}
+if not ON_CUDA:
+    LAYOUTS["has layout torch._mkldnn"] = lambda x: x.to_mkldnn()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_every_entry_refuses_features_that_are_not_dense(layout):
+    x, unit = LAYOUTS[layout](X), make_unit(4)
+    refused = rf"{layout}; a dense tensor \(torch.strided\) is accepted"
+    for package in (pddm_ext, reference):
+        for call, name in (
+            (lambda: package.mine_and_score(x, LABELS, unit), "feats"),  # noqa: B023
+            (lambda: package.score_pairs(x, I, I, unit), "feats"),  # noqa: B023
+            (lambda: package.score_matrix(x, unit), "x"),  # noqa: B023
+            (lambda: package.score_matrix(X, unit, x), "y"),  # noqa: B023
+            (lambda: package.topk(x, X, 2, unit), "queries"),  # noqa: B023
+            (lambda: package.topk(X, x, 2, unit), "gallery"),  # noqa: B023
+        ):
+            with complaint(TypeError, f"{name} {refused}"):
+                call()
+    quads = unit.mine(X, LABELS)
+    for call, name in (
+        (lambda: unit(x, X), "x"),
+        (lambda: pddm_ext.QuadrupletLoss()(x, quads), "feats"),
+        (lambda: pddm_ext.DensityRegularizer()(x, LABELS), "feats"),
+        (lambda: pddm_ext.StructureHead(4).to(DEVICE)(x), "x"),
+        (lambda: pddm_ext.MultiClusterRankingLoss()(x, X.abs()), "embeddings"),
+        (lambda: pddm_ext.concatenated_gallery(x), "gallery"),
+    ):
+        with complaint(TypeError, f"{name} {refused}"):
+            call()
+
+
+def test_labels_that_are_not_dense_are_refused():
+    with complaint(TypeError, r"labels has layout torch.sparse_coo; a dense tensor \(torch.strided\) is accepted"):
+        make_unit(4).mine(X, LABELS.to_sparse())
+
+
+class Cosine(pddm_ext.PDDM):
+    def forward(self, x, y):
+        return torch.cosine_similarity(x, y, dim=-1)
+
+
+class PlainCosine(reference.PDDM):
+    forward = Cosine.forward
+
+
+class Named(pddm_ext.PDDM):
+    """Without a formula of its own."""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("kind", [Cosine, PlainCosine, type("Further", (Cosine,), {})])
+def test_a_formula_of_a_subclass_is_refused_where_it_would_not_be_asked(package, kind):
+    unit = kind(4).to(DEVICE)
+    for call in (
+        lambda: package.mine_and_score(X, LABELS, unit),
+        lambda: unit.mine(X, LABELS),
+        lambda: package.score_pairs(X, I, I, unit),
+        lambda: package.score_matrix(X, unit),
+        lambda: package.topk(X, X, 2, unit),
+    ):
+        with complaint(TypeError, f"unit is a {kind.__name__}, whose forward is its own; mining, matrices"):
+            call()
+    assert unit(X, X).shape == (8,)
+    assert Named(4).to(DEVICE).mine(X, LABELS).valid.all()
+
+
+@pytest.mark.parametrize("mode", ["batch", "anchor", "pair"])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_loss_refuses_features_that_its_quadruplets_were_not_mined_from(package, mode):
+    quads, loss = package.mine_and_score(X, LABELS, make_unit(4), mode=mode), pddm_ext.QuadrupletLoss()
+    for other in (X[:4], X[:7], make_features(20, 4), X[:0]):
+        for call in (loss, loss.embedding):
+            with complaint(ValueError, f"feats has {len(other)} rows; quads were mined from 8"):
+                call(other, quads)
+    copied = quads._replace(valid=quads.valid.clone())  # of which only the row numbers tell
+    if not ON_CUDA:
+        most = int(max(rows.max() for rows in quads[:4])) + 1
+        with complaint(ValueError, f"feats has 1 rows; quads were mined from {most} or more"):
+            loss(X[:1], copied)
+    torch.testing.assert_close(loss(X, copied), loss(X, quads))
 
 
 def test_the_loss_refuses_features_that_are_no_matrix():

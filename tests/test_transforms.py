@@ -135,17 +135,20 @@ def ensemble(asked: Asked, unit: nn.Module) -> Tensor:
     return vmap(of)(parameters)
 
 
+class Asker(nn.Module):
+    """What is asked, as a module of the unit."""
+
+    def __init__(self, asked: Asked, unit: nn.Module) -> None:
+        super().__init__()
+        self.asked, self.unit = asked, unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.asked(self.unit, x)
+
+
 def called_with_others(asked: Asked, unit: nn.Module) -> Tensor:
-    class Asker(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unit = unit
-
-        def forward(self, x: Tensor) -> Tensor:
-            return asked(self.unit, x)
-
     others = {f"unit.{name}": p for name, p in unit_of(type(unit), 7).named_parameters()}
-    return functional_call(Asker(), others, (rows(),))
+    return functional_call(Asker(asked, unit), others, (rows(),))
 
 
 def func_jvp(asked: Asked, unit: nn.Module) -> Tensor:
@@ -206,15 +209,7 @@ def compiled(asked: Asked, unit: nn.Module) -> Tensor:
 
 
 def exported(asked: Asked, unit: nn.Module, strict: bool) -> Tensor:
-    class Asker(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unit = unit
-
-        def forward(self, x: Tensor) -> Tensor:
-            return asked(self.unit, x)
-
-    graph = export(Asker(), (rows(),), dynamic_shapes=({0: Dim("n", min=4)},), strict=strict)
+    graph = export(Asker(asked, unit), (rows(),), dynamic_shapes=({0: Dim("n", min=4)},), strict=strict)
     return graph.module()(rows(14))
 
 
