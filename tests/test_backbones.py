@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pddm_ext.workbench import cli, outcome
+from pddm_ext.workbench import cli, compare, outcome
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.evaluation.evaluate import embed
 from pddm_ext.workbench.loop import CHECKPOINT, Run
@@ -39,7 +39,7 @@ class Quadratic(nn.Module):
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        (Quadratic(), r"gives \(1, 32, 32\) for one picture; features of shape \(1, f\)"),
+        (Quadratic(), r"gives \(1, 32, 32\) torch.float32 for one picture; floating features \(1, f\)"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), r"does not take pictures of shape \(1, 32, 32\)"),
     ],
 )
@@ -60,6 +60,74 @@ def test_a_backbone_that_does_not_fit_is_told(tiny: Dataset, backbone: nn.Module
 def test_bad_backbone_names(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         embedder(Settings(backbone=name), (1, 32, 32))
+
+
+_RAISING = """
+import sys
+from torch import nn
+
+class Raises(nn.Module):
+    def forward(self, pictures):
+        return {}["x"]
+
+class Integers(nn.Module):
+    def forward(self, pictures):
+        return pictures.flatten(1).long()
+
+def made():
+    return {}["x"]
+
+def exits():
+    sys.exit(3)
+
+def lines():
+    raise RuntimeError("one\\n  two")
+
+def nothing():
+    raise NotImplementedError
+"""
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        ("made", "KeyError: 'x'"),
+        ("Raises", "KeyError: 'x'; it does not take pictures of shape (1, 32, 32)"),
+        ("exits", "SystemExit: 3"),
+        ("lines", "RuntimeError: one two"),
+        ("nothing", "NotImplementedError"),
+        ("absent", "AttributeError: module 'raising_for_a_test' has no attribute 'absent'"),
+        ("Integers", "gives (1, 1024) torch.int64 for one picture; floating features (1, f) are accepted"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_whatever_a_backbone_raises_is_named_with_it(
+    tiny: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    attribute: str,
+    message: str,
+) -> None:
+    (tmp_path / "raising_for_a_test.py").write_text(_RAISING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
+    compare._dataset.cache_clear()
+    name = f"raising_for_a_test:{attribute}"
+    assert cli.main([command, *TINY_OPTIONS, "--backbone", name, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.replace(f"{name}: ", f"{name} ").startswith(f"pddm-ext: error: --backbone {name} {message}")
+    compare._dataset.cache_clear()
+
+
+def test_a_backbone_that_is_handed_over_and_raises_is_named_too(tiny: Dataset) -> None:
+    class Raises(nn.Module):
+        def forward(self, pictures: Tensor) -> Tensor:
+            raise KeyError("x")
+
+    with pytest.raises(ValueError, match=r"^the backbone: KeyError: 'x'; it does not take pictures of shape"):
+        Run(Settings(**TINY), tiny, backbone=Raises())
 
 
 @pytest.fixture

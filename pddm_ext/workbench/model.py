@@ -35,26 +35,35 @@ class Embedder(nn.Module):
         dim: length of an embedding.
         picture: (channels, height, width) of what the backbone sees.
         structured: whether a second head gives each picture's structure, too.
+        name: what messages call the backbone.
 
     Raises:
         ValueError: the backbone does not take such pictures, or gives no (n, f) features.
     """
 
-    def __init__(self, backbone: nn.Module, dim: int, picture: tuple[int, int, int], structured: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dim: int,
+        picture: tuple[int, int, int],
+        structured: bool = False,
+        name: str = "the backbone",
+    ) -> None:
         super().__init__()
         was_training = backbone.training
         try:
             with torch.no_grad():
                 features = backbone.eval()(torch.zeros(1, *picture))
-        except (RuntimeError, AssertionError) as error:
+        except Exception as error:  # of code that is not ours
             raise ValueError(
-                f"the backbone does not take pictures of shape {picture} ({error}); convnet takes drawings, "
+                f"{name}: {_said(error)}; it does not take pictures of shape {picture}. convnet takes drawings, "
                 f"(1, 32, 32); for photographs choose --backbone timm/NAME or torchvision/NAME"
             ) from error
         backbone.train(was_training)
-        if not isinstance(features, Tensor) or features.dim() != 2:
+        if not isinstance(features, Tensor) or features.dim() != 2 or not features.is_floating_point():
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"the backbone gives {shape} for one picture; features of shape (1, f) are accepted")
+            kind = f" {features.dtype}" if isinstance(features, Tensor) else ""
+            raise ValueError(f"{name} gives {shape}{kind} for one picture; floating features (1, f) are accepted")
         self.backbone, self.head = backbone, nn.Linear(features.shape[1], dim)
         self.structure = StructureHead(features.shape[1], dim) if structured else None
 
@@ -81,8 +90,9 @@ def embedder(settings: Settings, picture: tuple[int, int, int], backbone: nn.Mod
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
+        name = "the backbone" if backbone is not None else f"--backbone {settings.backbone}"
         made = _backbone(settings.backbone, settings.pretrained) if backbone is None else backbone
-        return Embedder(made, settings.dim, picture, structured=settings.structure > 0)
+        return Embedder(made, settings.dim, picture, structured=settings.structure > 0, name=name)
 
 
 def _backbone(name: str, pretrained: bool) -> nn.Module:
@@ -100,9 +110,16 @@ def _backbone(name: str, pretrained: bool) -> nn.Module:
         if attribute:
             sys.path.insert(0, os.getcwd())  # as python -m would
             return _called(getattr(importlib.import_module(module), attribute))
-    except (RuntimeError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"--backbone {name}: {error}") from error
+    except ModuleNotFoundError:
+        raise  # a package to install, which the message names
+    except (Exception, SystemExit) as error:  # of code that is not ours; a script may exit when it is imported
+        raise ValueError(f"--backbone {name}: {_said(error)}") from error
     raise ValueError(f"--backbone is {name!r}; convnet, timm/NAME, torchvision/NAME and MODULE:CALLABLE are accepted")
+
+
+def _said(error: BaseException) -> str:
+    """An exception in one line. Its kind belongs to it: of a KeyError the message is nothing but the key."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
 
 
 def _called(make: Any) -> nn.Module:
