@@ -360,7 +360,7 @@ def test_noise_is_left_to_chance() -> None:
 def test_a_linear_probe_finds_what_class_means_do_not() -> None:
     # The class is the sign of the coordinate that varies least.
     random = torch.Generator().manual_seed(0)
-    features = torch.randn(400, 3, generator=random) * torch.tensor([1, 1, 0.01])
+    features = F.normalize(torch.randn(400, 3, generator=random) * torch.tensor([1, 1, 0.01]))
     labels = (features[:, 2] > 0).long()
     assert probes.transfer(features, labels, 0) > 0.95
     assert probes.zero_shot(features, labels, 0) < 0.75
@@ -482,10 +482,10 @@ def test_a_collapsed_embedding_can_be_measured() -> None:
 @pytest.mark.parametrize(
     ("features", "labels", "candidates", "message"),
     [
-        (noise(4), torch.tensor([0, 0, 1]), 9, r"features have shape \(4, 8\) and labels \(3,\); \(n, d\) and \(n,\)"),
-        (noise(4)[0], torch.zeros(8), 9, r"features have shape \(8,\) and labels \(8,\)"),
+        (noise(4), torch.tensor([0, 0, 1]), 9, "labels has length 3; features has 4"),
+        (noise(4)[0], torch.zeros(8), 9, r"features has shape \(8,\); \(rows, dim\) is accepted"),
         (noise(4), torch.tensor([0, 0, 1, 2]), 9, "labels have 1 classes of two rows or more; at least 2"),
-        (noise(0), torch.zeros(0, dtype=torch.int64), 9, "labels have 0 classes"),
+        (noise(0), torch.zeros(0, dtype=torch.int64), 9, r"features has shape \(0, 8\); at least one row"),
         (noise(4), torch.tensor([0, 0, 1, 1]), 0, "candidates is 0; at least 1"),
     ],
 )

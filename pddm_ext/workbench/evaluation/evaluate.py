@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pddm_ext
+from pddm_ext import _checks, _numbers
 
 from ..data.splits import TestSet
 from ..model import Embedder
+from . import inputs
 from .probes import clustering, transfer, zero_shot
 from .retrieval import relevant, retrieval
 from .separation import effective_rank, separation, spread
@@ -64,12 +66,14 @@ def measure(
     """Every figure of given features: by distance, with a unit by its score, and with a structure re-ranked by that.
 
     Args:
-        features: (n, d) unit rows, float32 on the CPU.
-        labels: (n,) int64 on the CPU, with two classes of two rows or more.
+        features: (n, d) unit rows (or zero ones, as ``normalize`` leaves them), of any floating dtype and on any
+            device; measured in float32 on the CPU, without a gradient.
+        labels: (n,) of any integer dtype, with two classes of two rows or more. No figure depends on the numbers that
+            the classes have.
         unit: on any device, or None.
         seed: from 0, of whatever is drawn: the same gives the same figures.
         candidates: how many of the nearest rows are re-ranked, by score or by structure.
-        structure: (n, d) positive weights, or None.
+        structure: (n, d) positive weights, of any floating dtype, or None.
 
     Returns:
         ``results`` (:func:`.retrieval.retrieval`), ``clustering`` (:func:`.probes.clustering`), ``transfer``,
@@ -77,19 +81,26 @@ def measure(
         numbers that JSON can hold.
 
     Raises:
-        ValueError: shapes, labels or candidates that cannot be evaluated.
-        FloatingPointError: a feature, or a score, is not finite.
+        TypeError: an argument that is no tensor, unit or int, or a dtype or layout that is not accepted.
+        ValueError: shapes, norms, labels, a unit or candidates that cannot be evaluated.
+        FloatingPointError: a feature, a structure or a score is not finite.
     """
-    if features.dim() != 2 or labels.shape != features.shape[:1]:
-        shapes = f"{tuple(features.shape)} and labels {tuple(labels.shape)}"
-        raise ValueError(f"features have shape {shapes}; (n, d) and (n,) are accepted")
+    features = inputs.features(features, unit=True)
+    labels = inputs.classes(labels, len(features))
     classes = len(torch.unique(labels[relevant(labels) > 0]))
     if classes < 2:
         raise ValueError(f"labels have {classes} classes of two rows or more; at least 2 are accepted")
-    if candidates < 1:
-        raise ValueError(f"candidates is {candidates}; at least 1 is accepted")
-    if not features.isfinite().all():
-        raise FloatingPointError("the embedding is not finite; lower --lr")
+    _numbers.size("candidates", candidates)
+    inputs.seed(seed)
+    if unit is not None:
+        _checks._unit(unit, features.shape[1])
+    if structure is not None:
+        structure = inputs.features(structure, "structure")
+        if structure.shape != features.shape or not (structure > 0).all():
+            raise ValueError(
+                f"structure has shape {tuple(structure.shape)} and values from {structure.min():.4g}; "
+                f"{tuple(features.shape)}, as features have, and positive values are accepted"
+            )
     return {
         "results": retrieval(features, labels, unit, seed, candidates, structure),
         "clustering": clustering(features, labels, seed),

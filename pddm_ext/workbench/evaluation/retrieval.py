@@ -12,6 +12,9 @@ from scipy.stats import bootstrap
 from torch import Tensor
 
 import pddm_ext
+from pddm_ext import _numbers
+
+from . import inputs
 
 KS = (1, 2, 4, 8)
 
@@ -24,13 +27,22 @@ def by_distance(features: Tensor, queries: Tensor, k: int) -> Tensor:
     """The k nearest other rows (Euclidean) of each query, nearest first.
 
     Args:
-        features: (n, d) float32 on the CPU.
+        features: (n, d), compared in float32.
         queries: (q,) int64 rows of ``features``.
         k: 1 to n − 1.
 
     Returns:
         (q, k) int64 rows of ``features``; never the query itself.
+
+    Raises:
+        TypeError: a dtype or layout that is not accepted.
+        ValueError: a shape that is not accepted, or k.
+        IndexError: a query is no row.
+        FloatingPointError: a feature is not finite.
     """
+    features = inputs.features(features)
+    queries = inputs.queries(queries, len(features))
+    inputs.neighbours(k, len(features))
     index = faiss.IndexFlatL2(features.shape[1])
     index.add(features.numpy())
     _, ranked = index.search(features[queries].numpy(), k + 1)
@@ -39,6 +51,9 @@ def by_distance(features: Tensor, queries: Tensor, k: int) -> Tensor:
 
 def by_score(features: Tensor, queries: Tensor, k: int, unit: pddm_ext.PDDM) -> Tensor:
     """:func:`by_distance` with the unit's score in the distance's place, best first; NaN scores come last."""
+    features = inputs.features(features, scored=True)
+    queries = inputs.queries(queries, len(features))
+    inputs.neighbours(k, len(features))
     gallery = features.to(unit.u.weight.device)
     _, ranked = pddm_ext.topk(gallery[queries.to(gallery.device)], gallery, k + 1, unit)
     return _others(ranked.cpu(), queries)
@@ -49,6 +64,10 @@ def rerank(features: Tensor, queries: Tensor, ranked: Tensor, unit: pddm_ext.PDD
 
     Equal scores, and the columns after the candidates, keep their order; NaN scores come last among the candidates.
     """
+    features = inputs.features(features, scored=True)
+    queries = inputs.queries(queries, len(features))
+    ranked = inputs.ranked(ranked, queries, len(features))
+    _numbers.size("candidates", candidates)
     first, rest = ranked[:, :candidates], ranked[:, candidates:]
     gallery = features.to(unit.u.weight.device)
     i, j = queries.repeat_interleave(first.shape[1]), first.flatten()
@@ -61,6 +80,7 @@ def rerank(features: Tensor, queries: Tensor, ranked: Tensor, unit: pddm_ext.PDD
 
 def by_structure(features: Tensor, structure: Tensor, queries: Tensor, ranked: Tensor, candidates: int) -> Tensor:
     """:func:`rerank` by the adaptive distance from the query, whose structure is its row of ``structure`` (n, d)."""
+    _numbers.size("candidates", candidates)
     first, rest = ranked[:, :candidates], ranked[:, candidates:]
     return torch.cat([pddm_ext.structure_rerank(features[queries], structure[queries], features, first), rest], dim=1)
 
@@ -73,7 +93,8 @@ def _others(ranked: Tensor, queries: Tensor) -> Tensor:
 
 
 def relevant(labels: Tensor) -> Tensor:
-    """How many other rows have each row's label: (n,) int64."""
+    """How many other rows have each row's label: (n,) int64. Labels are (n,) integers."""
+    labels = inputs.classes(labels, None)
     _, member, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     others: Tensor = counts[member] - 1
     return others
@@ -89,9 +110,19 @@ def per_query(ranked: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
         ranked: (q, k) int64 rows, k at least the largest R and 8, or all other rows.
         queries: (q,) int64 rows, none alone in its class.
         labels: (n,) integers.
+
+    Raises:
+        TypeError: something is no integers.
+        ValueError: a shape that does not fit, or a query alone in its class.
+        IndexError: a row that is not there.
     """
+    labels = inputs.classes(labels, None)
+    queries = inputs.queries(queries, len(labels))
+    ranked = inputs.ranked(ranked, queries, len(labels))
     hits = labels[ranked] == labels[queries][:, None]
     r = relevant(labels)[queries][:, None]
+    if not r.all():
+        raise ValueError(f"queries has row {int(queries[r[:, 0].argmin()])}, which is alone in its class")
     place = torch.arange(1, ranked.shape[1] + 1)
     within = (hits & (place <= r)).double()
     found = within.cumsum(1)
@@ -142,7 +173,7 @@ def retrieval(
     """The :func:`summary` of each ranking of all rows that are not alone in their class.
 
     Args:
-        features: (n, d) float32 on the CPU.
+        features: (n, d).
         labels: (n,) integers, two of them equal at least.
         unit: ranks, too, where there is one, on its own device.
         seed: of the intervals.
@@ -153,9 +184,18 @@ def retrieval(
         Summaries of ``"distance"``; with a unit, ``"score"`` (of all rows) and ``"rerank"`` (the nearest rows by
         distance in the order of their scores); with a structure, ``"structure"`` (the nearest rows by distance in the
         order of their adaptive distances).
+
+    Raises:
+        TypeError: a dtype or layout that is not accepted.
+        ValueError: a shape or labels that are not accepted, or candidates.
+        FloatingPointError: a feature is not finite.
     """
+    features = inputs.features(features)
+    labels = inputs.classes(labels, len(features))
+    _numbers.size("candidates", candidates)
     counts = relevant(labels)
     queries = counts.nonzero().flatten()
+    _two_alike(queries)
     k = min(len(labels) - 1, max(*KS, int(counts.max())))
     wide = k if unit is None and structure is None else min(len(labels) - 1, max(k, candidates))
     figures: dict[str, list[Tensor]] = {}
@@ -175,9 +215,20 @@ def retrieval(
 def recall_at_k(features: Tensor, labels: Tensor) -> dict[int, float]:
     """Share of rows with their own class among the K nearest other rows (Euclidean), for K = 1, 2, 4, 8.
 
-    Rows alone in their class are left out. Features are (n, d) float32 on the CPU, labels (n,).
+    Rows alone in their class are left out. Features are (n, d), labels (n,) integers.
+
+    Raises:
+        TypeError, ValueError, FloatingPointError: as :func:`retrieval` says.
     """
+    features = inputs.features(features)
+    labels = inputs.classes(labels, len(features))
     queries = relevant(labels).nonzero().flatten()
+    _two_alike(queries)
     ranked = by_distance(features, queries, min(len(labels) - 1, max(KS)))
     hits = labels[ranked] == labels[queries][:, None]
     return {k: hits[:, :k].any(1).double().mean().item() for k in KS}
+
+
+def _two_alike(queries: Tensor) -> None:
+    if len(queries) == 0:
+        raise ValueError("labels have no class of two rows or more; at least one is accepted")

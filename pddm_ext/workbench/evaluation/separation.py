@@ -12,6 +12,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import pddm_ext
+from pddm_ext import _numbers
+
+from . import inputs
 
 BINS = 60
 
@@ -25,7 +28,14 @@ def pairs(labels: Tensor, seed: int, most: int) -> tuple[Tensor, Tensor]:
 
     All pairs of a kind, each once, where there are no more than ``most``; else that many drawn by the seed, each pair
     as likely.
+
+    Raises:
+        TypeError: labels are no integers.
+        ValueError: labels are no (n,), without a positive or without a negative pair.
     """
+    labels = inputs.classes(labels, None)
+    _numbers.size("most", most)
+    inputs.seed(seed)
     order = labels.argsort(stable=True)
     _, member, counts = torch.unique(labels[order], return_inverse=True, return_counts=True)
     place, end = torch.arange(len(labels)), counts.cumsum(0)[member]
@@ -35,7 +45,9 @@ def pairs(labels: Tensor, seed: int, most: int) -> tuple[Tensor, Tensor]:
         """Pairs of each place in ``order`` with the places from ``first`` to before ``last``."""
         partners = last - first
         until = partners.cumsum(0)
-        total = int(until[-1])
+        total = int(until[-1]) if len(until) else 0
+        if total == 0:
+            raise ValueError("labels have no positive pair, or no negative one; at least one of each is accepted")
         number = torch.arange(total) if total <= most else torch.randint(total, (most,), generator=generator)
         one = torch.searchsorted(until, number, right=True)
         other = first[one] + number - (until - partners)[one]
@@ -91,14 +103,18 @@ def separation(features: Tensor, labels: Tensor, unit: pddm_ext.PDDM | None, see
     """The :func:`distribution` of positive and of negative pairs by ``"distance"`` (negated) and by ``"score"``.
 
     Args:
-        features: (n, d) float32 on the CPU.
+        features: (n, d).
         labels: (n,) integers, with a positive and a negative pair.
         unit: scores, where there is one, on its own device.
         seed: of the pairs, where there are too many to look at all.
 
     Raises:
-        FloatingPointError: a score is not finite.
+        TypeError: a dtype or layout that is not accepted.
+        ValueError: a shape that is not accepted, or labels as in :func:`pairs`.
+        FloatingPointError: a feature or a score is not finite.
     """
+    features = inputs.features(features)
+    labels = inputs.classes(labels, len(features))
     both = pairs(labels, seed, _PAIRS)
     values = {"distance": [_nearness(features, kind) for kind in both]}
     if unit is not None:
@@ -109,12 +125,22 @@ def separation(features: Tensor, labels: Tensor, unit: pddm_ext.PDDM | None, see
 
 
 def spread(features: Tensor) -> float:
-    """Half the mean squared distance between unit features: 1 around the whole sphere, 0 when all are one point."""
+    """Half the mean squared distance between unit features: 1 around the whole sphere, 0 when all are one point.
+
+    Raises:
+        TypeError, ValueError, FloatingPointError: as :func:`.inputs.features` says.
+    """
+    features = inputs.features(features, unit=True)
     return 1 - features.mean(0).square().sum().item()
 
 
 def effective_rank(features: Tensor) -> float:
-    """Exponential of the entropy of the singular values (Roy & Vetterli, 2007): how many dimensions are in use."""
+    """Exponential of the entropy of the singular values (Roy & Vetterli, 2007): how many dimensions are in use.
+
+    Raises:
+        TypeError, ValueError, FloatingPointError: as :func:`.inputs.features` says.
+    """
+    features = inputs.features(features)
     values = torch.linalg.svdvals(features.double())
     shares = values / values.sum().clamp(min=1e-300)
     return float(torch.special.entr(shares).sum().exp())
