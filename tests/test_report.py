@@ -337,7 +337,7 @@ def test_photographs_are_scaled_down(tmp_path: Path) -> None:
 def test_a_summary_has_every_figure_of_a_run() -> None:
     metrics = cell(recall=0.5, unit=True, collapsed=True)
     text = page.summary(metrics)
-    lines = {line[:18].strip(): line[18:].split("  ") for line in text.splitlines()[1:-1]}
+    lines = {name: cells for name, *cells in (re.split("  +", line) for line in text.splitlines()[1:-1])}
     assert [part.strip() for part in text.splitlines()[0].split("  ") if part] == [
         "by distance",
         "by score",
@@ -352,3 +352,40 @@ def test_a_summary_has_every_figure_of_a_run() -> None:
     assert lines["AUC"][0].strip() == "75.0"
     assert "collapsed" in text.splitlines()[-1]
     assert "by score" not in page.summary(cell(recall=0.5))
+
+
+def certain(**options: Any) -> dict[str, Any]:
+    """A run in which all is at its best, with every ranking."""
+    metrics = cell(unit=True, **options)
+    point = {"value": 1.0, "low": 1.0, "high": 1.0}
+    figures = {"recall": dict.fromkeys(("1", "2", "4", "8"), point), "map_at_r": point, "r_precision": point}
+    metrics["results"] = dict.fromkeys(("distance", "score", "rerank", "structure"), figures)
+    return metrics
+
+
+def test_columns_of_a_summary_never_touch() -> None:
+    lines = page.summary(certain()).splitlines()
+    rows = {name: cells for name, *cells in (re.split("  +", line) for line in lines[1:])}
+    for name in ("Recall@1", "Recall@8", "MAP@R", "R-prec."):
+        assert rows[name] == ["100.0 (100.0 to 100.0)"] * 4
+    heads = re.split("  +", lines[0].strip())
+    assert heads == ["by distance", "by score", "re-ranked", "by structure"]
+    for head, start in zip(heads, [match.start() for match in re.finditer(r"100\.0 \(", lines[1])], strict=True):
+        assert lines[0].index(head) == start
+
+
+@pytest.mark.parametrize("label", ["m", "pddm-pair:" + "x" * 90, "backbone=日本語:ネット", "e\u0301" * 9])
+def test_columns_of_a_table_never_touch_and_end_together(label: str) -> None:
+    """As a terminal shows them: a Japanese letter takes two columns, an accent that stands on another letter none."""
+
+    def shown(text: str) -> int:
+        return sum(0 if c == "\u0301" else 2 if c > "\u3000" else 1 for c in text)
+
+    cells = {label: [certain(seed=0), certain(seed=1)], "n": [cell(recall=0.0, seed=0), cell(recall=1.0, seed=1)]}
+    lines = page.table(cells).splitlines()
+    assert re.split("  +", lines[1])[:4] == [label, "100.0 ± 0.0", "100.0 ± 0.0", "100.0 ± 0.0"]
+    for column in ("R@1", "MAP@R"):
+        end = lines[0].index(column) + len(column)
+        for line in lines[1:]:
+            taken = [shown(line[: match.end()]) for match in re.finditer(r"[^ ]( |$)", line)]
+            assert end in [t - 1 for t in taken] or end in taken

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from unicodedata import combining, east_asian_width
 
 import jinja2
 from markupsafe import Markup, escape
@@ -95,13 +96,7 @@ def table(cells: Cells, raw: Metrics | None = None) -> str:
     rows = _rows(cells, raw)
     names = [row.label + ("" if row.ranking == "distance" else f", {RANKINGS[row.ranking]}") for row in rows]
     texts = [[_line(_COLUMNS[key], row.values[key]) if key in row.values else "" for key in _SHORT] for row in rows]
-    first = max(map(len, names)) + 2
-    widths = [max(len(head), *(len(line[c]) for line in texts)) + 2 for c, head in enumerate(_SHORT.values())]
-
-    def joined(name: str, texts: Sequence[str]) -> str:
-        return (f"{name:<{first}}" + "".join(f"{t:>{w}}" for t, w in zip(texts, widths, strict=True))).rstrip()
-
-    lines = [joined("", list(_SHORT.values())), *(joined(name, line) for name, line in zip(names, texts, strict=True))]
+    lines = _aligned([["", *_SHORT.values()], *([name, *line] for name, line in zip(names, texts, strict=True))], ">")
     for collapse in _collapses(cells):
         lines.append(
             f"{collapse.label} has collapsed on {len(collapse.collapsed)} of {_count(collapse.seeds, 'seed')} "
@@ -113,7 +108,7 @@ def table(cells: Cells, raw: Metrics | None = None) -> str:
 def summary(metrics: Metrics) -> str:
     """Every figure of one run as lines for a terminal, rankings side by side, in percent with 95 % intervals."""
     rows = _rows({"": [metrics]}, None)
-    lines = [" " * 18 + "".join(f"{RANKINGS[row.ranking]:<22}" for row in rows)]
+    lines = [["", *(RANKINGS[row.ranking] for row in rows)]]
     for key, column in _COLUMNS.items():
         values = [row.values[key] for row in rows if key in row.values]
         texts = [
@@ -121,16 +116,32 @@ def summary(metrics: Metrics) -> str:
             + (f" ({column.text(value.interval[0])} to {column.text(value.interval[1])})" if value.interval else "")
             for value in values
         ]
-        name = f"Recall@{column.name}" if key.startswith("recall") else column.name
-        lines.append(f"{name:<18}" + "".join(f"{text:<22}" for text in texts))
+        lines.append([f"Recall@{column.name}" if key.startswith("recall") else column.name, *texts])
     for key in ("overlap", "auc"):
         pairs = (metrics["pairs"][row.ranking] for row in rows if row.ranking in metrics["pairs"])
-        lines.append(
-            f"{'AUC' if key == 'auc' else key:<18}" + "".join(f"{f'{100 * pair[key]:.1f}':<22}" for pair in pairs)
-        )
+        lines.append(["AUC" if key == "auc" else key, *(f"{100 * pair[key]:.1f}" for pair in pairs)])
+    text = "\n".join(_aligned(lines, "<"))
     if metrics["collapsed"]:
-        lines.append(f"The embedding has collapsed: its spread is below {COLLAPSED}.")
-    return "\n".join(line.rstrip() for line in lines)
+        text += f"\nThe embedding has collapsed: its spread is below {COLLAPSED}."
+    return text
+
+
+def _aligned(lines: Sequence[Sequence[str]], side: str) -> list[str]:
+    """Lines of cells in columns that never touch, the first to the left and the others to a side, "<" or ">"."""
+    columns = max(map(len, lines))
+    widths = [max(_width(line[c]) for line in lines if c < len(line)) for c in range(columns)]
+
+    def cell(text: str, width: int, side: str) -> str:
+        padding = " " * (width - _width(text))
+        return text + padding if side == "<" else padding + text
+
+    sides = ["<", *side * (columns - 1)]
+    return ["  ".join(map(cell, line, widths, sides)).rstrip() for line in lines]
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal: East Asian letters take two, marks that stand on others none."""
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def write(path: Path, cells: Cells, raw: Metrics | None = None, examples: Examples | None = None) -> Path:
@@ -190,7 +201,7 @@ def write(path: Path, cells: Cells, raw: Metrics | None = None, examples: Exampl
             for name in everything[0]["environment"]
         },
     )
-    write_bytes(path, page.encode())
+    write_bytes(path, page.encode("utf-8", "backslashreplace"))  # a file's name may hold what UTF-8 does not
     return path
 
 
