@@ -138,7 +138,7 @@ def test_a_grid_runs_each_cell_once(tmp_path: Path, here: list[Cell]) -> None:
             asdict(replace(method(text, COMMON), seed=seed)) for seed in (3, 5)
         ]
     for cell in here:
-        expected = {CHECKPOINT, CONFIG, "metrics.json", "tensorboard"}
+        expected = {".lock", CHECKPOINT, CONFIG, "metrics.json", "tensorboard"}
         assert {path.name for path in cell.folder.iterdir()} == expected
         assert json.loads((cell.folder / CONFIG).read_text()) == asdict(cell.settings)
     before = files(tmp_path)

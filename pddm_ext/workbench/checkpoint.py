@@ -1,13 +1,17 @@
-"""Files that are whole or not there, and the state of a run in one of them."""
+"""Files that are whole or not there, folders with one writer, and the state of a run in a file."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from .. import __version__
 
@@ -37,11 +41,48 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """:func:`write_bytes` of plain values, for people too: letters of any script as they are.
+
+    What a file's name may hold and UTF-8 may not (a lone surrogate) is written as JSON's escape.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep it from other processes as long as this lasts; a killed process keeps nothing.
+
+    An empty file ``.lock`` stays in it.
+
+    Raises:
+        ValueError: another process has claimed it.
+        OSError: it is no folder, or not to be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(f"{folder} is in use by another run; wait for that one, or choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a state of tensors, numbers, strings, lists and dicts."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     write_bytes(path, buffer.getvalue())
+
+
+def there(path: Path) -> None:
+    """Raise FileNotFoundError where there is no checkpoint."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no checkpoint to resume from; expected the one that 'pddm-ext train' writes")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -51,8 +92,7 @@ def load(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no checkpoint.
         ValueError: the file is damaged, no checkpoint, or of a format that this version does not read.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no checkpoint to resume from; expected the one that 'pddm-ext train' writes")
+    there(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import _C, __version__
+from .console import lenient
 from .settings import DRAWINGS, Settings, option, parse, read, written
 
 _EXTRAS = "pip install 'pddm-ext[train]'"
@@ -20,6 +21,11 @@ _EXTRAS = "pip install 'pddm-ext[train]'"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for bad input (a line on stderr says what), 130 when interrupted."""
+    with lenient():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         command = {"info": _info, "train": _train, "eval": _eval, "compare": _compare}[arguments.command]
@@ -31,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"pddm-ext: error: {error}", file=sys.stderr)
+        print(f"pddm-ext: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
@@ -57,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(train)
     train.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA/METHOD/seed-SEED)")
     train.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    _add_progress(train)
 
     evaluate = commands.add_parser(
         "eval",
@@ -95,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--tries", type=int, default=1, help="runs for each of --lrs (default: 1)")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     compare.add_argument("--out", type=Path, help="folder of the grid (default: runs/DATA)")
+    _add_progress(compare)
     return parser
 
 
@@ -121,6 +129,14 @@ def _add_settings(parser: argparse.ArgumentParser, but: tuple[str, ...] = ()) ->
         )
 
 
+def _add_progress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="a bar, or nothing (default: a bar on a terminal, else a line for each measurement or run)",
+    )
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     given = {} if arguments.config is None else read(arguments.config)
     options = {name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__}
@@ -133,9 +149,18 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     return settings
 
 
+def _out(folder: Path) -> Path:
+    """The folder, of a name that TensorBoard can write to."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"--out is {folder}, which is no UTF-8 under this locale; such a name is accepted") from error
+    return folder
+
+
 def _train(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
-    folder = arguments.out or Path("runs") / settings.data / settings.method / f"seed-{settings.seed}"
+    folder = _out(arguments.out or Path("runs") / settings.data / settings.method / f"seed-{settings.seed}")
 
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
@@ -143,30 +168,39 @@ def _train(arguments: argparse.Namespace) -> int:
     from .data.load import load
     from .report import page
 
-    if not arguments.resume and (folder / loop.CHECKPOINT).exists():
-        raise ValueError(f"{folder} holds a run; --resume continues it, another --out begins a new one")
+    def look() -> None:
+        if not arguments.resume and (folder / loop.CHECKPOINT).exists():
+            raise ValueError(f"{folder} holds a run; --resume continues it, another --out begins a new one")
+        if arguments.resume:
+            checkpoint.there(folder / loop.CHECKPOINT)
+
+    look()
     dataset = load(settings)
     run = loop.Run(settings, dataset, folder)
-    if arguments.resume:
-        run.resume()
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_bytes(folder / loop.CONFIG, written(settings))
-
-    for verb, split in (("train on", dataset.train), ("search among", dataset.test)):
-        rank_zero_only(print)(
-            f"{verb} {len(split.names)} classes, {len(split.labels)} pictures: {', '.join(split.groups)}"
-        )
-    try:
-        run.train()
-    except KeyboardInterrupt:
-        left = folder / loop.CHECKPOINT
-        hint = f"{left} is there; --resume continues from it" if left.exists() else "no checkpoint yet"
-        print(f"\nstopped after {run.taken} steps; {hint}", file=sys.stderr)
-        return 130
-    if not run.leads:
-        return 0
-    metrics = outcome.figures(run)
-    outcome.write(folder, metrics)
+    leads = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    # Of several processes the leading one writes, and it claims the folder before it starts the others.
+    with checkpoint.claimed(folder) if leads else nullcontext():
+        if leads:
+            look()  # again: another run may have begun and ended meanwhile
+        if arguments.resume:
+            run.resume()
+        if leads:
+            checkpoint.write_bytes(folder / loop.CONFIG, written(settings))
+        for verb, split in (("train on", dataset.train), ("search among", dataset.test)):
+            rank_zero_only(print)(
+                f"{verb} {len(split.names)} classes, {len(split.labels)} pictures: {', '.join(split.groups)}"
+            )
+        try:
+            run.train(progress=arguments.progress)
+        except KeyboardInterrupt:
+            left = folder / loop.CHECKPOINT
+            hint = f"{left} is there; --resume continues from it" if left.exists() else "no checkpoint yet"
+            print(f"\nstopped after {run.taken} steps; {hint}", file=sys.stderr)
+            return 130
+        if not run.leads:
+            return 0
+        metrics = outcome.figures(run)
+        outcome.write(folder, metrics)
     print(page.summary(metrics))
     print(f"run: {folder}")
     return 0
@@ -175,6 +209,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.candidates < 1:
         raise ValueError(f"--candidates is {arguments.candidates}; at least 1 is accepted")
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
+        raise ValueError(f"--json is {arguments.json}; a file in a folder that is there is accepted")
 
     from . import checkpoint, loop, outcome
     from .data.load import load
@@ -195,32 +231,35 @@ def _eval(arguments: argparse.Namespace) -> int:
     run.place(arguments.accelerator)
     metrics = outcome.figures(run, arguments.candidates)
     if arguments.json is not None:
-        checkpoint.write_bytes(arguments.json, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
+        checkpoint.write_json(arguments.json, metrics)
     print(page.summary(metrics))
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     common = _settings(arguments)
-    folder = arguments.out or Path("runs") / common.data
+    folder = _out(arguments.out or Path("runs") / common.data)
     if arguments.seeds < 1 or arguments.jobs < 1:
         raise ValueError(f"--seeds is {arguments.seeds} and --jobs {arguments.jobs}; at least 1 is accepted")
 
-    from . import compare
+    from . import checkpoint, compare
     from .report import page
 
     grid = compare.Grid(
         common, arguments.methods, range(arguments.seeds), folder, lrs=arguments.lrs, tries=arguments.tries
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        cells = grid.run(arguments.jobs)
-    except KeyboardInterrupt:
-        print(f"\nstopped; what has finished is in {folder}, and the same command goes on from there", file=sys.stderr)
-        return 130
-    examples, raw = compare.examples(grid)
+    with checkpoint.claimed(folder):
+        try:
+            cells = grid.run(arguments.jobs, progress=arguments.progress)
+            examples, raw = compare.examples(grid)
+        except KeyboardInterrupt:
+            print(
+                f"\nstopped; what has finished is in {folder}, and the same command goes on from there", file=sys.stderr
+            )
+            return 130
+        report = page.write(folder / page.PAGE, cells, raw, examples)
     print(page.table(cells, raw))
-    print(f"report: {page.write(folder / 'report.html', cells, raw, examples)}")
+    print(f"report: {report}")
     return 0
 
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pddm_ext.quadruplets import Quadruplets
 
 from . import outcome
-from .checkpoint import write_bytes
+from .checkpoint import claimed, write_bytes
+from .console import Progress
 from .data.load import load
 from .data.splits import Dataset, batches
 from .evaluation.evaluate import embed
@@ -158,8 +163,12 @@ class Grid:
             for text, settings in self.methods.items()
         ]
 
-    def run(self, jobs: int, *, progress: bool = True) -> dict[str, list[dict[str, Any]]]:
+    def run(self, jobs: int, *, progress: bool | None = None) -> dict[str, list[dict[str, Any]]]:
         """Run what is not there yet, ``jobs`` cells at a time, and give each label's metrics in the order of seeds.
+
+        Args:
+            jobs: how many.
+            progress: as in :class:`.console.Progress`.
 
         Raises:
             FileNotFoundError: the data are not there.
@@ -204,19 +213,21 @@ def run_cell(cell: Cell, threads: int) -> None:
     torch.set_num_threads(threads)
     dataset = _dataset(cell.settings.data, cell.settings.root, cell.settings.download)
     run = Run(cell.settings, dataset if cell.fold is None else dataset.validation(cell.fold), cell.folder)
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(cell.folder / CONFIG, written(cell.settings))
-    if (cell.folder / CHECKPOINT).exists():
-        run.resume()
-    try:
-        run.train(progress=False)
-        metrics = outcome.figures(run)
-    except FloatingPointError as error:
-        if cell.fold is None:
-            raise FloatingPointError(f"{cell.label}, seed {cell.settings.seed}: {error}") from error
-        # A learning rate that diverges has been tried, and lost.
-        metrics = _diverged(cell.settings)
-    outcome.write(cell.folder, metrics)
+    with claimed(cell.folder):
+        if finished(cell) is not None:
+            return  # by another process meanwhile
+        if (cell.folder / CHECKPOINT).exists():
+            run.resume()
+        write_bytes(cell.folder / CONFIG, written(cell.settings))
+        try:
+            run.train(progress=False)
+            metrics = outcome.figures(run)
+        except FloatingPointError as error:
+            if cell.fold is None:
+                raise FloatingPointError(f"{cell.label}, seed {cell.settings.seed}: {error}") from error
+            # A learning rate that diverges has been tried, and lost.
+            metrics = _diverged(cell.settings)
+        outcome.write(cell.folder, metrics)
 
 
 def _diverged(settings: Settings) -> dict[str, Any]:
@@ -228,34 +239,85 @@ def _diverged(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _run_all(cells: list[Cell], jobs: int, what: str, progress: bool) -> None:
+def _run_all(cells: list[Cell], jobs: int, what: str, progress: bool | None) -> None:
     left = [cell for cell in cells if finished(cell) is None]
     if not left:
         return
     threads = max(1, torch.get_num_threads() // jobs)
-    bar = tqdm(total=len(cells), initial=len(cells) - len(left), unit="run", desc=what, disable=not progress)
-    with bar:
+    with Progress(what, len(cells), len(cells) - len(left), "run", progress) as bar:
         for cell in _each(left, jobs, threads):
-            bar.set_postfix_str(f"{cell.label} seed {cell.settings.seed}")
             bar.update()
+            bar.report(f"{cell.label} seed {cell.settings.seed}")
 
 
 def _each(cells: list[Cell], jobs: int, threads: int) -> Iterator[Cell]:
     # Processes of their own even for one job: threads and warnings of a run do not outlive it.
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        jobs,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin,
+        initargs=(multiprocessing.get_start_method(),),
+    )
+    others = multiprocessing.active_children()
     try:
         # No more than are running: what waits in the pool can no longer be called off.
         waiting, futures = iter(cells), dict[Future[None], Cell]()
         while True:
             for cell in itertools.islice(waiting, jobs - len(futures)):
-                futures[pool.submit(run_cell, cell, threads)] = cell
+                with _uninterrupted():
+                    futures[pool.submit(run_cell, cell, threads)] = cell
             if not futures:
                 return
             for future in wait(futures, return_when=FIRST_COMPLETED).done:
                 future.result()
                 yield futures.pop(future)
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        raise
+    except BrokenProcessPool as error:
+        raise OSError(
+            "the process of a run has been killed; too little memory, perhaps, for --jobs at a time"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits, and is blocked in processes that start meanwhile.
+
+    It goes to all of them, and one that is still importing would answer with a page of traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(start: str) -> None:
+    """What a process of the grid does first."""
+    # Loaders start their workers as they do in a run by itself; spawned ones would take seconds each time.
+    multiprocessing.set_start_method(start, force=True)
+    signal.signal(signal.SIGTERM, _end)
+    # Nobody would stop it, nor hear of what it does, if the process that started it were killed.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:

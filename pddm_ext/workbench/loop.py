@@ -14,12 +14,12 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers.logger import Logger
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import pddm_ext
 from pddm_ext import _C
 
 from . import checkpoint
+from .console import Progress
 from .data.splits import Dataset, TestSet, batches
 from .evaluation.evaluate import embed
 from .evaluation.retrieval import KS, recall_at_k, relevant
@@ -138,8 +138,11 @@ class Run:
             groups.append({"params": rest, "lr": settings.lr * settings.unit_lr_factor})
         return torch.optim.Adam(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
-    def train(self, *, progress: bool = True) -> None:
+    def train(self, *, progress: bool | None = None) -> None:
         """Train up to ``settings.steps``, measuring, and leaving a checkpoint, every ``settings.every`` steps.
+
+        Args:
+            progress: as in :class:`.console.Progress`.
 
         Raises:
             FloatingPointError: the embedding diverged.
@@ -160,13 +163,7 @@ class Run:
         if self._restored is not None:
             self._restore(fabric, generator)
         try:
-            with tqdm(
-                total=settings.steps,
-                initial=self.taken,
-                unit="step",
-                disable=not (progress and self.leads),
-                mininterval=0.5,
-            ) as bar:
+            with Progress("training", settings.steps, self.taken, "step", progress if self.leads else False) as bar:
                 while self.taken < settings.steps:
                     loss = self._chunk(fabric, learner, optimizer, generator, bar)
                     states = _random_states(fabric, generator)
@@ -175,9 +172,9 @@ class Run:
                         try:
                             self._measure(loss)
                             fabric.log_dict({name: curve[-1] for name, curve in self.curves.items()}, self.taken)
-                            bar.set_postfix({"R@1": f"{self.curves['recall'][-1]:.1%}", "loss": f"{loss:.3f}"})
                             if self.folder is not None:
                                 self._save(fabric, states)
+                            bar.report(f"R@1 {self.curves['recall'][-1]:.1%}, loss {loss:.3g}")
                         except (FloatingPointError, OSError) as error:
                             failure = error
                     # The others would wait for the leading process for ever.
@@ -213,7 +210,9 @@ class Run:
         """
         self.learner.to(self._fabric(accelerator or self.settings.accelerator, 1, []).device)
 
-    def _chunk(self, fabric: Fabric, learner: nn.Module, optimizer: Any, generator: torch.Generator, bar: Any) -> float:
+    def _chunk(
+        self, fabric: Fabric, learner: nn.Module, optimizer: Any, generator: torch.Generator, bar: Progress
+    ) -> float:
         """Steps up to the next measurement; the mean loss of a step."""
         settings, view = self.settings, self.dataset.view
         begun = self.taken % settings.every

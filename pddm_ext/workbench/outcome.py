@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import pddm_ext
 from pddm_ext import _C
 
-from .checkpoint import write_bytes
+from .checkpoint import write_json
 from .data.splits import Split, TestSet
 from .evaluation.evaluate import evaluate
 from .evaluation.retrieval import retrieval
@@ -66,7 +66,7 @@ def raw_pixels(test: TestSet, seed: int) -> dict[str, Any]:
 
 def write(folder: Path, metrics: dict[str, Any]) -> None:
     """Write ``metrics.json`` into an existing folder."""
-    write_bytes(folder / METRICS, (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(folder / METRICS, metrics)
 
 
 def read(folder: Path) -> dict[str, Any] | None:

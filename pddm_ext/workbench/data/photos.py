@@ -104,14 +104,24 @@ def _split(folder: Path, classes: Classes, sizes: Mapping[str, int], *, expected
     paths = tuple(path for _, members in classes for path in members)
     sha = hashlib.sha256()
     for path in paths:
-        sha.update(f"{path}\0{sizes[path]}\n".encode())
+        sha.update(_bytes(path) + f"\0{sizes[path]}\n".encode())
     return Split(
         Photos(folder, paths, expected),
         labels=torch.repeat_interleave(torch.tensor([len(members) for _, members in classes])),
-        names=tuple(name for name, _ in classes),
-        groups=(f"{classes[0][0]} to {classes[-1][0]}",),
+        names=tuple(_legible(name) for name, _ in classes),
+        groups=(f"{_legible(classes[0][0])} to {_legible(classes[-1][0])}",),
         digest=sha.hexdigest(),
     )
+
+
+def _bytes(name: str) -> bytes:
+    """A name as the file system has it, whatever the locale that Python read it under."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _legible(name: str) -> str:
+    """A name that any file can hold: under an ASCII locale Python reads an umlaut as two lone surrogates."""
+    return _bytes(name).decode("utf-8", "replace")
 
 
 def folder(root: str | Path) -> Dataset:
