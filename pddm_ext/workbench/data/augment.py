@@ -15,6 +15,8 @@ from torch import Tensor
 class View:
     """How pictures are shown to a net.
 
+    Functions of a module, not lambdas: a loader's worker processes, and those of a comparison, get a view pickled.
+
     Attributes:
         plain: stored (n, c, H, W) uint8 to (n, channels, size, size) float32, the same each time.
         augment: the same under random distortions drawn from a generator on the batch's device.
@@ -51,7 +53,12 @@ def distort_drawings(drawings: Tensor, generator: torch.Generator) -> Tensor:
     return (pictures + 0.1 * torch.randn(pictures.shape, generator=generator, device=device)).clamp(0, 1)
 
 
-DRAWINGS = View(1, 32, plain_drawings, distort_drawings, lambda seen: seen)
+def show_drawings(seen: Tensor) -> Tensor:
+    """(n, 1, 32, 32) float32 in [0, 1], as they are."""
+    return seen
+
+
+DRAWINGS = View(1, 32, plain_drawings, distort_drawings, show_drawings)
 
 # The statistics that published backbones were trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -86,4 +93,9 @@ def distort_photos(photos: Tensor, generator: torch.Generator) -> Tensor:
     return _standard(F.grid_sample(photos.float() / 255, grid, padding_mode="border", align_corners=False), +1)
 
 
-PHOTOS = View(3, CROP, plain_photos, distort_photos, lambda seen: _standard(seen, -1))
+def show_photos(seen: Tensor) -> Tensor:
+    """Standardised (n, 3, 224, 224) back to [0, 1]."""
+    return _standard(seen, -1)
+
+
+PHOTOS = View(3, CROP, plain_photos, distort_photos, show_photos)

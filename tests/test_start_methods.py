@@ -1,0 +1,117 @@
+"""Worker processes under each way in which Python starts them, and the command line as a module."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pddm_ext
+from pddm_ext.workbench import compare, outcome
+from pddm_ext.workbench.data import photos
+from pddm_ext.workbench.data.augment import DRAWINGS, PHOTOS
+from pddm_ext.workbench.data.load import load
+from pddm_ext.workbench.data.splits import Dataset, TestSet
+from pddm_ext.workbench.loop import CHECKPOINT, Run
+from pddm_ext.workbench.settings import Settings
+from runs import TINY, TINY_OPTIONS, make_archive, make_tiny, untimed
+from small_data import make_folder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+_SCRIPT = """
+import multiprocessing, sys
+from pddm_ext.workbench import cli
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def run(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    places = [str(Path(pddm_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places), **environment}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    "start", [s for s in ("fork", "spawn", "forkserver") if s in multiprocessing.get_all_start_methods()]
+)
+def test_training_and_evaluation_read_pictures_in_workers(tmp_path: Path, start: str) -> None:
+    """With the figures of a run that has none."""
+    root = make_archive(tmp_path / "small.zip")
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    options = [*TINY_OPTIONS, "--data", "omniglot", "--root", str(root), "--steps", "2"]
+    done = run("script.py", start, "train", *options, "--workers", "2", "--out", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = ["eval", f"run/{CHECKPOINT}", "--workers", "1", "--json", "again.json"]
+    measured = run("script.py", start, *again, folder=tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    assert "Traceback" not in done.stderr + measured.stderr
+
+    settings = Settings(**{**TINY, "steps": 2}, data="omniglot", root=str(root), workers=2)
+    alone = Run(Settings(**{**settings.__dict__, "workers": 0}), load(settings))
+    alone.train(progress=False)
+    expected = untimed(outcome.figures(alone))
+    found = outcome.read(tmp_path / "run")
+    assert found is not None
+    for figures in (expected, found):
+        figures["settings"]["workers"] = 0
+    assert untimed(found) == expected
+
+
+def test_a_comparison_reads_pictures_in_workers(tmp_path: Path) -> None:
+    root = make_archive(tmp_path / "small.zip")
+    options = [*TINY_OPTIONS, "--data", "omniglot", "--root", str(root), "--steps", "2", "--workers", "1"]
+    grid = ["--methods", "pddm-anchor", "--seeds", "1", "--out", "grid"]
+    done = run("-m", "pddm_ext", "compare", *options, *grid, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "grid" / "report.html").exists()
+
+
+def test_a_comparisons_loaders_start_workers_as_a_run_by_itself_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[Any] = []
+    monkeypatch.setattr(multiprocessing, "set_start_method", lambda name, force: set_to.append((name, force)))
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    compare._begin("fork")
+    assert set_to == [("fork", True)]
+
+
+def every_dataset(tmp_path: Path) -> list[Dataset]:
+    drawings = load(Settings(data="omniglot", root=str(make_archive(tmp_path / "small.zip"))))
+    folder = photos.folder(make_folder(tmp_path / "photos"))
+    return [make_tiny(), drawings, folder, make_tiny().validation(0)]
+
+
+def test_what_workers_get_can_be_pickled(tmp_path: Path) -> None:
+    for dataset in every_dataset(tmp_path):
+        rows = torch.arange(3)
+        again = pickle.loads(pickle.dumps(dataset))
+        assert again.digest() == dataset.digest()
+        test, other = TestSet(dataset, 0), pickle.loads(pickle.dumps(TestSet(dataset, 0)))
+        assert torch.equal(other[rows], test[rows])
+        assert torch.equal(other.show(other[rows]), test.show(test[rows]))
+
+
+@pytest.mark.parametrize("view", [DRAWINGS, PHOTOS], ids=["drawings", "photographs"])
+def test_a_view_is_made_of_functions_that_other_processes_find(view: Any) -> None:
+    assert pickle.loads(pickle.dumps(view)) == view
+
+
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
+    done = run("-m", "pddm_ext", "info", folder=tmp_path)
+    assert done.returncode == 0
+    assert "instruction sets" in done.stdout
+    refused = run("-m", "pddm_ext", "train", "--steps", "0", folder=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == "pddm-ext: error: --steps is 0; at least 1 is accepted\n"
