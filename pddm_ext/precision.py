@@ -36,3 +36,13 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Products in the operands' own dtype, on devices too that know no autocast."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def unmasked(feats: Tensor) -> tuple[Tensor, Tensor]:
+    """Features, and a zero to add to their loss, both as they are; NaN, and so every gradient, if one is not finite.
+
+    Mining picks nothing that is not finite, and a loss over nothing is 0 with zero gradients: without this neither a
+    gradient scaler nor a check of the loss would see that a net has overflowed. Nothing waits for the device.
+    """
+    zero = torch.where(feats.detach().isfinite().all(), 0.0, torch.nan)
+    return feats * (1 + zero), zero

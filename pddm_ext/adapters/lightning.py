@@ -12,7 +12,7 @@ from torch.utils.data import DistributedSampler
 
 from .. import _checks, _numbers
 from ..losses import QuadrupletLoss
-from ..precision import score_dtype
+from ..precision import score_dtype, unmasked
 from ..quadruplets import Mode
 from ..unit import PDDM
 from ..unlabelled import unlabelled
@@ -28,6 +28,11 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 #: What validation logs, by the names that pytorch-metric-learning gives it.
 METRICS = ("precision_at_1", "mean_average_precision_at_r")
+
+#: Batches after which divergence is looked for where the trainer does not log.
+_CHECK_EVERY = 50
+#: float16's smallest number: what overflows in spite of this scale does not overflow for the scale's sake.
+_SMALLEST_SCALE = 2.0**-24
 
 
 class MetricLearningModule(LightningModule):
@@ -65,6 +70,12 @@ class MetricLearningModule(LightningModule):
     Validation always gathers, however many rows each process has. Rows that a ``DistributedSampler`` repeats to make
     the shares equal are left out, for each would find its copy.
 
+    **Divergence** ends training with a FloatingPointError on every process, at the end of an epoch, after a validation
+    or every ``log_every_n_steps`` batches: mining leaves out what is not finite, so that the loss of a net that has
+    diverged would be 0. Under a gradient scaler (``precision="16-mixed"``) a step that overflows is passed over, as it
+    should be; parameters that are not finite, and a scale at which nothing is left to scale, are divergence there, too.
+    A hook of yours, ``on_train_batch_end`` or ``on_train_epoch_end``, calls the module's own.
+
     **Checkpoints** load with ``weights_only=True``. Without a constructor of its own, a class saves the arguments too,
     but for the net: ``MetricLearningModule.load_from_checkpoint(path, net=net, weights_only=True)``. A constructor of
     yours may call ``save_hyperparameters`` itself.
@@ -94,7 +105,7 @@ class MetricLearningModule(LightningModule):
     Raises:
         TypeError: net is no module; in a step, a dtype that is not accepted.
         ValueError: a mode or number that is not accepted; in a step, a shape that does not fit.
-        FloatingPointError: in validation, the features are not finite.
+        FloatingPointError: a loss, a parameter or, in validation, a feature is not finite.
 
     Source: Huang, Loy, Tang, *Local Similarity-Aware Deep Feature Embedding*, NIPS 2016.
     """
@@ -133,6 +144,7 @@ class MetricLearningModule(LightningModule):
         self.mode, self.gather, self.ignore_label = mode, gather, ignore_label
         self.lr, self.unit_lr_factor, self.weight_decay = lr, unit_lr_factor, weight_decay
         self._validated: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._finite: Tensor | None = None
 
     def forward(self, images: Any) -> Tensor:
         """The features (n, dim) of images (n, …)."""
@@ -153,17 +165,28 @@ class MetricLearningModule(LightningModule):
         feats, labels = self._embed(batch)
         if self.gather:
             feats, labels = self._of_all_processes(feats, labels)
+        feats, zero = unmasked(feats)
         # Autocast would round the features for scoring.
         with torch.autocast(feats.device.type, enabled=False):
             quads = self.unit.mine(feats, labels, mode=self.mode, ignore_label=self.ignore_label)
             similarity = self.loss.similarity(quads)
             embedding = self.loss.weight * self.loss.embedding(feats, quads)
-            loss = similarity + embedding
+            loss = similarity + embedding + zero
+        finite = loss.detach().isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
         valid = quads.valid.sum() / max(len(quads.valid), 1)
         terms = {"train_similarity": similarity, "train_embedding": embedding, "train_valid": valid}
         self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
         self.log_dict(terms, batch_size=len(labels))
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every: int = getattr(self.trainer, "log_every_n_steps", 0)
+        if (batch_idx + 1) % (every or _CHECK_EVERY) == 0:
+            self._refuse_divergence()
+
+    def on_train_epoch_end(self) -> None:
+        self._refuse_divergence()
 
     def on_validation_epoch_start(self) -> None:
         self._validated.clear()
@@ -202,11 +225,36 @@ class MetricLearningModule(LightningModule):
                 feats, labels = feats[~left_out], labels[~left_out]
             if not feats.isfinite().all():  # on every process, or those left would wait for ever
                 raise FloatingPointError("the features are not finite; lower lr, or choose a precision of wider range")
+            self._refuse_parameters()
             measured = self._measure(feats, labels)
             suffix = f"/dataloader_idx_{index}" if len(self._validated) > 1 else ""
             for name, value in measured.items():
                 self.log(name + suffix, value, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
         self._validated.clear()
+
+    def _refuse_divergence(self) -> None:
+        """Stop, on every process, where a loss since the last time or a parameter is not finite on any."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        finite, self._finite = self._finite, None
+        if scaler is None:
+            fine = finite is None or bool(finite)
+            reason = "a loss is not finite"
+        else:
+            fine = scaler.get_scale() >= _SMALLEST_SCALE
+            reason = "gradients are not finite at any scale of the loss, and no update is made any more"
+        self._everywhere(fine, f"{reason}; lower lr, or choose a precision of wider range")
+        self._refuse_parameters()
+
+    def _refuse_parameters(self) -> None:
+        broken = [name for name, parameter in self.named_parameters() if not parameter.isfinite().all()]
+        name = broken[0] if broken else "(of another process)"
+        rates = "lr or unit_lr_factor" if name.startswith("unit.") else "lr"
+        self._everywhere(not broken, f"the parameter {name} is not finite; lower {rates}")
+
+    def _everywhere(self, fine: bool, message: str) -> None:
+        """Raise on every process, or those left would wait for ever."""
+        if not self.trainer.strategy.reduce_boolean_decision(fine, all=True):
+            raise FloatingPointError(message)
 
     def _embed(self, batch: tuple[Any, Tensor]) -> tuple[Tensor, Tensor]:
         """Checked features, not below float32, and int64 labels."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import pddm_ext
 from pddm_ext import _C
+from pddm_ext.precision import unmasked
 
 from . import checkpoint
 from .console import Progress
@@ -32,6 +33,9 @@ CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
 
 #: Below this spread an embedding counts as collapsed; its root-mean-square distance is a fifth of the whole sphere's.
 COLLAPSED = 0.04
+
+#: float16's smallest number: what overflows in spite of this scale does not overflow for the scale's sake.
+_SMALLEST_SCALE = 2.0**-24
 
 
 class CollapseWarning(UserWarning):
@@ -55,13 +59,14 @@ class Learner(nn.Module):
         # Losses are sums of small differences: of float32 even where the net runs in less.
         feats, structure = self.net.both(pictures)
         feats = feats if feats.dtype == torch.float64 else feats.float()
+        feats, zero = unmasked(feats)
         with torch.autocast(feats.device.type, enabled=False):
             terms: dict[str, Tensor] = self.objective(feats, labels)
             if self.density is not None:
                 terms["density"] = self.settings.density * self.density(feats, labels)
             if self.ranking is not None and structure is not None:
                 terms["structure"] = self.settings.structure * self.ranking(feats, structure)
-        return terms
+        return {name: term + zero for name, term in terms.items()}
 
 
 def _schedule(settings: Settings) -> Callable[[int], float]:
@@ -145,7 +150,7 @@ class Run:
             progress: as in :class:`.console.Progress`.
 
         Raises:
-            FloatingPointError: the embedding diverged.
+            FloatingPointError: the loss, a parameter, the embedding or a score is not finite.
             ValueError: the accelerator is not there, or is of another kind than in the run to resume.
         """
         settings = self.settings
@@ -165,12 +170,14 @@ class Run:
         try:
             with Progress("training", settings.steps, self.taken, "step", progress if self.leads else False) as bar:
                 while self.taken < settings.steps:
-                    loss = self._chunk(fabric, learner, optimizer, generator, bar)
+                    # Of all processes: (processes, steps).
+                    losses = fabric.all_gather(self._chunk(fabric, learner, optimizer, generator, bar))
+                    losses = losses.reshape(fabric.world_size, -1).cpu()  # type: ignore[union-attr]
                     states = _random_states(fabric, generator)
                     failure: Exception | None = None
                     if self.leads:
                         try:
-                            self._measure(loss)
+                            loss = self._measure(losses, getattr(fabric.strategy.precision, "scaler", None))
                             fabric.log_dict({name: curve[-1] for name, curve in self.curves.items()}, self.taken)
                             if self.folder is not None:
                                 self._save(fabric, states)
@@ -185,6 +192,9 @@ class Run:
                 logger.finalize("success")  # or points that are not on disk yet would be lost
 
     def _fabric(self, accelerator: str, devices: int, loggers: list[Logger]) -> Fabric:
+        """Where to compute. What is named is taken or refused; ``auto`` is the same for every method, so that those of
+        a comparison share a device: what Lightning Fabric chooses, or the CPU where the kernels do not have that.
+        """
         try:
             fabric = Fabric(
                 accelerator=accelerator,
@@ -193,13 +203,18 @@ class Run:
                 loggers=loggers,
             )
         except (RuntimeError, ImportError, ValueError) as error:
-            raise ValueError(f"--accelerator {accelerator} is not to be had: {error}") from error
+            hint = "" if accelerator == "cpu" else "; --accelerator cpu is there on every machine"
+            raise ValueError(f"--accelerator {accelerator} is not to be had: {error}{hint}") from error
+        kind = fabric.device.type
         served = ("cpu", "cuda") if _C.build_info()["cuda"] not in (None, "emulated") else ("cpu",)
-        if self.learner.unit is not None and fabric.device.type not in served:
-            raise ValueError(
-                f"--accelerator {accelerator} is {fabric.device.type} here; this build of pddm_ext scores on "
-                f"{' and '.join(served)}"
-            )
+        if kind in served:
+            return fabric
+        scores = f"this build of pddm_ext scores on {' and '.join(served)}"
+        if accelerator == "auto":
+            warnings.warn(f"--accelerator auto would be {kind} here; {scores}: on the CPU instead", stacklevel=3)
+            return self._fabric("cpu", devices, loggers)
+        if self.learner.unit is not None:
+            raise ValueError(f"--accelerator {accelerator} is {kind} here; {scores}; --accelerator cpu is accepted")
         return fabric
 
     def place(self, accelerator: str | None = None) -> None:
@@ -212,8 +227,8 @@ class Run:
 
     def _chunk(
         self, fabric: Fabric, learner: nn.Module, optimizer: Any, generator: torch.Generator, bar: Progress
-    ) -> float:
-        """Steps up to the next measurement; the mean loss of a step."""
+    ) -> Tensor:
+        """Steps up to the next measurement; the loss of each."""
         settings, view = self.settings, self.dataset.view
         begun = self.taken % settings.every
         count = min(settings.every - begun, settings.steps - self.taken)
@@ -226,10 +241,10 @@ class Run:
             workers=settings.workers,
             skip=begun * settings.accumulate,
         )
-        total = torch.zeros((), device=fabric.device)
+        losses = torch.zeros(count, device=fabric.device)
         learner.train()
         start = time.perf_counter()
-        for _ in range(count):
+        for step in range(count):
             for part in range(settings.accumulate):
                 stored, labels = next(drawn)
                 stored, labels = stored.to(fabric.device), labels.to(fabric.device)
@@ -238,20 +253,52 @@ class Run:
                     terms = learner(pictures, labels)
                     loss = torch.stack(list(terms.values())).sum() / settings.accumulate
                     fabric.backward(loss)
-                total += loss.detach()
+                losses[step] += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
             self.scheduler.step()
             self.taken += 1
             bar.update()
-        mean = total.item() / count  # waits for the device
+        losses = losses.cpu()  # waits for the device
         self.seconds += time.perf_counter() - start
-        return mean
+        return losses
 
-    def _measure(self, loss: float) -> None:
-        features = embed(self.learner.net, self.test, self.settings.workers)
+    def _refuse_divergence(self, features: Tensor, losses: Tensor, scaler: Any) -> None:
+        """Stop in words where something is not finite.
+
+        A gradient scaler passes over a step whose gradients overflow, and lowers its scale for the next: that is no
+        divergence before nothing else happens.
+        """
+        after, rates = f"after {self.taken} steps", "lower --lr or --unit-lr-factor"
         if not features.isfinite().all():
-            raise FloatingPointError(f"the embedding is not finite after {self.taken} steps; lower --lr")
+            raise FloatingPointError(f"the embedding is not finite {after}; lower --lr")
+        for name, parameter in self.learner.named_parameters():
+            if not parameter.isfinite().all():
+                of_unit = name.startswith("objective.unit.")
+                called = name.replace("objective.unit.", "the PDDM unit's ") if of_unit else f"the parameter {name}"
+                raise FloatingPointError(f"{called} is not finite {after}; {rates if of_unit else 'lower --lr'}")
+        unit = self.learner.unit
+        if unit is not None:
+            with torch.no_grad():
+                rows = features.to(unit.u.weight.device)
+                if not unit(rows[1:], rows[:-1]).isfinite().all():
+                    raise FloatingPointError(f"the PDDM unit's scores are not finite {after}; {rates}")
+        finite = losses.isfinite().all(0)
+        if not finite.any() or (scaler is None and not finite.all()):
+            at = self.taken - len(finite) + 1 + int((~finite).nonzero()[0])
+            raise FloatingPointError(f"the loss is not finite at step {at}; lower --lr")
+        if scaler is not None and scaler.get_scale() < _SMALLEST_SCALE:
+            raise FloatingPointError(
+                f"no update is made any more {after}: gradients are not finite at any scale of the loss; "
+                f"lower --lr, or choose --precision bf16-mixed"
+            )
+
+    def _measure(self, losses: Tensor, scaler: Any) -> float:
+        """A point of every curve; gives the mean of this process's finite losses (processes, steps)."""
+        features = embed(self.learner.net, self.test, self.settings.workers)
+        self._refuse_divergence(features, losses, scaler)
+        own = losses[0]  # this is the leading process
+        loss = own[own.isfinite()].mean().item()
         point = {
             "step": self.taken,
             "seconds": self.seconds,
@@ -272,6 +319,7 @@ class Run:
                 CollapseWarning,
                 stacklevel=3,
             )
+        return loss
 
     def _save(self, fabric: Fabric, states: dict[str, Tensor]) -> None:
         assert self.folder is not None

@@ -29,6 +29,9 @@ STARTS = ("random", "distance")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
+#: Adam divides a rate by numbers below 1, and float32, in which it does, ends at 3e38.
+_LARGEST_RATE = 1e30
+
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -75,7 +78,9 @@ class Settings:
     )
     clusters: int = _setting(2, "centres of the multi-cluster ranking loss")
     precision: str = _setting("32-true", "arithmetic, by Lightning Fabric's names", PRECISIONS)
-    accelerator: str = _setting("auto", "device kind, by Lightning Fabric's names: auto, cpu, cuda, ...")
+    accelerator: str = _setting(
+        "auto", "device kind, by Lightning Fabric's names: cpu, cuda, ...; auto is one that PDDM can score on"
+    )
     devices: int = _setting(1, "processes, one for each device; each mines its own batch")
     workers: int = _setting(0, "processes that read pictures; 0 reads in the training process")
     seed: int = _setting(0, "of weights, batches and the test set")
@@ -99,8 +104,13 @@ class Settings:
             raise ValueError(f"--seed is {self.seed}; less than 2**32 is accepted")
         for name in ("lr", "unit_lr_factor", "density_ratio"):
             number(option(name), getattr(self, name), "a positive finite number")
+        for name, rate in (("lr", self.lr), ("unit_lr_factor", self.lr * self.unit_lr_factor)):
+            if rate > _LARGEST_RATE:
+                raise ValueError(f"{option(name)} makes a learning rate of {rate}; at most {_LARGEST_RATE} is accepted")
         for name in ("weight_decay", "alpha", "beta", "weight", "margin", "density", "structure"):
             number(option(name), getattr(self, name), "a finite number from 0")
+        if self.weight_decay > _LARGEST_RATE:
+            raise ValueError(f"--weight-decay is {self.weight_decay}; at most {_LARGEST_RATE} is accepted")
         if self.pretrained and not self.backbone.startswith(("timm/", "torchvision/")):
             raise ValueError(f"--pretrained is for timm and torchvision backbones; --backbone is {self.backbone}")
         if (self.root == "") != (self.data == "glyphs"):
