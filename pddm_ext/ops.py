@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._installing import explain
 from .parameters import Parameters
 from .precision import allow_tf32, score_dtype
 
 try:
     from . import _C
-except ImportError as error:  # pragma: no cover - a broken installation
-    raise ImportError(
-        f"pddm_ext's native module does not load ({error}). Install the package with 'pip install .' from its "
-        "repository; running from the source folder without building it is not enough."
-    ) from error
+except ImportError as error:
+    raise ImportError(explain(error)) from error
 
 NO_CUDA = (
     "pddm_ext was built without CUDA and its tensors must be on the CPU: move them there, or build it again with "

@@ -21,7 +21,7 @@ def test_a_missing_package_is_named_with_what_installs_it(name: str, monkeypatch
     package, extra = ADAPTERS[name]
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"pddm_ext.adapters.{name}", raising=False)
-    with pytest.raises(ModuleNotFoundError, match=rf"needs {package}, .* pip install 'pddm-ext\[{extra}\]'") as raised:
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {package}, .* pip install '\.\[{extra}\]'") as raised:
         importlib.import_module(f"pddm_ext.adapters.{name}")
     assert raised.value.name == package
 

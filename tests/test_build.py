@@ -1,13 +1,20 @@
-"""What `make cuda` promises: a spill in a kernel that does the work does not pass."""
+"""What building and installing promise, but for the installing itself (tests/install)."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
+import pddm_ext
+
+ROOT = Path(__file__).resolve().parents[1]
 RESOURCES = Path(__file__).parent / "cuda" / "resources.py"
 SCORE = (
     "_ZN4pddm4cuda12score_kernelINS0_13ArithmeticF32ENS0_5ShapeILi32ELi64ELi2ELi2ELi3ELi2EEEEEv"
@@ -64,3 +71,58 @@ def test_the_launcher_keeps_the_report_and_passes_on_what_failed(tmp_path):
     assert good.stderr == "warning: mind\n"
     assert "Used 1 registers" in Path(f"{target}.ptxas").read_text()
     assert subprocess.run([*command, "fail"], capture_output=True).returncode == 1
+
+
+MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+@pytest.mark.parametrize(
+    ("in_the_source_folder", "installed", "said"),
+    [
+        ([], [], r"clone/pddm_ext has none: .* 'pip install \.' .* start Python in another folder"),
+        ([], [MODULE], r"clone/pddm_ext hides the package installed in \S*/site/pddm_ext: .* another folder"),
+        ([MODULE], [MODULE], r"clone/pddm_ext hides the package installed in \S*/site/pddm_ext: "),
+        ([], ["_C.cpython-39-x86_64-linux-gnu.so"], r"clone/pddm_ext has none: "),
+        (["_C.cpython-39-x86_64-linux-gnu.so"], [], r"another Python \(_C\.cpython-39-\S*\) than this, "),
+        (
+            [MODULE],
+            [],
+            r"clone/pddm_ext/_C\.\S* is there, and torch is \d.*: it needs 2\.10 or later\. .* install .* again",
+        ),
+    ],
+)
+def test_a_native_module_that_does_not_load_says_why_and_what_to_do(tmp_path, in_the_source_folder, installed, said):
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    (site / "pddm_ext").mkdir(parents=True)
+    (site / "pddm_ext" / "__init__.py").touch()
+    source = Path(pddm_ext.__file__).parent
+    shutil.copytree(source, clone / "pddm_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for folder, names in ((clone, in_the_source_folder), (site, installed)):
+        for name in names:
+            (folder / "pddm_ext" / name).write_text("no library")
+    # Without site, whose hooks would find an editable installation first; the folder it is started in comes first.
+    places = os.pathsep.join([str(site), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "import pddm_ext"],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: pddm_ext's native module does not load (")
+    assert re.search(said, last), last
+
+
+def test_make_help_has_one_line_for_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    declared = re.search(r"^\.PHONY: (help(?:.*\\\n)*.*)$", makefile, re.MULTILINE)
+    assert declared is not None
+    targets = declared[1].replace("\\\n", " ").split()
+    told = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = [line.split(maxsplit=2) for line in told.stdout.splitlines()]
+    assert sorted(line[1] for line in lines) == sorted(targets)
+    assert all(line[0] == "make" and len(line) == 3 for line in lines)

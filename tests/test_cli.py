@@ -283,5 +283,5 @@ sys.exit(cli.main(["train"]))
     assert done.returncode == 2
     assert "instruction sets" in done.stdout
     assert "--unit-lr-factor" in done.stdout
-    assert "pip install 'pddm-ext[train]'" in done.stderr
+    assert "pip install '.[train]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -79,7 +79,7 @@ def test_a_circle_through_a_function_is_found(tmp_path: Path) -> None:
 
 #: What each floor may stand on, from the bottom: (design, section 4).
 FLOORS = [
-    {"_numbers", "quadruplets", "precision"},
+    {"_installing", "_numbers", "quadruplets", "precision"},
     {"parameters", "unlabelled"},
     {"_checks"},
     {"health", "ops", "losses", "density", "structure"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+from .._installing import bring
+
 
 def needs(package: str, extra: str) -> None:
     """Import a package that an adapter is for.
@@ -17,5 +19,5 @@ def needs(package: str, extra: str) -> None:
         if error.name != package.partition(".")[0]:
             raise
         raise ModuleNotFoundError(
-            f"this adapter needs {package}, which is not there: pip install 'pddm-ext[{extra}]'", name=error.name
+            f"this adapter needs {package}, which is not there: {bring(extra)}", name=error.name
         ) from error

@@ -1,4 +1,4 @@
 """The workbench: train an embedding for retrieval on some classes, search among classes never seen, compare methods.
 
-Needs the extras of ``pip install 'pddm-ext[train]'``; nothing else in the package imports this one.
+Needs the extra ``train``; nothing else in the package imports this one.
 """

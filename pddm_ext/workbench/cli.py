@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from .. import _C, __version__
+from .._installing import bring
 from .console import lenient
 from .settings import DRAWINGS, Settings, option, parse, read, written
-
-_EXTRAS = "pip install 'pddm-ext[train]'"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +31,8 @@ def _main(argv: Sequence[str] | None) -> int:
         return command(arguments)
     except ModuleNotFoundError as error:
         print(
-            f"pddm-ext: error: this needs {error.name}, which is not there; training's packages come with {_EXTRAS}, "
-            f"those of a backbone by themselves",
+            f"pddm-ext: error: this needs {error.name}, which is not there; training's packages come with "
+            f"{bring('train')}, those of a backbone by themselves",
             file=sys.stderr,
         )
     except (ValueError, OSError, FloatingPointError) as error:
