@@ -24,6 +24,7 @@ RESULTS = ROOT / "bench" / "results"
 README, GOALS = ROOT / "README.md", ROOT / "docs" / "performance.md"
 DEVICES = ("cpu", "cuda")
 PEERS = ("reference", "chunked", "compiled")
+NARROW = "\u202f"  # a narrow space, where no line breaks
 SHARES = {"peak": "of the peak", "matmul": "of torch.matmul"}
 
 
@@ -60,7 +61,7 @@ def text(name: str, value: float) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} ms"
+    return "" if value is None else f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}{NARROW}ms"
 
 
 def floor(row: dict[str, Any]) -> float | None:
@@ -81,9 +82,9 @@ def reader_row(row: dict[str, Any]) -> dict[str, str]:
         elif name in SHARES:
             cells[SHARES[name]] = f"{value:.0%}"
         elif name == "MiB":
-            cells["ours"] = text(name, value)
+            cells["ours"] = text(name, value).replace(" ", NARROW)
         elif "÷" in name:
-            cells["ours"] = f"{value:.1f}-fold"
+            cells["ours"] = f"×{NARROW}{value:.1f}"
     if ours and least and "peak" not in measured:
         cells[SHARES["peak"]] = f"{least / ours:.0%}"
     return cells

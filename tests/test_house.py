@@ -1,12 +1,15 @@
-"""The package's own structure: imports that run one way."""
+"""The package's own structure: imports that run one way, as CONTRIBUTING says, and one version."""
 
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+import pddm_ext
 
 ROOT = Path(__file__).resolve().parent.parent / "pddm_ext"
 
@@ -106,3 +109,14 @@ def test_the_core_knows_neither_adapters_nor_workbench() -> None:
         other = {"adapters": "pddm_ext.workbench", "workbench": "pddm_ext.adapters"}
         if wing and wing[0] in other:
             assert not [name for name in needed if name.startswith(other[wing[0]])], module
+
+
+def test_contributing_has_the_same_floors() -> None:
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text("utf-8")
+    listed = text.partition("from lower floors only:")[2].partition(". It depends")[0].split("·")
+    assert [set(re.findall(r"`(\w+)`", floor)) for floor in listed] == FLOORS
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT.parent / "CITATION.cff").read_text("utf-8")
+    assert re.findall(r"^version: (\S+)$", text, re.MULTILINE) == [pddm_ext.__version__]
