@@ -191,6 +191,11 @@ def test_a_bad_config_fails_before_any_work(
         (["--margin", "-0.1"], "--margin is -0.1; a finite number from 0 is accepted"),
         (["--seed", "-1"], "--seed is -1; at least 0 is accepted"),
         (["--seed", str(2**32)], "less than 2**32 is accepted"),
+        (["--dim", str(2**31)], "--dim is 2147483648; less than 2**31 is accepted"),
+        (["--steps", str(10**30)], "less than 2**31 is accepted"),
+        (["--lr", "1e31"], "--lr makes a learning rate of 1e+31; at most 1e+30 is accepted"),
+        (["--lr", "1", "--unit-lr-factor", "1e40"], "--unit-lr-factor makes a learning rate of 1e+40; at most 1e+30"),
+        (["--weight-decay", "1e38"], "--weight-decay is 1e+38; at most 1e+30 is accepted"),
         (["--every", "0"], "--every is 0; at least 1 is accepted"),
         (["--backbone", "resnet"], "--backbone is 'resnet'"),
         (["--pretrained"], "--pretrained is for timm and torchvision backbones; --backbone is convnet"),
@@ -246,6 +251,47 @@ def test_an_output_folder_that_is_a_file_is_named(
     (tmp_path / "out").write_text("")
     assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path / "out")]) == 2
     assert str(tmp_path / "out") in capsys.readouterr().err
+
+
+def test_a_measurement_at_the_end_alone_takes_no_longer(tiny: Dataset, tmp_path: Path) -> None:
+    """No more batches are drawn than are trained on."""
+    options = ["--every", str(2**31 - 1), "--method", "contrastive", "--out", str(tmp_path)]
+    assert cli.main(["train", *TINY_OPTIONS, *options]) == 0
+    metrics = outcome.read(tmp_path)
+    assert metrics is not None
+    assert metrics["curves"]["step"] == [6]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("list"),
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 576000000000 bytes"),
+        RuntimeError("DataLoader worker (pid(s) 17) exited unexpectedly"),
+    ],
+)
+def test_memory_that_runs_out_is_said_in_a_line(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def train(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loop.Run, "train", train)
+    assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == f"pddm-ext: error: out of memory ({' '.join(str(error).splitlines())}); lower --classes, --samples, "
+        "--dim or --jobs\n"
+    )
+
+
+def test_an_error_of_our_own_making_keeps_its_traceback(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.Run, "train", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path)])
 
 
 def test_divergence_ends_the_command(tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,6 +165,29 @@ def test_a_missing_or_damaged_checkpoint_is_named(tiny: Dataset, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        *((part, value, "not a checkpoint of format") for part in checkpoint.KEYS for value in (None, [5])),
+        ("taken", -5, "damaged; its steps or curves"),
+        ("curves", {}, "damaged; its steps or curves"),
+        ("learner", {}, "its weights do not fit the net"),
+        ("settings", {"steps": "x"}, "was "),
+        *((part, {}, "no state that fits this one") for part in ("generators", "optimizer")),
+    ],
+)
+def test_a_part_of_a_checkpoint_that_is_damaged_is_told(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, value: Any, message: str
+) -> None:
+    trained(tiny, tmp_path, steps=2)
+    state = checkpoint.load(tmp_path / CHECKPOINT)
+    checkpoint.save(tmp_path / CHECKPOINT, {**state, part: value})
+    assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("found", "way"), [(checkpoint.FORMAT + 1, "a newer pddm_ext wrote it: upgrade"), (1, "no release wrote that")]
 )
 def test_a_checkpoint_of_another_format_says_what_to_do(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pddm_ext
-from pddm_ext.workbench import compare, outcome
+from pddm_ext.workbench import cli, compare, outcome
 from pddm_ext.workbench.data import photos
 from pddm_ext.workbench.data.augment import DRAWINGS, PHOTOS
 from pddm_ext.workbench.data.load import load
@@ -77,6 +77,24 @@ def test_a_comparison_reads_pictures_in_workers(tmp_path: Path) -> None:
     done = run("-m", "pddm_ext", "compare", *options, *grid, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "grid" / "report.html").exists()
+
+
+def test_a_picture_that_a_worker_cannot_read_is_named_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_folder(tmp_path / "photos")
+    for broken in (root / "a").iterdir():
+        broken.write_bytes(b"no picture")
+    (tmp_path / "net_for_a_test.py").write_text(
+        "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.AvgPool2d(32), nn.Flatten())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = ["--data", "folder", "--root", str(root), "--backbone", "net_for_a_test:net", "--workers", "1"]
+    assert cli.main(["train", *TINY_OPTIONS, *data, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"pddm-ext: error: {root / 'a'}")
+    assert "not a readable picture" in error
+    assert error.count("\n") == 1
 
 
 def test_a_comparisons_loaders_start_workers_as_a_run_by_itself_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,17 +17,18 @@ from .. import __version__
 
 #: A reader of FORMAT also reads every earlier one that a release has written; the first release writes 2.
 FORMAT = 2
-KEYS = {
-    "settings",
-    "data_digest",
-    "taken",
-    "seconds",
-    "curves",
-    "generators",
-    "learner",
-    "optimizer",
-    "scheduler",
-    "precision",
+#: What a state consists of.
+KEYS: dict[str, type] = {
+    "settings": dict,
+    "data_digest": str,
+    "taken": int,
+    "seconds": float,
+    "curves": dict,
+    "generators": dict,
+    "learner": dict,
+    "optimizer": dict,
+    "scheduler": dict,
+    "precision": dict,
 }
 
 
@@ -105,6 +106,10 @@ def load(path: Path) -> dict[str, Any]:
     if type(found) is int and found != FORMAT:
         way = "a newer pddm_ext wrote it: upgrade" if found > FORMAT else "no release wrote that: train again"
         raise ValueError(f"{path}: a checkpoint of format {found}; pddm_ext {__version__} reads {FORMAT}; {way}")
-    if not isinstance(state, dict) or type(found) is not int or not state.keys() >= KEYS:
+    if (
+        not isinstance(state, dict)
+        or type(found) is not int
+        or not all(isinstance(state.get(key), kind) for key, kind in KEYS.items())
+    ):
         raise ValueError(f"{path}: not a checkpoint of format {FORMAT}; expected the one that 'pddm-ext train' writes")
     return state

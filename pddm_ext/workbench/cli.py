@@ -36,11 +36,32 @@ def _main(argv: Sequence[str] | None) -> int:
             file=sys.stderr,
         )
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"pddm-ext: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"pddm-ext: error: {_line(error)}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(
+            f"pddm-ext: error: out of memory ({_line(error)}); lower --classes, --samples, --dim or --jobs",
+            file=sys.stderr,
+        )
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     return 2
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line. From a loader's worker comes its whole traceback, which ends with the error."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    if lines and "in DataLoader worker process" in lines[0]:
+        return lines[-1].partition(": ")[2] or lines[-1]
+    return " ".join(lines) or type(error).__name__
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Of the CPU's memory torch says it by a RuntimeError like any other."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error) or "DataLoader worker (pid" in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,9 +241,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     for name in ("root", "workers"):
         if getattr(arguments, name) is not None:
             saved[name] = getattr(arguments, name)
-    if ":" in saved["backbone"] and arguments.backbone != saved["backbone"]:
+    backbone = saved.get("backbone", Settings.backbone)
+    if ":" in backbone and arguments.backbone != backbone:
         raise ValueError(
-            f"{arguments.checkpoint} has a backbone whose code would run; confirm with --backbone {saved['backbone']}"
+            f"{arguments.checkpoint} has a backbone whose code would run; confirm with --backbone {backbone}"
         )
     settings = Settings(**{**saved, "download": False})
     run = loop.Run(settings, load(settings), arguments.checkpoint.parent)

@@ -236,7 +236,7 @@ class Run:
             self.dataset.train,
             settings.classes,
             settings.samples,
-            settings.every * settings.accumulate,
+            (begun + count) * settings.accumulate,  # no more are drawn, however rarely it measures
             seed=(settings.seed * 7919 + self.taken // settings.every * 101 + fabric.global_rank) % 2**32,
             workers=settings.workers,
             skip=begun * settings.accumulate,
@@ -360,6 +360,8 @@ class Run:
         taken, steps = state["taken"], self.settings.steps
         if taken > steps:
             raise ValueError(f"{path}: the run to resume has taken {taken} steps; --steps is {steps}")
+        if taken < 0 or state["curves"].keys() != self.curves.keys():
+            raise ValueError(f"{path}: damaged; its steps or curves are none that a run has")
         if state["data_digest"] != self.dataset.digest():
             raise ValueError(f"{path}: the run to resume saw other pictures than --data {self.dataset.name} has now")
         try:
@@ -373,15 +375,21 @@ class Run:
         """What can only be put back once the devices are there."""
         state, self._restored = self._restored, None
         assert state is not None
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if state["precision"]:
-            fabric.strategy.precision.load_state_dict(state["precision"])
-        # Copies: torch reads a generator's state wrongly from a tensor that begins inside another one.
-        own = {name: states[fabric.global_rank].clone() for name, states in state["generators"].items()}
-        if ("cuda" in own) != (fabric.device.type == "cuda"):
+        if ("cuda" in state["generators"]) != (fabric.device.type == "cuda"):
             raise ValueError(f"the run to resume had another kind of device than {fabric.device.type}")
-        generator.set_state(own["augment"])
-        torch.set_rng_state(own["torch"])
-        if "cuda" in own:
-            torch.cuda.set_rng_state(own["cuda"], fabric.device)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            if state["precision"]:
+                fabric.strategy.precision.load_state_dict(state["precision"])
+            # Copies: torch reads a generator's state wrongly from a tensor that begins inside another one.
+            own = {name: states[fabric.global_rank].clone() for name, states in state["generators"].items()}
+            generator.set_state(own["augment"])
+            torch.set_rng_state(own["torch"])
+            if "cuda" in own:
+                torch.cuda.set_rng_state(own["cuda"], fabric.device)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"the run to resume has no state that fits this one ({type(error).__name__}: {error}); its checkpoint "
+                f"is damaged, or of another number of --devices"
+            ) from error

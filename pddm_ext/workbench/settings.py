@@ -100,6 +100,10 @@ class Settings:
             for name in names:
                 if getattr(self, name) < bound:
                     raise ValueError(f"{option(name)} is {getattr(self, name)}; at least {bound} is accepted")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if type(value) is int and setting.name != "seed" and value >= 2**31:
+                raise ValueError(f"{option(setting.name)} is {value}; less than 2**31 is accepted")
         if self.seed >= 2**32:
             raise ValueError(f"--seed is {self.seed}; less than 2**32 is accepted")
         for name in ("lr", "unit_lr_factor", "density_ratio"):
