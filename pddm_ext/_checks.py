@@ -97,7 +97,7 @@ def _unit(unit: Any, dim: int) -> None:
                 raise TypeError(
                     f"unit's {name}.{kind} has dtype {p.dtype}; float32, float64, bfloat16 or float16 is accepted"
                 )
-            if hasattr(p, "device_mesh"):
+            if type(p) is not nn.Parameter and hasattr(p, "device_mesh"):
                 raise TypeError(f"unit's {name}.{kind} is a DTensor, a part of a sharded parameter; {_SHARDED}")
 
 
