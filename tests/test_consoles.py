@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +78,27 @@ def test_an_output_folder_that_tensorboard_cannot_write_to_is_refused(
     assert not out.exists()
 
 
-def test_a_report_on_an_ascii_console(tmp_path: Path) -> None:
-    make_archive(tmp_path / "small.zip")
-    options = [*TINY_OPTIONS, "--steps", "2", "--data", "omniglot", "--root", "small.zip"]
-    grid = ["--methods", "contrastive", "--seeds", "2", "--out", "grid"]
-    done = start(tmp_path, "compare", *options, *grid, encoding="ascii:strict", capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert rb" \xb1 " in done.stdout
-    assert "±" in (tmp_path / "grid" / "report.html").read_text("utf-8")
+@pytest.fixture
+def here(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Cells run in this process, on the tiny data set."""
+    monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
+    compare._dataset.cache_clear()
+    yield
+    compare._dataset.cache_clear()
+
+
+def test_a_report_on_an_ascii_console(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    monkeypatch.setattr(sys, "stdout", console)
+    options = ["--methods", "contrastive", "--seeds", "2", "--out", str(tmp_path)]
+    assert cli.main(["compare", *TINY_OPTIONS, "--steps", "2", *options]) == 0
+    assert rb" \xb1 " in console.buffer.getvalue()
+    assert "±" in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_the_report_is_there_before_anything_is_printed(
-    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
-    compare._dataset.cache_clear()
-
     def unprintable(*_: Any) -> str:
         assert (tmp_path / "report.html").exists()
         raise ValueError("this cannot be printed")
@@ -100,7 +106,6 @@ def test_the_report_is_there_before_anything_is_printed(
     monkeypatch.setattr(page, "table", unprintable)
     options = ["--methods", "contrastive", "--seeds", "1", "--out", str(tmp_path)]
     assert cli.main(["compare", *TINY_OPTIONS, *options]) == 2
-    compare._dataset.cache_clear()
 
 
 def test_readers_that_leave_end_nothing(tmp_path: Path) -> None:
