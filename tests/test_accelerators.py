@@ -35,11 +35,11 @@ def apple(monkeypatch: pytest.MonkeyPatch, tiny: Dataset) -> Iterator[None]:
     )
     monkeypatch.setattr(_Connector, "_choose_auto_accelerator", staticmethod(lambda: "mps"))
     monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
-    compare._dataset.cache_clear()
+    compare._loaded.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         yield
-    compare._dataset.cache_clear()
+    compare._loaded.cache_clear()
 
 
 @pytest.mark.parametrize("method", ["pddm-anchor", "multi-similarity"])

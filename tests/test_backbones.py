@@ -51,8 +51,8 @@ def test_a_backbone_that_does_not_fit_is_told(tiny: Dataset, backbone: nn.Module
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet", "convnet, timm/NAME, torchvision/NAME and MODULE:CALLABLE are accepted"),
-        ("timm/", "convnet, timm/NAME, torchvision/NAME and MODULE:CALLABLE are accepted"),
+        ("resnet", "convnet, efficientnet-lite0, timm/NAME, torchvision/NAME and MODULE:CALLABLE are accepted"),
+        ("timm/", "convnet, efficientnet-lite0, timm/NAME, torchvision/NAME and MODULE:CALLABLE are accepted"),
         ("collections:NoSuchThing", "--backbone collections:NoSuchThing: .*NoSuchThing"),
         ("collections:OrderedDict", "gives OrderedDict; a torch.nn.Module is accepted"),
     ],
@@ -113,12 +113,12 @@ def test_whatever_a_backbone_raises_is_named_with_it(
     (tmp_path / "raising_for_a_test.py").write_text(_RAISING)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
-    compare._dataset.cache_clear()
+    compare._loaded.cache_clear()
     name = f"raising_for_a_test:{attribute}"
     assert cli.main([command, *TINY_OPTIONS, "--backbone", name, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.replace(f"{name}: ", f"{name} ").startswith(f"pddm-ext: error: --backbone {name} {message}")
-    compare._dataset.cache_clear()
+    compare._loaded.cache_clear()
 
 
 def test_a_backbone_that_is_handed_over_and_raises_is_named_too(tiny: Dataset) -> None:

@@ -198,7 +198,10 @@ def test_a_bad_config_fails_before_any_work(
         (["--weight-decay", "1e38"], "--weight-decay is 1e+38; at most 1e+30 is accepted"),
         (["--every", "0"], "--every is 0; at least 1 is accepted"),
         (["--backbone", "resnet"], "--backbone is 'resnet'"),
-        (["--pretrained"], "--pretrained is for timm and torchvision backbones; --backbone is convnet"),
+        (
+            ["--pretrained"],
+            "--pretrained is for backbones with published weights (timm, torchvision, efficientnet-lite0); --backbone is convnet",
+        ),
         (
             ["--data", "folder", "--root", "x"],
             "--backbone convnet is for drawings (glyphs, omniglot); for --data folder",

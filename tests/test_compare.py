@@ -33,7 +33,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Cell]]:
     """Runs in this process, on a small data set in the glyphs' place; the cells that were run."""
     tiny, ran = make_tiny(), []
     monkeypatch.setattr(glyphs, "load", lambda: tiny)
-    compare._dataset.cache_clear()
+    compare._loaded.cache_clear()
 
     def each(cells: list[Cell], jobs: int, threads: int) -> Iterator[Cell]:
         for cell in cells:
@@ -43,7 +43,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Cell]]:
 
     monkeypatch.setattr(compare, "_each", each)
     yield ran
-    compare._dataset.cache_clear()
+    compare._loaded.cache_clear()
 
 
 def files(folder: Path) -> dict[Path, bytes]:

@@ -82,9 +82,9 @@ def test_an_output_folder_that_tensorboard_cannot_write_to_is_refused(
 def here(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Cells run in this process, on the tiny data set."""
     monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
-    compare._dataset.cache_clear()
+    compare._loaded.cache_clear()
     yield
-    compare._dataset.cache_clear()
+    compare._loaded.cache_clear()
 
 
 def test_a_report_on_an_ascii_console(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,9 +67,9 @@ def hold(tmp_path: Path) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
 def here(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Cells run in this process, on the tiny data set."""
     monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
-    compare._dataset.cache_clear()
+    compare._loaded.cache_clear()
     yield
-    compare._dataset.cache_clear()
+    compare._loaded.cache_clear()
 
 
 def commands(folder: Path) -> dict[str, list[str]]:

@@ -34,7 +34,7 @@ def test_mining_by_distance_finds_the_farthest_positive_and_the_nearest_negative
 
 
 def test_a_unit_that_starts_by_distance_ranks_by_it() -> None:
-    made = objective(Settings(method="pddm-pair", dim=16, unit_start="distance"))
+    made = objective(Settings(method="pddm-pair", dim=16, unit_start="distance"), 8)
     assert made.unit is not None
     feats = torch.nn.functional.normalize(torch.randn(60, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     i, j = torch.triu_indices(60, 60, 1)
@@ -45,7 +45,7 @@ def test_a_unit_that_starts_by_distance_ranks_by_it() -> None:
 
 
 def test_first_updates_can_be_mined_by_distance(tiny: Dataset) -> None:
-    made = objective(Settings(method="pddm-anchor", dim=8, distance_steps=1, accumulate=2))
+    made = objective(Settings(method="pddm-anchor", dim=8, distance_steps=1, accumulate=2), 8)
     feats, labels = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4).repeat(3)
     mined = []
     made.loss.similarity = lambda quads: (mined.append(quads), quads.s_ij.sum())[1]  # type: ignore[method-assign]
@@ -62,7 +62,7 @@ def test_first_updates_can_be_mined_by_distance(tiny: Dataset) -> None:
 
 @pytest.mark.parametrize("flows", [True, False])
 def test_the_score_loss_trains_the_embedding_only_if_asked(flows: bool) -> None:
-    made = objective(Settings(method="pddm-pair", dim=8, unit_gradient=flows))
+    made = objective(Settings(method="pddm-pair", dim=8, unit_gradient=flows), 8)
     feats = torch.randn(12, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     terms = made(feats, torch.arange(4).repeat(3))
     assert terms["score"] > 0
@@ -134,7 +134,7 @@ def test_every_method_starts_from_the_same_net_and_torchs_generator_is_left_alon
     nets = [Run(Settings(**TINY, method=method), tiny).learner.net.state_dict() for method in METHODS]
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(not differences(nets[0], net) for net in nets)
-    units = [objective(Settings(**TINY, method=method)).state_dict() for method in METHODS if "pddm" in method]
+    units = [objective(Settings(**TINY, method=method), 8).state_dict() for method in METHODS if "pddm" in method]
     assert all(not differences(units[0], unit) for unit in units)
     other = Run(Settings(**TINY, seed=1), tiny).learner.net.state_dict()
     assert "/backbone.0.weight" in differences(nets[0], other)

@@ -219,25 +219,25 @@ def test_worker_processes_read_the_same_pictures(tmp_path: Path) -> None:
 def test_distorted_photos_keep_colours_and_follow_their_generator() -> None:
     flat = torch.tensor([[200, 10, 90], [0, 255, 128]], dtype=torch.uint8)[:, :, None, None].expand(2, 3, 256, 256)
     generator = torch.Generator().manual_seed(0)
-    seen = augment.distort_photos(flat, generator)
+    seen = augment.PHOTOS.augment(flat, generator)
     assert seen.dtype == torch.float32
-    torch.testing.assert_close(seen, augment.plain_photos(flat))
+    torch.testing.assert_close(seen, augment.PHOTOS.plain(flat))
     torch.testing.assert_close(augment.PHOTOS.show(seen) * 255, flat[:, :, :224, :224].float())
     noise = torch.randint(0, 256, (6, 3, 256, 256), dtype=torch.uint8)
-    first, second = (augment.distort_photos(noise, generator) for _ in range(2))
+    first, second = (augment.PHOTOS.augment(noise, generator) for _ in range(2))
     assert not torch.equal(first, second)
     again = torch.Generator().manual_seed(0)
-    augment.distort_photos(flat, again)
-    assert torch.equal(augment.distort_photos(noise, again), first)
+    augment.PHOTOS.augment(flat, again)
+    assert torch.equal(augment.PHOTOS.augment(noise, again), first)
     # Nothing lies outside the range of a picture, which showing it would cut off.
-    torch.testing.assert_close(augment._standard(augment.PHOTOS.show(first), 1), first, atol=1e-5, rtol=0)
+    torch.testing.assert_close(augment.PHOTOS._standard(augment.PHOTOS.show(first), 1), first, atol=1e-5, rtol=0)
 
 
 def test_half_of_the_photos_are_mirrored_and_crops_keep_a_sixth() -> None:
     # Red grows to the right, green downwards: a crop's corners say where it was taken.
     ramp = torch.arange(256, dtype=torch.uint8)
     photo = torch.stack([ramp.expand(256, 256), ramp[:, None].expand(256, 256), torch.zeros(256, 256).byte()])
-    seen = augment.PHOTOS.show(augment.distort_photos(photo.expand(64, 3, 256, 256), torch.Generator().manual_seed(1)))
+    seen = augment.PHOTOS.show(augment.PHOTOS.augment(photo.expand(64, 3, 256, 256), torch.Generator().manual_seed(1)))
     width, height = seen[:, 0, 112, -1] - seen[:, 0, 112, 0], seen[:, 1, -1, 112] - seen[:, 1, 0, 112]
     assert 20 <= (width < 0).sum() <= 44
     assert (height > 0).all()
@@ -255,7 +255,7 @@ def test_the_largest_crop_is_the_whole_photo(monkeypatch: pytest.MonkeyPatch, mi
     noise = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
     drawn = torch.tensor([1.0, 0.5, 0.3, 0.9, 0.0 if mirrored else 1.0])[:, None].expand(5, 2)
     monkeypatch.setattr(torch, "rand", lambda *size, **options: drawn)
-    seen = augment.PHOTOS.show(augment.distort_photos(noise, torch.Generator()))
+    seen = augment.PHOTOS.show(augment.PHOTOS.augment(noise, torch.Generator()))
     whole = F.interpolate(noise.float() / 255, (224, 224), mode="bilinear", align_corners=False)
     torch.testing.assert_close(seen, whole.flip(3) if mirrored else whole, atol=1e-4, rtol=0)
 

@@ -184,7 +184,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
-    from . import checkpoint, loop, outcome
+    from . import backbones, checkpoint, loop, outcome
     from .data.load import load
     from .report import page
 
@@ -195,7 +195,7 @@ def _train(arguments: argparse.Namespace) -> int:
             checkpoint.there(folder / loop.CHECKPOINT)
 
     look()
-    dataset = load(settings)
+    dataset = load(settings, backbones.view(settings))
     run = loop.Run(settings, dataset, folder)
     leads = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     # Of several processes the leading one writes, and it claims the folder before it starts the others.
@@ -232,7 +232,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
         raise ValueError(f"--json is {arguments.json}; a file in a folder that is there is accepted")
 
-    from . import checkpoint, loop, outcome
+    from . import backbones, checkpoint, loop, outcome
     from .data.load import load
     from .report import page
 
@@ -247,7 +247,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             f"{arguments.checkpoint} has a backbone whose code would run; confirm with --backbone {backbone}"
         )
     settings = Settings(**{**saved, "download": False})
-    run = loop.Run(settings, load(settings), arguments.checkpoint.parent)
+    run = loop.Run(settings, load(settings, backbones.view(settings)), arguments.checkpoint.parent)
     run.resume(arguments.checkpoint)
     run.place(arguments.accelerator)
     metrics = outcome.figures(run, arguments.candidates)

@@ -20,9 +20,10 @@ import torch
 
 from pddm_ext.quadruplets import Quadruplets
 
-from . import outcome
+from . import backbones, outcome
 from .checkpoint import claimed, write_bytes
 from .console import Progress
+from .data.augment import Photographs
 from .data.load import load
 from .data.splits import Dataset, batches
 from .evaluation.evaluate import embed
@@ -36,7 +37,8 @@ from .settings import METHODS, Settings, difference, parse, unused, written
 _SWEEP_SEED = 1000
 
 #: What no method has to itself: the grid decides these.
-_COMMON = ("method", "seed", "data", "root", "download")
+_OF_DATA = ("data", "root", "split", "gallery", "skip_unreadable", "download")
+_COMMON = ("method", "seed", *_OF_DATA)
 
 #: So many methods are shown in pictures, for the page to stay small.
 _SHOWN = 4
@@ -176,7 +178,7 @@ class Grid:
             FloatingPointError: a run that counts diverged.
         """
         first = next(iter(self.methods.values()))
-        _dataset(first.data, first.root, first.download)  # fetched once, and refused before any run if it is no good
+        _dataset(first)  # fetched once, and refused before any run if it is no good
         _run_all(self.tuning(), jobs, "choosing learning rates", progress)
         cells = self.cells()
         _run_all(cells, jobs, "training", progress)
@@ -203,15 +205,22 @@ def finished(cell: Cell) -> dict[str, Any] | None:
     return metrics
 
 
-@functools.lru_cache(1)
-def _dataset(data: str, root: str, download: bool) -> Dataset:
-    return load(Settings(data=data, root=root, download=download))
+def _dataset(settings: Settings) -> Dataset:
+    """The settings' data, loaded once for all runs that see them alike."""
+    own = {name: getattr(settings, name) for name in _OF_DATA}
+    seed = settings.seed if settings.split == "random" else 0
+    return _loaded(Settings(seed=seed, **own), backbones.view(settings))
+
+
+@functools.lru_cache(4)
+def _loaded(settings: Settings, view: Photographs) -> Dataset:
+    return load(settings, view)
 
 
 def run_cell(cell: Cell, threads: int) -> None:
     """Train one cell, from its checkpoint if it has one, and write what it leaves behind."""
     torch.set_num_threads(threads)
-    dataset = _dataset(cell.settings.data, cell.settings.root, cell.settings.download)
+    dataset = _dataset(cell.settings)
     run = Run(cell.settings, dataset if cell.fold is None else dataset.validation(cell.fold), cell.folder)
     with claimed(cell.folder):
         if finished(cell) is not None:
@@ -323,8 +332,8 @@ def _end_with_parent() -> None:
 def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:
     """Pictures of the first methods, trained with the first seed, and the retrieval figures of raw pixels."""
     cells = [cell for cell in grid.cells() if cell.settings.seed == grid.seeds[0]][:_SHOWN]
-    dataset = load(cells[0].settings)
-    runs = {cell.label: Run(cell.settings, dataset) for cell in cells}
+    runs = {cell.label: Run(cell.settings, _dataset(cell.settings)) for cell in cells}
+    dataset = next(iter(runs.values())).dataset
     first = next(iter(runs.values()))
     settings, view = first.settings, dataset.view
     stored, labels = next(batches(dataset.train, settings.classes, settings.samples, 1, seed=_SWEEP_SEED))

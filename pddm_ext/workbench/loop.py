@@ -21,6 +21,7 @@ from pddm_ext.precision import unmasked
 
 from . import checkpoint
 from .console import Progress
+from .data.augment import described
 from .data.splits import Dataset, TestSet, batches
 from .evaluation.evaluate import embed
 from .evaluation.retrieval import KS, recall_at_k, relevant
@@ -123,7 +124,7 @@ class Run:
         self.settings, self.dataset, self.folder = settings, dataset, folder
         view = dataset.view
         net = embedder(settings, (view.channels, view.size, view.size), backbone)
-        self.learner = Learner(net, objective(settings), settings)
+        self.learner = Learner(net, objective(settings, classes), settings)
         if settings.precision == "64-true":
             self.learner.double()  # before a checkpoint is loaded, which float32 would round
         self.optimizer = self._optimizer()
@@ -333,6 +334,11 @@ class Run:
                 "curves": self.curves,
                 "generators": states,
                 "learner": self.learner.state_dict(),
+                "best": {},
+                "view": described(self.dataset.view) or {},
+                "names": list(self.dataset.train.names),
+                "baselines": {},
+                "thresholds": {},
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "precision": fabric.strategy.precision.state_dict(),

@@ -123,10 +123,14 @@ def _rank_by_distance(unit: pddm_ext.PDDM) -> None:
     unit.s.weight.fill_(1 / unit.combined)
 
 
-def objective(settings: Settings) -> Quadruplet | PairLoss:
+def objective(settings: Settings, classes: int) -> Quadruplet | PairLoss:
     """The method of the settings: a module of (n, dim) embeddings and (n,) labels whose results add up to the loss.
 
-    The unit's initial weights depend on the seed alone; torch's global generator is left as it was.
+    The initial weights of a unit or of proxies depend on the seed alone; torch's global generator is left as it was.
+
+    Args:
+        settings: name the method.
+        classes: how many are trained on, each of which has a proxy where the method has those.
     """
     family, _, mode = settings.method.rpartition("-")
     if family == "euclidean":
@@ -139,13 +143,23 @@ def objective(settings: Settings) -> Quadruplet | PairLoss:
                 _rank_by_distance(unit)
         return Recommended(settings, unit) if family != "pddm" else Quadruplet(settings, mode, unit)  # type: ignore[arg-type]
     triplet = losses.TripletMarginLoss
-    loss, miner = {
-        "triplet-hard": lambda: (triplet(settings.margin), miners.BatchHardMiner()),
-        "triplet-semihard": lambda: (triplet(settings.margin), miners.TripletMarginMiner(settings.margin, "semihard")),
-        "triplet-all": lambda: (triplet(settings.margin), None),
-        "n-pair": lambda: (losses.NPairsLoss(), None),
-        "contrastive": lambda: (losses.ContrastiveLoss(), None),
-        "multi-similarity": lambda: (losses.MultiSimilarityLoss(), None),
-        "multi-similarity-mined": lambda: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
-    }[settings.method]()  # type: ignore[no-untyped-call]
+    proxies = {"num_classes": classes, "embedding_size": settings.dim}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        loss, miner = {
+            "triplet-hard": lambda: (triplet(settings.margin), miners.BatchHardMiner()),
+            "triplet-semihard": lambda: (
+                triplet(settings.margin),
+                miners.TripletMarginMiner(settings.margin, "semihard"),
+            ),
+            "triplet-all": lambda: (triplet(settings.margin), None),
+            "n-pair": lambda: (losses.NPairsLoss(), None),
+            "contrastive": lambda: (losses.ContrastiveLoss(), None),
+            "multi-similarity": lambda: (losses.MultiSimilarityLoss(), None),
+            "multi-similarity-mined": lambda: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
+            "sup-con": lambda: (losses.SupConLoss(), None),
+            "proxy-anchor": lambda: (losses.ProxyAnchorLoss(**proxies), None),
+            "norm-softmax": lambda: (losses.NormalizedSoftmaxLoss(**proxies), None),
+            "sub-center-arcface": lambda: (losses.SubCenterArcFaceLoss(**proxies), None),
+        }[settings.method]()  # type: ignore[no-untyped-call]
     return PairLoss(loss, miner)

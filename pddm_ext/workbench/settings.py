@@ -12,7 +12,9 @@ from pddm_ext._numbers import number
 from pddm_ext.quadruplets import MODES
 
 DRAWINGS = ("glyphs", "omniglot")
-DATA = (*DRAWINGS, "cub200", "cars196", "sop", "folder")
+DATA = (*DRAWINGS, "cub200", "cars196", "sop", "in-shop", "grocery", "folder")
+SPLITS = ("half", "random", "none")
+GALLERIES = ("train", "catalogue")
 METHODS = (
     "recommended",
     *(f"pddm-{mode}" for mode in MODES),
@@ -24,7 +26,13 @@ METHODS = (
     "contrastive",
     "multi-similarity",
     "multi-similarity-mined",
+    "sup-con",
+    "proxy-anchor",
+    "norm-softmax",
+    "sub-center-arcface",
 )
+#: Methods whose classes have proxies, parameters of their own.
+PROXIES = ("proxy-anchor", "norm-softmax", "sub-center-arcface")
 STARTS = ("random", "distance")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -47,6 +55,13 @@ class Settings:
 
     data: str = _setting("glyphs", "what to train on", DATA)
     root: str = _setting("", "folder or archive of the data; glyphs have none")
+    split: str = _setting(
+        "half",
+        "of a folder without test: half of the classes by name, half of them drawn by the seed, or none held out",
+        SPLITS,
+    )
+    gallery: str = _setting("train", "grocery: what test photographs are searched among", GALLERIES)
+    skip_unreadable: bool = _setting(False, "leave out pictures that cannot be read, where they would end the run")
     download: bool = _setting(False, "fetch cub200, cars196 or sop into --root first")
     method: str = _setting("pddm-anchor", "what picks and weighs the pairs of a batch", METHODS)
     steps: int = _setting(600, "updates")
@@ -54,11 +69,19 @@ class Settings:
     samples: int = _setting(4, "samples of a class in a batch")
     accumulate: int = _setting(1, "batches per update; each mines for itself")
     augment: bool = _setting(True, "distort the training pictures")
-    backbone: str = _setting("convnet", "convnet, timm/NAME, torchvision/NAME, or MODULE:CALLABLE of yours")
-    pretrained: bool = _setting(False, "start timm and torchvision backbones from their published weights")
+    backbone: str = _setting(
+        "convnet", "convnet, efficientnet-lite0, timm/NAME, torchvision/NAME, or MODULE:CALLABLE of yours"
+    )
+    pretrained: bool = _setting(
+        False, "start timm and torchvision backbones from their published weights; efficientnet-lite0 always does"
+    )
+    picture: int = _setting(0, "side of what the backbone sees, in pixels; 0 is its own")
+    freeze: bool = _setting(False, "leave the backbone as it is, BatchNorm's statistics included")
     dim: int = _setting(64, "length of a feature")
     lr: float = _setting(1e-3, "learning rate of Adam")
     unit_lr_factor: float = _setting(1.0, "the PDDM unit's learning rate over --lr")
+    backbone_lr_factor: float = _setting(1.0, "the backbone's learning rate over --lr; the paper's is 0.1")
+    proxy_lr_factor: float = _setting(100.0, "learning rate over --lr of the proxies of losses that have some")
     weight_decay: float = _setting(5e-4, "L2 penalty of Adam")
     schedule: str = _setting("constant", "of the learning rate over --steps", SCHEDULES)
     warmup: int = _setting(0, "updates over which the learning rate rises to its value, in equal parts")
@@ -85,6 +108,10 @@ class Settings:
     workers: int = _setting(0, "processes that read pictures; 0 reads in the training process")
     seed: int = _setting(0, "of weights, batches and the test set")
     every: int = _setting(50, "evaluate and checkpoint every so many updates")
+    patience: int = _setting(
+        0,
+        "stop after so many evaluations on validation pictures without a better one, and keep the best; 0 is without",
+    )
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -92,7 +119,7 @@ class Settings:
             if choices and value not in choices:
                 raise ValueError(f"{option(setting.name)} is {value!r}; {', '.join(choices)} are accepted")
         least = {
-            0: ("warmup", "distance_steps", "workers", "seed"),
+            0: ("picture", "warmup", "distance_steps", "workers", "seed", "patience"),
             1: ("steps", "accumulate", "dim", "devices", "every"),
             2: ("classes", "samples", "clusters"),
         }
@@ -106,17 +133,24 @@ class Settings:
                 raise ValueError(f"{option(setting.name)} is {value}; less than 2**31 is accepted")
         if self.seed >= 2**32:
             raise ValueError(f"--seed is {self.seed}; less than 2**32 is accepted")
-        for name in ("lr", "unit_lr_factor", "density_ratio"):
+        factors = ("unit_lr_factor", "backbone_lr_factor", "proxy_lr_factor")
+        for name in ("lr", *factors, "density_ratio"):
             number(option(name), getattr(self, name), "a positive finite number")
-        for name, rate in (("lr", self.lr), ("unit_lr_factor", self.lr * self.unit_lr_factor)):
+        used = ["lr", *(name for name in factors if name != "proxy_lr_factor" or self.method in PROXIES)]
+        for name, rate in ((name, self.lr * (1 if name == "lr" else getattr(self, name))) for name in used):
             if rate > _LARGEST_RATE:
                 raise ValueError(f"{option(name)} makes a learning rate of {rate}; at most {_LARGEST_RATE} is accepted")
         for name in ("weight_decay", "alpha", "beta", "weight", "margin", "density", "structure"):
             number(option(name), getattr(self, name), "a finite number from 0")
         if self.weight_decay > _LARGEST_RATE:
             raise ValueError(f"--weight-decay is {self.weight_decay}; at most {_LARGEST_RATE} is accepted")
-        if self.pretrained and not self.backbone.startswith(("timm/", "torchvision/")):
-            raise ValueError(f"--pretrained is for timm and torchvision backbones; --backbone is {self.backbone}")
+        if self.pretrained and not self.backbone.startswith(("timm/", "torchvision/", "efficientnet-lite0")):
+            raise ValueError(
+                f"--pretrained is for backbones with published weights (timm, torchvision, efficientnet-lite0); "
+                f"--backbone is {self.backbone}"
+            )
+        if self.picture and self.data in DRAWINGS:
+            raise ValueError(f"--picture is {self.picture}; --data {self.data} is drawings, of one size")
         if (self.root == "") != (self.data == "glyphs"):
             raise ValueError(f"--data {self.data} {'has no' if self.root else 'needs'} --root, where its files are")
 
@@ -127,7 +161,7 @@ def option(name: str) -> str:
 
 
 _SCORED = {"unit_lr_factor", "unit_gradient", "distance_steps", "alpha"}
-_PARTICULAR = _SCORED | {"unit_start", "beta", "weight", "margin"}
+_PARTICULAR = _SCORED | {"unit_start", "beta", "weight", "margin", "proxy_lr_factor"}
 
 
 def unused(method: str) -> set[str]:
@@ -136,8 +170,10 @@ def unused(method: str) -> set[str]:
         return _PARTICULAR - {"margin"}
     if method.startswith("euclidean"):
         return _PARTICULAR - {"beta"}
+    if method in PROXIES:
+        return _PARTICULAR - {"proxy_lr_factor"}
     if method.startswith("pddm"):
-        return {"margin"}
+        return {"margin", "proxy_lr_factor"}
     return _PARTICULAR - _SCORED if method == "recommended" else _PARTICULAR
 
 
@@ -177,7 +213,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 #: Where and how fast pictures are read does not change what is computed.
-_INDIFFERENT = ("root", "download", "workers")
+_INDIFFERENT = ("root", "download", "workers", "skip_unreadable")
 
 
 def difference(before: Mapping[str, Any], now: Settings, but: tuple[str, ...] = ()) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from ..settings import Settings
+from .augment import PHOTOS, Photographs
 from .splits import Dataset
 
 
-def load(settings: Settings) -> Dataset:
+def load(settings: Settings, view: Photographs = PHOTOS) -> Dataset:
     """What ``--data`` names, from ``--root`` where it has one; imports only what that one needs.
+
+    Args:
+        settings: name the data.
+        view: how photographs are seen; drawings have a view of their own.
 
     Raises:
         FileNotFoundError: something is not there; the message names it and where it comes from.
@@ -16,13 +21,13 @@ def load(settings: Settings) -> Dataset:
     if settings.data in ("cub200", "cars196", "sop"):
         from . import published
 
-        return published.load(settings.data, settings.root, download=settings.download)
+        return published.load(settings.data, settings.root, view, download=settings.download)
     if settings.download:
         raise ValueError(f"--download fetches cub200, cars196 and sop; --data is {settings.data}")
     if settings.data == "folder":
         from . import photos
 
-        return photos.folder(settings.root)
+        return photos.folder(settings.root, view)
     if settings.data == "omniglot":
         from . import omniglot
 

@@ -7,19 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from .augment import PHOTO, PHOTOS
+from .augment import PHOTOS, Photographs
+from .reading import read
 from .splits import Dataset, Split
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-#: What Pillow may take a file for. Left to itself it starts other programs at some kinds of file.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-
 Classes = Sequence[tuple[str, Sequence[str]]]
 """Class names, and the classes' files by paths relative to a folder."""
 
@@ -32,39 +27,38 @@ class Photos:
         folder: what the paths are relative to.
         paths: one per row.
         expected: ends the error at a file that cannot be read: what was expected and where it comes from.
+        view: how they are seen, which decides what of them is read.
     """
 
     folder: Path
     paths: tuple[str, ...]
     expected: str
+    view: Photographs = PHOTOS
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """The middle squares of these rows: (len(rows), 3, 256, 256) uint8, red, green and blue.
+        """The middle squares of these rows: (len(rows), 3, stored, stored) uint8, red, green and blue.
 
         Raises:
             ValueError: a file is not a readable picture; the message names it.
         """
-        photos = torch.empty(len(rows), 3, PHOTO, PHOTO, dtype=torch.uint8)
+        photos = torch.empty(len(rows), 3, self.view.stored, self.view.stored, dtype=torch.uint8)
         for photo, row in zip(photos, rows.tolist(), strict=True):
-            photo.copy_(torch.from_numpy(self._read(self.folder / self.paths[row])).permute(2, 0, 1))
+            path = self.folder / self.paths[row]
+            try:
+                photo.copy_(read(path, self.view))
+            except OSError as error:
+                raise ValueError(f"{path}: not a readable picture ({error.strerror}); {self.expected}") from error
+            except ValueError as error:
+                raise ValueError(f"{error}; {self.expected}") from error
         return photos
 
-    def _read(self, path: Path) -> NDArray[np.uint8]:
-        try:
-            with Image.open(path, formats=FORMATS) as picture:
-                if picture.mode[0] in "IF":
-                    # Pillow would clip them all to white.
-                    raise ValueError(f"its pixels are of Pillow's mode {picture.mode}, not of 8 bits a channel")
-                upright = ImageOps.exif_transpose(picture).convert("RGB")
-                return np.array(ImageOps.fit(upright, (PHOTO, PHOTO), Image.Resampling.BICUBIC))
-        except Exception as error:  # Pillow raises almost anything at a damaged file
-            raise ValueError(f"{path}: not a readable picture ({error}); {self.expected}") from error
 
-
-def dataset(name: str, folder: Path, train: Classes, test: Classes, *, where: str, expected: str) -> Dataset:
+def dataset(
+    name: str, folder: Path, train: Classes, test: Classes, *, where: str, expected: str, view: Photographs = PHOTOS
+) -> Dataset:
     """Photographs in the files of a folder, all of them checked to be there.
 
     Args:
@@ -74,6 +68,7 @@ def dataset(name: str, folder: Path, train: Classes, test: Classes, *, where: st
         test: classes to search among.
         where: begins the messages: what the user knows the files by.
         expected: ends the messages: what was expected and where it comes from.
+        view: how they are seen.
 
     Raises:
         FileNotFoundError: a file is missing or empty; the message names the first and counts the others.
@@ -91,22 +86,21 @@ def dataset(name: str, folder: Path, train: Classes, test: Classes, *, where: st
             f"{where}: {len(sizes) - len(lost):,} of {len(sizes):,} pictures found; the first that is missing or "
             f"empty is {lost[0]}; {expected}"
         )
-    return Dataset(
-        name, PHOTOS, _split(folder, train, sizes, expected=expected), _split(folder, test, sizes, expected=expected)
-    )
+    train_on, search_among = (_split(folder, side, sizes, view, expected=expected) for side in (train, test))
+    return Dataset(name, view, train_on, search_among)
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _split(folder: Path, classes: Classes, sizes: Mapping[str, int], *, expected: str) -> Split:
+def _split(folder: Path, classes: Classes, sizes: Mapping[str, int], view: Photographs, *, expected: str) -> Split:
     paths = tuple(path for _, members in classes for path in members)
     sha = hashlib.sha256()
     for path in paths:
         sha.update(_bytes(path) + f"\0{sizes[path]}\n".encode())
     return Split(
-        Photos(folder, paths, expected),
+        Photos(folder, paths, expected, view),
         labels=torch.repeat_interleave(torch.tensor([len(members) for _, members in classes])),
         names=tuple(_legible(name) for name, _ in classes),
         groups=(f"{_legible(classes[0][0])} to {_legible(classes[-1][0])}",),
@@ -124,7 +118,7 @@ def _legible(name: str) -> str:
     return _bytes(name).decode("utf-8", "replace")
 
 
-def folder(root: str | Path) -> Dataset:
+def folder(root: str | Path, view: Photographs = PHOTOS) -> Dataset:
     """ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg, or ROOT/CLASS/*.jpg where those two folders are not both there.
 
     In the second case the first half of the class names, sorted, trains and the rest tests; the middle one of an odd
@@ -151,7 +145,7 @@ def folder(root: str | Path) -> Dataset:
     else:
         classes = _classes(root, ".", expected)
         train, test = classes[: len(classes) // 2], classes[len(classes) // 2 :]
-    return dataset("folder", root, train, test, where=str(root), expected=expected)
+    return dataset("folder", root, train, test, where=str(root), expected=expected, view=view)
 
 
 def _classes(root: Path, side: str, expected: str) -> Classes:

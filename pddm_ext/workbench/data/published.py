@@ -19,6 +19,7 @@ from pytorch_metric_learning.datasets import CUB, Cars196, StanfordOnlineProduct
 from pytorch_metric_learning.datasets.base_dataset import BaseDataset
 
 from . import photos
+from .augment import PHOTOS, Photographs
 from .splits import Dataset
 
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError, ValueError)
@@ -102,7 +103,7 @@ LAYOUTS = {
 }
 
 
-def load(name: str, root: str | Path, *, download: bool = False) -> Dataset:
+def load(name: str, root: str | Path, view: Photographs = PHOTOS, *, download: bool = False) -> Dataset:
     """A published data set with its usual split; warns where its size is not the published one.
 
     CUB-200-2011 trains on its classes 1 to 100, CARS196 on 1 to 98, SOP on those of ``Ebay_train.txt``.
@@ -111,6 +112,7 @@ def load(name: str, root: str | Path, *, download: bool = False) -> Dataset:
         name: of ``LAYOUTS``.
         root: the folder that holds the unpacked archive, or the archive, or that archive. An archive is unpacked beside
             itself, once.
+        view: how the photographs are seen.
         download: fetch the data set into ``root`` where neither is there.
 
     Raises:
@@ -134,7 +136,7 @@ def load(name: str, root: str | Path, *, download: bool = False) -> Dataset:
                 f"holds none of {', '.join(layout.entries + layout.archives)}" if root.is_dir() else "no such folder"
             )
             raise FileNotFoundError(f"{root}: {there}; {layout.expected}; with --download it is fetched")
-    dataset = _read(name, root, str(root))
+    dataset = _read(name, root, str(root), view)
     found = tuple(len(each) for split in (dataset.train, dataset.test) for each in (split.labels, split.names))
     if found != layout.figures:
         told = "{:,} training pictures of {:,} classes and {:,} test pictures of {:,} classes"
@@ -152,7 +154,7 @@ def _make(name: str, root: Path, where: str, fill: Callable[[Path], None]) -> No
     try:
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root) as unfinished:
             fill(Path(unfinished))
-            _read(name, Path(unfinished), where)
+            _read(name, Path(unfinished), where, PHOTOS)
             for entry in LAYOUTS[name].entries:
                 try:
                     os.replace(Path(unfinished, entry), root / entry)
@@ -201,7 +203,7 @@ def _unpack(layout: _Layout, archive: Path, folder: Path) -> None:
         raise ValueError(f"{archive}: not a readable archive ({error}); {layout.expected}") from error
 
 
-def _read(name: str, root: Path, where: str) -> Dataset:
+def _read(name: str, root: Path, where: str, view: Photographs) -> Dataset:
     """What the folder ``root`` holds, whole or refused; ``where`` is what messages call it."""
     layout = LAYOUTS[name]
     lost = [path for path in layout.index if not (root / path).is_file()]
@@ -230,7 +232,7 @@ def _read(name: str, root: Path, where: str) -> Dataset:
     if both:
         raise ValueError(f"{index} puts class {min(both)} on both sides of the split; {layout.expected}")
     train, test = (_classes(layout, root, side) for side in sides)
-    return photos.dataset(name, root, train, test, where=where, expected=layout.expected)
+    return photos.dataset(name, root, train, test, where=where, expected=layout.expected, view=view)
 
 
 def _classes(layout: _Layout, root: Path, side: BaseDataset) -> photos.Classes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -66,6 +66,11 @@ class Split:
             tuple(groups.index(g) for g in group_of),
         )
 
+    def some(self, rows: Tensor) -> Split:
+        """These rows (k,) of the split; its classes keep their names and labels."""
+        digest = f"{self.digest}:{hashlib.sha256(rows.numpy().tobytes()).hexdigest()}"
+        return replace(self, pictures=Rows(self.pictures, rows), labels=self.labels[rows], digest=digest)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -82,11 +87,52 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Training classes, and test classes that share nothing with them.
+class Joined:
+    """Stored pictures, and others of the same shape after them."""
 
-    ``distort_test``: whether a test sample is a distorted picture (few distinct ones, as with fonts) or the picture
-    itself.
+    first: Pictures
+    second: Pictures
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        second = rows >= len(self.first)
+        parts = [self.first[rows[~second]], self.second[rows[second] - len(self.first)]]
+        pictures = torch.empty(len(rows), *parts[0].shape[1:], dtype=parts[0].dtype)
+        pictures[~second], pictures[second] = parts
+        return pictures
+
+
+def file_of(pictures: Pictures, row: int) -> str | None:
+    """The file that a row is read from, relative to its folder; None where it comes from none."""
+    if isinstance(pictures, Rows):
+        return file_of(pictures.pictures, int(pictures.rows[row]))
+    if isinstance(pictures, Joined):
+        first = len(pictures.first)
+        return file_of(pictures.first, row) if row < first else file_of(pictures.second, row - first)
+    paths = getattr(pictures, "paths", None)
+    return None if paths is None else str(paths[row])
+
+
+TestClasses = Literal["unseen", "known", "seen"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What to train on, and who is then searched for among whom.
+
+    Attributes:
+        name: the data set's.
+        view: how a net sees its pictures.
+        train: pictures to train on.
+        test: queries; without a gallery every one of them is searched for among all the others.
+        distort_test: whether a test sample is a distorted picture (few distinct ones, as with fonts) or the picture
+            itself.
+        gallery: what the queries are searched among, by the names of its classes.
+        val: further queries, to choose settings, a step or a threshold by.
+        protocol: what the test classes are to training: ``"unseen"`` ones, ``"known"`` ones of which other pictures
+            are searched for among those trained on, or ``"seen"`` where nothing was held out.
     """
 
     name: str
@@ -94,23 +140,65 @@ class Dataset:
     train: Split
     test: Split
     distort_test: bool = False
+    gallery: Split | None = None
+    val: Split | None = None
+    protocol: TestClasses = "unseen"
 
     def digest(self) -> str:
-        """Identifies the pictures and labels."""
+        """Identifies the pictures and labels of every side."""
         sha = hashlib.sha256()
-        for split in (self.train, self.test):
-            sha.update(split.digest.encode() + split.labels.numpy().tobytes())
+        for split in (self.train, self.test, self.gallery, self.val):
+            if split is not None:
+                sha.update(split.digest.encode() + split.labels.numpy().tobytes())
         return sha.hexdigest()
+
+    def selecting(self) -> Dataset | None:
+        """The data with the validation queries in the test queries' place, among the training pictures where classes
+        are known, else among themselves; None without validation pictures."""
+        if self.val is None:
+            return None
+        gallery = self.train if self.protocol == "known" else None
+        return replace(self, name=f"{self.name} (validation)", test=self.val, gallery=gallery, val=None)
+
+    def hold_out(self, seed: int) -> Dataset:
+        """The data with some training pictures held out as ``val``: a quarter of the classes where test classes are
+        unseen, a fifth of each class's pictures where they are known. The data itself where it has a ``val``.
+
+        Raises:
+            ValueError: too few classes or pictures.
+        """
+        if self.val is not None:
+            return self
+        if self.protocol == "unseen":
+            held = self.validation(0)
+            return replace(self, train=held.train, val=held.test)
+        generator = torch.Generator().manual_seed(seed)
+        kept, out = [], []
+        for c in range(len(self.train.names)):
+            rows = (self.train.labels == c).nonzero().flatten()
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            held_out = len(rows) // 5
+            kept.append(rows[held_out:])
+            out.append(rows[:held_out])
+        if sum(map(len, out)) < 2:
+            raise ValueError(f"{self.name} has too few pictures a class to hold some out for validation; at least 5")
+        train = self.train.some(torch.cat(kept).sort().values)
+        gallery = train if self.gallery is self.train else self.gallery
+        return replace(self, train=train, val=self.train.some(torch.cat(out).sort().values), gallery=gallery)
 
     def validation(self, fold: int) -> Dataset:
         """Some training classes in the test classes' place, to choose settings by.
 
         The last group of classes in fold 0, the one before in fold 1, and so on around; without groups, a quarter of
-        the classes.
+        the classes. Where classes are known: ``val``, or a fifth of each class's pictures.
 
         Raises:
             ValueError: too few classes.
         """
+        if self.protocol == "known":
+            selecting = self.hold_out(fold).selecting()
+            assert selecting is not None
+            return replace(selecting, name=f"{self.name} (validation {fold})")
         classes = torch.arange(len(self.train.names))
         if len(self.train.groups) > 1 and self.train.group_of:
             held = torch.tensor(self.train.group_of) == (-1 - fold) % len(self.train.groups)
@@ -198,24 +286,40 @@ def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class TestSet:
-    """The test split as a net sees it, the same for the same seed.
+    """The test split as a net sees it, the same for the same seed: the queries, then the gallery, if it is another.
 
     Rows are shuffled: where an embedding collapses to ties, the order of rows must not favour the same class.
 
     Attributes:
-        labels: (n,) int64.
+        names: one per class, of queries and gallery.
+        labels: (n,) int64 into ``names``.
+        queries: (q,) int64 rows that are searched for; None where every row is, among all the others.
+        gallery: (n - q,) int64 rows that are searched among; None as above.
     """
 
     __test__ = False  # not a test of pytest's
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(dataset.test.labels), generator=generator)
-        self.names, self.labels, self.show = dataset.test.names, dataset.test.labels[order], dataset.view.show
-        self._stored, self._plain = Rows(dataset.test.pictures, order), dataset.view.plain
+        test, gallery = dataset.test, dataset.gallery
+        order = torch.randperm(len(test.labels), generator=generator)
+        self.names, self.labels, self.show = test.names, test.labels[order], dataset.view.show
+        self._stored: Pictures = Rows(test.pictures, order)
+        self._plain = dataset.view.plain
+        self.queries: Tensor | None = None
+        self.gallery: Tensor | None = None
+        if gallery is not None:
+            count = len(order)
+            order = torch.randperm(len(gallery.labels), generator=generator)
+            self.names = tuple(dict.fromkeys((*test.names, *gallery.names)))
+            place = {name: number for number, name in enumerate(self.names)}
+            numbers = torch.tensor([place[name] for name in gallery.names])
+            self.labels = torch.cat([self.labels, numbers[gallery.labels[order]]])
+            self._stored = Joined(self._stored, Rows(gallery.pictures, order))
+            self.queries, self.gallery = torch.arange(count), torch.arange(count, len(self.labels))
         self._distorted = None
         if dataset.distort_test:
-            self._distorted = dataset.view.augment(self._stored[torch.arange(len(order))], generator)
+            self._distorted = dataset.view.augment(self._stored[torch.arange(len(self.labels))], generator)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -223,3 +327,7 @@ class TestSet:
     def __getitem__(self, rows: Tensor) -> Tensor:
         """What a net sees of these rows: (len(rows), channels, size, size) float32."""
         return self._plain(self._stored[rows]) if self._distorted is None else self._distorted[rows]
+
+    def file(self, row: int) -> str | None:
+        """The file of a row, relative to its folder; None where it comes from none."""
+        return file_of(self._stored, row)
