@@ -200,7 +200,7 @@ def test_a_bad_config_fails_before_any_work(
         (["--backbone", "resnet"], "--backbone is 'resnet'"),
         (
             ["--pretrained"],
-            "--pretrained is for backbones with published weights (timm, torchvision, efficientnet-lite0); --backbone is convnet",
+            "--pretrained is for backbones with published weights",
         ),
         (
             ["--data", "folder", "--root", "x"],

@@ -28,7 +28,7 @@ BATCH = 32
 
 
 class Features(nn.Module):
-    """Stored pictures to unit features: what a net sees of them, the net, and the norm, for :func:`torch.export.export`.
+    """Stored pictures to unit features: what a net sees of them, the net, and the norm. ``torch.export`` takes it.
 
     Args:
         net: the trained net.
@@ -168,7 +168,7 @@ def load(
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the file is damaged, no checkpoint, or of a backbone of the user's that is not given or does not fit.
+        ValueError: the file is damaged or no checkpoint, or its backbone is the user's and not given, or does not fit.
         ModuleNotFoundError: the package of its backbone is not installed.
     """
     path = Path(path)
