@@ -40,7 +40,7 @@ def named(name: str, pretrained: bool, size: int) -> nn.Module:
         name: ``convnet``, ``efficientnet-lite0`` (always with its ImageNet weights, which come as a package),
             ``timm/NAME``, ``torchvision/NAME`` or ``MODULE:CALLABLE``.
         pretrained: whether those of timm and torchvision start from their published weights.
-        size: side of the pictures it will see; one backbone is built for it.
+        size: side of the pictures it will see; some backbones are built for it.
 
     Raises:
         ValueError: there is no such backbone, or its code fails; the message names it.
@@ -53,8 +53,7 @@ def named(name: str, pretrained: bool, size: int) -> nn.Module:
         if name == LITE:
             return _lite(size)
         if library == "timm" and model:
-            timm: nn.Module = importlib.import_module("timm").create_model(model, pretrained=pretrained, num_classes=0)
-            return timm
+            return _timm(model, pretrained, size)
         if library == "torchvision" and model:
             models = importlib.import_module("torchvision.models")
             return _headless(models.get_model(model, weights="DEFAULT" if pretrained else None))
@@ -113,6 +112,20 @@ def resized(view: Photographs, size: int) -> Photographs:
 def said(error: BaseException) -> str:
     """An exception in one line. Its kind belongs to it: of a KeyError the message is nothing but the key."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+
+
+def _timm(model: str, pretrained: bool, size: int) -> nn.Module:
+    timm = importlib.import_module("timm")
+    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
+    made: nn.Module
+    if size != _of_timm(timm.get_pretrained_cfg(model)).size:
+        try:
+            made = timm.create_model(model, img_size=size, **options)
+            return made
+        except TypeError:
+            pass  # a convolutional net, which takes pictures of any size
+    made = timm.create_model(model, **options)
+    return made
 
 
 def _lite(size: int) -> nn.Module:
