@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -67,16 +68,17 @@ def _vector(name: str, x: Any, length: int | None, of: str) -> None:
 
 
 def _formula(unit: Parameters) -> None:
-    """Refuses a subclass with a formula of its own where that formula would not be asked."""
-    for kind in type(unit).__mro__:
-        if "forward" in kind.__dict__:
-            if not kind.__module__.startswith("pddm_ext."):
-                raise TypeError(
-                    f"unit is a {type(unit).__name__}, whose forward is its own; mining, matrices, listed pairs and "
-                    f"rankings compute PDDM's score from the eight parameters and would not call it. A unit without a "
-                    f"forward of its own is accepted; for another score see the documentation, 'A score of your own'"
-                )
-            return
+    """Refuses a subclass, or a unit, with a formula of its own where that formula would not be asked."""
+    if "forward" in unit.__dict__:  # a wrapper, such as autocast's, has the formula of what it wraps
+        home = inspect.unwrap(unit.forward).__module__
+    else:
+        home = next(kind.__module__ for kind in type(unit).__mro__ if "forward" in kind.__dict__)
+    if not home.startswith("pddm_ext."):
+        raise TypeError(
+            f"unit is a {type(unit).__name__}, whose forward is its own; mining, matrices, listed pairs and "
+            f"rankings compute PDDM's score from the eight parameters and would not call it. A unit without a "
+            f"forward of its own is accepted; for another score see the documentation, 'A score of your own'"
+        )
 
 
 def _unit(unit: Any, dim: int) -> None:
@@ -85,6 +87,7 @@ def _unit(unit: Any, dim: int) -> None:
     if unit.dim != dim:
         raise ValueError(f"unit scores features of dimension {unit.dim}; these have {dim}")
     hidden, combined = unit.hidden, unit.combined
+    parameters: list[Tensor] = []
     layers = {"u": (hidden, dim), "v": (hidden, dim), "c": (combined, 2 * hidden), "s": (1, combined)}
     for name, shape in layers.items():
         layer = getattr(unit, name)
@@ -93,12 +96,11 @@ def _unit(unit: Any, dim: int) -> None:
             if not isinstance(p, Tensor) or tuple(p.shape) != wanted:
                 found = f"has shape {tuple(p.shape)}" if isinstance(p, Tensor) else "is missing"
                 raise ValueError(f"unit's {name}.{kind} {found}; {wanted} is accepted")
-            if p.dtype not in FLOATS:
-                raise TypeError(
-                    f"unit's {name}.{kind} has dtype {p.dtype}; float32, float64, bfloat16 or float16 is accepted"
-                )
+            _features(f"unit's {name}.{kind}", p)
+            parameters.append(p)
             if type(p) is not nn.Parameter and hasattr(p, "device_mesh"):
                 raise TypeError(f"unit's {name}.{kind} is a DTensor, a part of a sharded parameter; {_SHARDED}")
+    _devices(*parameters)
 
 
 _SHARDED = (
@@ -118,8 +120,8 @@ def _plain(name: str, layer: Any) -> None:
             f"unit's {name} is a {type(layer).__module__}.{type(layer).__qualname__} with a forward of its own; a "
             f"torch.nn.Linear is accepted, since {_PARAMETRIZE}"
         )
-    if layer._forward_pre_hooks or layer._forward_hooks:
-        raise TypeError(f"unit's {name} has forward hooks, which would never run; {_PARAMETRIZE}")
+    if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
+        raise TypeError(f"unit's {name} has hooks, which would never run; {_PARAMETRIZE}")
 
 
 def _devices(*tensors: Tensor) -> None:

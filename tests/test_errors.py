@@ -183,6 +183,29 @@ def test_a_unit_of_integers_is_refused():
         pddm_ext.score_matrix(X, unit)
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("layer", ["u", "v", "c", "s"])
+def test_a_unit_of_which_a_part_is_elsewhere_is_refused(package, layer):
+    unit = package.PDDM(4).to(DEVICE)
+    getattr(unit, layer).to("meta")
+    for call in (
+        lambda: unit(X, X),
+        lambda: package.mine_and_score(X, LABELS, unit),
+        lambda: package.score_pairs(X, I, I, unit),
+        lambda: package.score_matrix(X, unit),
+        lambda: package.topk(X, X, 2, unit),
+    ):
+        with complaint(RuntimeError, "Expected all tensors to be on the same device, .* meta"):
+            call()
+
+
+def test_a_unit_whose_parameters_are_not_dense_is_refused():
+    unit = make_unit(4)
+    unit.c.weight = torch.nn.Parameter(unit.c.weight.detach().to_sparse())
+    with complaint(TypeError, r"unit's c.weight has layout torch.sparse_coo; a dense tensor"):
+        pddm_ext.score_matrix(X, unit)
+
+
 @pytest.mark.parametrize(
     ("layer", "broken"), [("c", torch.nn.Linear(9, 4)), ("u", torch.nn.Linear(4, 3)), ("s", torch.nn.Linear(4, 2))]
 )
@@ -290,6 +313,16 @@ def test_a_formula_of_a_subclass_is_refused_where_it_would_not_be_asked(package,
             call()
     assert unit(X, X).shape == (8,)
     assert Named(4).to(DEVICE).mine(X, LABELS).valid.all()
+
+
+def test_a_formula_given_to_one_unit_is_refused_and_a_wrapper_of_its_own_is_not():
+    unit = make_unit(4)
+    unit.forward = lambda x, y: torch.cosine_similarity(x, y, dim=-1)
+    for call in (lambda: unit.mine(X, LABELS), lambda: pddm_ext.score_matrix(X, unit)):
+        with complaint(TypeError, "unit is a PDDM, whose forward is its own; mining, matrices"):
+            call()
+    unit.forward = torch.autocast(DEVICE.type, enabled=False)(pddm_ext.PDDM.forward.__get__(unit))
+    assert unit.mine(X, LABELS).valid.all()
 
 
 @pytest.mark.parametrize("mode", ["batch", "anchor", "pair"])

@@ -343,6 +343,11 @@ def hooked(asked: Asked, unit: nn.Module) -> Tensor:
     return asked(unit, rows())
 
 
+def hooked_backward(asked: Asked, unit: nn.Module) -> Tensor:
+    unit.c.register_full_backward_hook(lambda module, inputs, outputs: inputs)
+    return asked(unit, rows())
+
+
 def patched(asked: Asked, unit: nn.Module) -> Tensor:
     unit.u.forward = lambda x: x  # type: ignore[method-assign]
     return asked(unit, rows())
@@ -408,6 +413,7 @@ ROWS: dict[str, dict[str, Callable[[Asked, nn.Module], Any]]] = {
         "`torch.nn.utils.prune`": pruned,
         "a layer in the place of `nn.Linear` (LoRA)": adapted,
         "forward hooks of a layer": hooked,
+        "backward hooks of a layer": hooked_backward,
         "a layer whose `forward` is replaced": patched,
         "dynamic quantization": quantized,
     },
