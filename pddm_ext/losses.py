@@ -98,6 +98,7 @@ class QuadrupletLoss(nn.Module):
 
     def _embedding(self, feats: Tensor, quads: Quadruplets) -> Tensor:
         _checks._matrix("feats", feats)
+        _checks._devices(feats, quads.i)
         _same_batch(feats, quads)
         if feats.shape[0] == 0:
             return feats.sum().to(quads.s_ij.dtype)

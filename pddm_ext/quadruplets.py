@@ -38,12 +38,13 @@ class Quadruplets(NamedTuple):
     def of_rows(self, rows: int) -> Quadruplets:
         """These, known to be mined from so many rows; a loss of another number of rows is then refused.
 
-        The fields alone are the contract, so the number stands on a tensor, where copies and devices may lose it.
+        The fields alone are the contract, so the number stands on a tensor, where copies and devices may lose it: on
+        row numbers, which whoever counts rows otherwise replaces.
         """
         if not torch.compiler.is_compiling():
-            setattr(self.valid, _ROWS, rows)
+            setattr(self.i, _ROWS, rows)
         return self
 
     def mined_rows(self) -> int | None:
         """How many rows the batch had that these were mined from, where that is known."""
-        return getattr(self.valid, _ROWS, None)
+        return getattr(self.i, _ROWS, None)

@@ -333,12 +333,25 @@ def test_the_loss_refuses_features_that_its_quadruplets_were_not_mined_from(pack
         for call in (loss, loss.embedding):
             with complaint(ValueError, f"feats has {len(other)} rows; quads were mined from 8"):
                 call(other, quads)
-    copied = quads._replace(valid=quads.valid.clone())  # of which only the row numbers tell
+    copied = quads._replace(i=quads.i.clone())  # of which only the row numbers tell
     if not ON_CUDA:
         most = int(max(rows.max() for rows in quads[:4])) + 1
         with complaint(ValueError, f"feats has 1 rows; quads were mined from {most} or more"):
             loss(X[:1], copied)
     torch.testing.assert_close(loss(X, copied), loss(X, quads))
+
+
+@pytest.mark.parametrize("mode", ["batch", "anchor", "pair"])
+def test_the_loss_takes_row_numbers_of_a_larger_batch(mode):
+    quads, loss = make_unit(4).mine(X[2:], LABELS[2:], mode=mode), pddm_ext.QuadrupletLoss()
+    shifted = quads._replace(**{name: getattr(quads, name) + 2 * quads.valid for name in "ijkl"})
+    torch.testing.assert_close(loss(X, shifted), loss(X[2:], quads))
+
+
+def test_the_loss_refuses_quadruplets_that_are_elsewhere():
+    quads = pddm_ext.Quadruplets(*(field.to("meta") for field in make_unit(4).mine(X, LABELS)))
+    with complaint(RuntimeError, DEVICES):
+        pddm_ext.QuadrupletLoss()(X, quads)
 
 
 def test_the_loss_refuses_features_that_are_no_matrix():
