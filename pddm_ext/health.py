@@ -71,9 +71,9 @@ def tell(reason: str, message: str) -> None:
 
 
 def _caller() -> int:
-    """How far up the stack, seen from :func:`tell`, the first line lies that is not the package's."""
+    """How far up the stack, seen from :func:`tell`, the first line lies that is neither the package's nor torch's."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pddm_ext."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("pddm_ext.", "torch.")):
         level, frame = level + 1, frame.f_back
     return level
 
@@ -85,7 +85,7 @@ def after_mining(
 
     Args:
         quads: what was mined.
-        feats: (n, d), by whose similarity.
+        feats: (n, d), by whose similarity, in the precision that it was computed from.
         labels: (n,).
         unit: whose score mined, or None.
         left_out: (n,) bool, rows that were not to be mined, or None.
@@ -143,7 +143,7 @@ def _diagnose(
             f"score is the same, and no gradient can part them. The embedding has collapsed, or the network gives a "
             f"constant: look at its output, use a smaller margin or learning rate, or another mode at first",
         )
-    elif _one_score(quads):
+    elif _one_score(quads) and (unit is None or unit.s.weight.any()):  # zeros are a start, and have a gradient
         tell(
             "dead unit",
             "the unit gives different pairs the same score, to the last bit: its relus are dead, and it has no "
@@ -168,8 +168,8 @@ def _finite(name: str, feats: Tensor) -> bool:
         "features",
         f"{len(bad)} of {len(feats)} rows of {name} are not finite, the first is row {int(bad[0])}: they are in no "
         f"quadruplet, and where all are, the loss is 0 with zero gradients. Training has diverged, or the data or "
-        f"the network's precision bring NaN or infinity: look at the network's output, lower its learning rate, or "
-        f"find the place with torch.autograd.set_detect_anomaly(True)",
+        f"the precision ({feats.dtype}) bring NaN or infinity: look at the network's output, lower its learning rate, "
+        f"or find the place with torch.autograd.set_detect_anomaly(True)",
     )
     return False
 

@@ -151,7 +151,7 @@ def mine_and_score(
     unit = _checks.mining(feats, labels, unit, mode, default_unit)
     left_out = unlabelled(labels, ignore_label)
     quads = select_quadruplets(score_matrix(feats, unit), labels, mode, ignore_label=ignore_label)
-    health.after_mining(quads, feats, labels, unit, left_out)
+    health.after_mining(quads, autocast(feats), labels, unit, left_out)
     return quads.of_rows(feats.shape[0])
 
 

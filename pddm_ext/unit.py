@@ -45,10 +45,11 @@ class PDDM(Parameters):
         _checks.mining(feats, labels, self, mode, default_unit)
         left_out = unlabelled(labels, ignore_label)
         rows, classes = (feats, labels) if left_out is None else set_aside(feats, labels, left_out)
-        mined = call("mine", autocast(rows), classes, *unit_arguments(self), MODES.index(mode))
+        rows = autocast(rows)
+        mined = call("mine", rows, classes, *unit_arguments(self), MODES.index(mode))
         s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
         quads = Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid)
-        health.after_mining(quads, feats, labels, self, left_out)
+        health.after_mining(quads, rows, labels, self, left_out)
         return quads.of_rows(feats.shape[0])
 
 
@@ -95,6 +96,6 @@ def _notice_unused(weight: Tensor) -> None:
         health.tell(
             "default unit",
             f"default_unit({dim}) has gathered the gradients of {passes} backward passes and no optimizer has used "
-            f"them: it never trains. Hand its parameters to your optimizer, [*net.parameters(), "
-            f"*pddm_ext.default_unit({dim}).parameters()], or freeze it with requires_grad_(False)",
+            f"them: unless a step is to gather more, it never trains. Hand its parameters to your optimizer, "
+            f"[*net.parameters(), *pddm_ext.default_unit({dim}).parameters()], or freeze it with requires_grad_(False)",
         )

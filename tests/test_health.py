@@ -113,6 +113,29 @@ def test_a_batch_that_teaches_something_is_not_mentioned(mode):
     assert told(lambda: unit.mine(X, torch.cat([LABELS[:4], torch.arange(100, 112)]), mode=mode)) == []
 
 
+@pytest.mark.parametrize("package", ["fused", "reference"])
+def test_features_out_of_autocasts_range_are_told_as_such(package):
+    unit = make_unit(6) if package == "fused" else plain(make_unit(6))
+    for rows, words in ((slice(5, 6), "1 of 16 rows of feats"), (slice(None), "16 of 16 rows of feats")):
+        feats = X.clone()
+        feats[rows] *= 1e6
+        set_health_checks("warn")
+        with torch.autocast("cpu", torch.float16):
+            (said,) = told(lambda: unit.mine(feats, LABELS, mode="anchor"))  # noqa: B023
+        assert f"{words} are not finite" in said
+        assert "torch.float16" in said
+
+
+@pytest.mark.parametrize("package", ["fused", "reference"])
+def test_features_that_only_autocast_makes_equal_have_collapsed(package):
+    unit = make_unit(6) if package == "fused" else plain(make_unit(6))
+    near = (1 + 1e-4 * X).abs()  # whose differences bfloat16 does not have
+    assert told(lambda: unit.mine(near, LABELS, mode="anchor")) == []
+    with torch.autocast("cpu", torch.bfloat16):
+        (said,) = told(lambda: unit.mine(near, LABELS, mode="anchor"))
+    assert "all 16 rows of feats point the same way" in said
+
+
 def test_each_reason_is_told_for_itself():
     unit = make_unit(6)
     for what in ("all NaN", "no positive", "one class", "equal"):
@@ -188,6 +211,15 @@ def test_a_dead_unit_is_told():
     assert "its relus are dead" in said
 
 
+def test_a_unit_that_starts_at_zero_is_not_mentioned():
+    unit = make_unit(6)
+    nn.init.zeros_(unit.s.weight)
+    assert told(lambda: unit.mine(X, LABELS, mode="anchor")) == []
+    quads = unit.mine(X, LABELS, mode="anchor")
+    pddm_ext.QuadrupletLoss().similarity(quads).backward()
+    assert unit.s.weight.grad.any()
+
+
 @pytest.mark.parametrize("bad", ["embeddings", "ref_emb"])
 def test_an_adapter_that_mines_in_a_reference_tells_as_well(bad):
     pml = pytest.importorskip("pddm_ext.adapters.pml")
@@ -227,6 +259,12 @@ def test_a_default_unit_that_no_optimizer_has_is_told_once(net):
     assert len(said) == 1
     assert "default_unit(4) has gathered the gradients of 8 backward passes and no optimizer has used them" in said[0]
     assert "pddm_ext.default_unit(4).parameters()" in said[0]
+
+
+def test_its_warning_points_at_the_line_of_the_backward_pass(net):
+    with pytest.warns(HealthWarning) as caught:
+        steps(net, torch.optim.SGD(net.parameters(), lr=1e-3), 8)
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
