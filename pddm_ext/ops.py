@@ -179,6 +179,8 @@ def _transformable(name: str, backward: Callable[..., Any], keep: Callable[..., 
                 name, *(a if at is None else a.select(at, element) for a, at in zip(arguments, in_dims, strict=True))
             )
 
+        if info.batch_size == 0:
+            raise ValueError("vmap over a dimension of length 0; at least 1 is accepted")
         results = [of(element) for element in range(info.batch_size)]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0

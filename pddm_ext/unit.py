@@ -75,6 +75,11 @@ def default_unit(dim: int, device: torch.device | str | None = None) -> PDDM:
         # Made in ordinary mode even if an evaluation under inference_mode is the first to ask, or it could never train.
         with _default_units_lock, torch.inference_mode(False):
             if (dim, where) not in _default_units:
+                if torch._C._are_functorch_transforms_active() or hasattr(torch.empty(0), "fake_mode"):
+                    raise RuntimeError(
+                        f"default_unit({dim}) does not exist yet and cannot be made inside a transform of torch.func, "
+                        f"an export or a fake tensor mode; call pddm_ext.default_unit({dim}) before"
+                    )
                 unit = PDDM(dim).to(where)
                 unit.u.weight.register_post_accumulate_grad_hook(_notice_unused)  # type: ignore[no-untyped-call]
                 _default_units[dim, where] = unit

@@ -494,6 +494,30 @@ def test_vmap_of_pairs_wants_as_many_in_every_batch() -> None:
         vmap(lambda x, y: tuple(unit.mine(x, y, mode="pair")))(torch.stack([rows(), rows()]), labels)
 
 
+def test_vmap_wants_at_least_one_element() -> None:
+    unit, none = unit_of(pddm_ext.PDDM), torch.zeros(0, N, D, dtype=torch.float64)
+    for entry in ENTRIES.values():
+        with pytest.raises(ValueError, match="vmap over a dimension of length 0; at least 1 is accepted"):
+            vmap(lambda x: entry(unit, x))(none)  # noqa: B023
+
+
+def test_a_default_unit_has_to_be_there_before_a_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pddm_ext.unit._default_units", {})
+
+    def mined(x: Tensor) -> Tensor:
+        return pddm_ext.mine_and_score(x, LABELS).s_ij.sum()
+
+    refused = pytest.raises(RuntimeError, match=r"call pddm_ext.default_unit\(6\) before")
+    with refused:
+        grad(mined)(rows())
+    with refused:
+        vmap(mined)(rows()[None])
+    with FakeTensorMode(allow_non_fake_inputs=True), refused:
+        mined(torch.empty(N, D))
+    pddm_ext.default_unit(D)
+    assert grad(mined)(rows()).any()
+
+
 if __name__ == "__main__":
     text = PAGE.read_text("utf-8")
     made = text[: text.index(BEGIN) + len(BEGIN)] + table() + text[text.index(END) :]
