@@ -272,7 +272,8 @@ def _check(name: str, embeddings: Any, of: str, structure: Any) -> None:
     _checks._devices(embeddings, structure)
     _dimension(name, embeddings)
     if _checks.readable(structure) and (structure < 0).any():
-        raise ValueError(f"{of} has a negative weight, {structure.min().item():g}; weights from 0 are accepted")
+        least = structure[structure < 0].min().item()  # of numbers: beside NaN there is no least
+        raise ValueError(f"{of} has a negative weight, {least:g}; weights from 0 are accepted")
 
 
 def _dimension(name: str, x: Tensor) -> None:

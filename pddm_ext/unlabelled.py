@@ -17,6 +17,7 @@ def unlabelled(labels: Tensor, ignore_label: int | None) -> Tensor | None:
     if ignore_label is None:
         return None
     integer("ignore_label", ignore_label)
+    ignore_label = int(ignore_label)  # numpy's would be out of range below
     least, most = torch.iinfo(labels.dtype).min, torch.iinfo(labels.dtype).max
     if not least <= ignore_label <= most:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -82,6 +83,14 @@ def test_any_integer_dtype(dtype, values, ignored):
     unit, feats = make_unit(5), make_features(12, 5)
     labels = torch.tensor([values[r % 3] for r in range(12)], dtype=dtype).to(DEVICE)
     quads = unit.mine(feats, labels, mode="anchor", ignore_label=ignored)
+    assert quads.valid.tolist() == [r % 3 != 0 for r in range(12)]
+
+
+@pytest.mark.parametrize("ignored", [np.int8(-1), np.uint64(2**64 - 1)])
+def test_an_integer_of_numpy(ignored):
+    dtype = torch.int64 if ignored < 0 else torch.uint64
+    labels = torch.tensor([int(ignored), 1, 2] * 4, dtype=dtype).to(DEVICE)
+    quads = make_unit(5).mine(make_features(12, 5), labels, mode="anchor", ignore_label=ignored)
     assert quads.valid.tolist() == [r % 3 != 0 for r in range(12)]
 
 

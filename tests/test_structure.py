@@ -515,6 +515,7 @@ def test_negative_weights_are_refused():
     feats = make_features(4, 6)
     negative = torch.ones(4, 6)
     negative[2, 1] = -0.25
+    negative[3, 1] = torch.nan
     message = "structure has a negative weight, -0.25; weights from 0 are accepted"
     for call in (
         lambda: pddm_ext.adaptive_distance(feats, negative, feats),
