@@ -70,7 +70,7 @@ def _vector(name: str, x: Any, length: int | None, of: str) -> None:
 def _formula(unit: Parameters) -> None:
     """Refuses a subclass, or a unit, with a formula of its own where that formula would not be asked."""
     if "forward" in unit.__dict__:  # a wrapper, such as autocast's, has the formula of what it wraps
-        home = inspect.unwrap(unit.forward).__module__
+        home = getattr(inspect.unwrap(unit.forward), "__module__", None) or ""
     else:
         home = next(kind.__module__ for kind in type(unit).__mro__ if "forward" in kind.__dict__)
     if not home.startswith("pddm_ext."):
