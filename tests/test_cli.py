@@ -142,7 +142,7 @@ def test_config_repeats_a_run_and_options_override_it(
         (b'{"lr": NaN}', "--lr is nan; a positive finite number is accepted"),
         (b'{"method": "triplet"}', "--method is 'triplet'; recommended, pddm-batch"),
         (b'{"precision": "fp8"}', "--precision is 'fp8'; 32-true"),
-        (None, "No such file"),
+        (None, "config.json (No such file or directory); a file of settings is accepted"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -206,7 +206,7 @@ def test_a_bad_config_fails_before_any_work(
             ["--data", "folder", "--root", "x"],
             "--backbone convnet is for drawings (glyphs, omniglot); for --data folder",
         ),
-        (["--resume"], "no checkpoint to resume from"),
+        (["--resume"], "no checkpoint is there"),
     ],
 )
 def test_bad_options_fail_before_any_work(
@@ -239,6 +239,33 @@ def test_choices_are_named_by_the_parser(capsys: pytest.CaptureFixture[str]) -> 
         assert f"argument {option}: invalid choice: 'nonsense'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "pddm-ext: error: the following arguments are required: command; 'pddm-ext --help' says"),
+        (["trian"], "pddm-ext: error: argument command: invalid choice: 'trian'"),
+        (["info", "all"], "pddm-ext info: error: unrecognized arguments: all; 'pddm-ext info --help' says"),
+        (
+            ["train", "--batch", "64"],
+            "pddm-ext train: error: unrecognized arguments: --batch 64; 'pddm-ext train --help'",
+        ),
+        (["train", "--steps", "ten"], "pddm-ext train: error: argument --steps: invalid int value: 'ten'"),
+        (["eval"], "pddm-ext eval: error: the following arguments are required: checkpoint"),
+        (["compare", "--seed", "0"], "pddm-ext compare: error: unrecognized arguments: --seed 0"),
+        (["compare", "--methods"], "pddm-ext compare: error: argument --methods: expected at least one argument"),
+    ],
+)
+def test_what_the_parser_refuses_takes_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("accelerator", ["nonsense", "mps" if not torch.backends.mps.is_available() else "tpu"])
 def test_an_accelerator_that_is_not_there_is_named(
     tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], accelerator: str
@@ -253,7 +280,9 @@ def test_an_output_folder_that_is_a_file_is_named(
 ) -> None:
     (tmp_path / "out").write_text("")
     assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path / "out")]) == 2
-    assert str(tmp_path / "out") in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"pddm-ext: error: --out is {tmp_path / 'out'} (")
+    assert error.count("\n") == 1
 
 
 def test_a_measurement_at_the_end_alone_takes_no_longer(tiny: Dataset, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -156,6 +158,25 @@ def test_a_cell_is_what_train_would_give(tmp_path: Path, here: list[Cell]) -> No
     run = Run(replace(COMMON, method="pddm-pair", seed=2), make_tiny())
     run.train(progress=False)
     assert untimed(metrics) == untimed(outcome.figures(run))
+
+
+def test_a_warning_is_a_line_that_names_its_run(
+    tmp_path: Path, here: list[Cell], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several may run at a time, and each is reported when it has ended."""
+
+    def train(run: Run, progress: bool) -> None:
+        for kind in (CollapseWarning, UserWarning):
+            print(end=warnings.formatwarning(kind("too much"), kind, "place.py", 7), file=sys.stderr)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Run, "train", train)
+    assert cli.main(["compare", *TINY_OPTIONS, "--methods", "contrastive", "--seeds", "1", "--out", str(tmp_path)]) == 2
+    ours, other, error = capsys.readouterr().err.splitlines()
+    assert ours == "pddm-ext: warning: contrastive, seed 0: too much"
+    assert other == "place.py:7: UserWarning: too much"
+    assert error == "pddm-ext: error: enough"
+    assert "place.py" in warnings.formatwarning(CollapseWarning("too much"), CollapseWarning, "place.py", 7)
 
 
 def test_an_interrupted_cell_is_continued(tmp_path: Path, here: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,8 +360,8 @@ def test_an_interrupted_grid_says_how_to_go_on(
     [
         (["--methods", "triplet"], "--methods has 'triplet'"),
         (["--methods", "n-pair:nonsense=1"], "'nonsense' is no setting"),
-        (["--seeds", "0"], "--seeds is 0 and --jobs 1; at least 1 is accepted"),
-        (["--jobs", "0"], "--seeds is 5 and --jobs 0; at least 1 is accepted"),
+        (["--seeds", "0"], "--seeds is 0; at least 1 is accepted"),
+        (["--jobs", "0"], "--jobs is 0; at least 1 is accepted"),
         (["--tries", "0"], "--tries is at least 1"),
         (["--lrs", "0"], "--lr is 0.0; a positive finite number"),
         (["--devices", "2"], "--devices is 2; each run of a comparison has 1"),

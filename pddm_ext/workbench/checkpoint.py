@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -69,12 +70,16 @@ def claimed(folder: Path) -> Iterator[None]:
         ValueError: another process has claimed it.
         OSError: it is no folder, or not to be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout as error:
         raise ValueError(f"{folder} is in use by another run; wait for that one, or choose another --out") from error
+    except OSError as error:
+        raise OSError(
+            f"--out is {folder} ({error.strerror or error}); a folder that can be made and written to is accepted"
+        ) from error
     try:
         yield
     finally:
@@ -100,7 +105,7 @@ def digest(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
 def there(path: Path) -> None:
     """Raise FileNotFoundError where there is no checkpoint."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no checkpoint to resume from; expected the one that 'pddm-ext train' writes")
+        raise FileNotFoundError(f"{path}: no checkpoint is there; expected the one that 'pddm-ext train' writes")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -114,10 +119,11 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch.load raises almost anything at a damaged file, with pages of advice after the first line.
-        reason = str(error).partition("\n")[0]
+        # torch.load raises almost anything at a damaged file, with pages of advice after the first line; of what it
+        # will not run, the advice is to let it.
+        reason = "" if isinstance(error, UnpicklingError) else " ({})".format(str(error).partition("\n")[0])
         raise ValueError(
-            f"{path}: not a readable checkpoint ({reason}); expected the one that 'pddm-ext train' writes"
+            f"{path}: not a readable checkpoint{reason}; expected the one that 'pddm-ext train' writes"
         ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if type(found) is int and found != FORMAT:

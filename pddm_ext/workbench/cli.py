@@ -8,24 +8,26 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from .. import _C, __version__
 from .._installing import bring
-from .console import lenient
+from .console import brief_warnings, lenient
 from .settings import DRAWINGS, Settings, option, parse, read, written
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for bad input (a line on stderr says what), 130 when interrupted."""
-    with lenient():
+    with lenient(), brief_warnings():
         return _main(argv)
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         command = {"info": _info, "train": _train, "eval": _eval, "compare": _compare}[arguments.command]
         return command(arguments)
@@ -64,8 +66,15 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error) or "DataLoader worker (pid" in str(error)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pddm-ext", description="Deep metric learning with PDDM.")
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, without the screen of options in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; '{self.prog} --help' says what is accepted\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="pddm-ext", description="Deep metric learning with PDDM.")
     parser.add_argument("--version", action="version", version=f"pddm-ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     # Without abbreviations, of which compare's --seed would be one of --seeds.
@@ -123,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     compare.add_argument("--out", type=Path, help="folder of the grid (default: runs/DATA)")
     _add_progress(compare)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -260,8 +271,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     common = _settings(arguments)
     folder = _out(arguments.out or Path("runs") / common.data)
-    if arguments.seeds < 1 or arguments.jobs < 1:
-        raise ValueError(f"--seeds is {arguments.seeds} and --jobs {arguments.jobs}; at least 1 is accepted")
+    for name in ("seeds", "jobs"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1 is accepted")
 
     from . import checkpoint, compare
     from .report import page

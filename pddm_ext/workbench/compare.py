@@ -22,7 +22,7 @@ from pddm_ext.quadruplets import Quadruplets
 
 from . import backbones, outcome
 from .checkpoint import claimed, write_bytes
-from .console import Progress
+from .console import Progress, brief_warnings
 from .data.augment import Photographs
 from .data.load import load
 from .data.splits import Dataset, batches
@@ -222,7 +222,7 @@ def run_cell(cell: Cell, threads: int) -> None:
     torch.set_num_threads(threads)
     dataset = _dataset(cell.settings)
     run = Run(cell.settings, dataset if cell.fold is None else dataset.validation(cell.fold), cell.folder)
-    with claimed(cell.folder):
+    with claimed(cell.folder), brief_warnings(f"{cell.label}, seed {cell.settings.seed}: "):
         if finished(cell) is not None:
             return  # by another process meanwhile
         if (cell.folder / CHECKPOINT).exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
@@ -62,6 +63,29 @@ def lenient() -> Iterator[None]:
             stack.callback(kept.flush)
             stack.enter_context(redirect(kept))
         yield
+
+
+@contextmanager
+def brief_warnings(of: str = "") -> Iterator[None]:
+    """This package's warnings in a line each, as its errors are, as long as this lasts.
+
+    Args:
+        of: what they are about, in front of each.
+    """
+    usual = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            return f"pddm-ext: warning: {of}{message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 class Progress:

@@ -205,6 +205,8 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         given = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise OSError(f"--config is {path} ({error.strerror}); a file of settings is accepted") from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(given, dict):
