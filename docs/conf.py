@@ -44,14 +44,14 @@ html_css_files = ["site.css"]
 
 
 class Options(SphinxDirective):
-    """``{options} COMMAND [OTHER]``: what a command of pddm-ext accepts, but for the options that OTHER has, too."""
+    """``{options} COMMAND [OTHER]``: what a command of pddm-ext accepts, but for what OTHER says in the same words."""
 
     required_arguments, optional_arguments = 1, 1
 
     def run(self) -> list[nodes.Node]:
         command, *others = (_commands()[name] for name in self.arguments)
-        known = {option for other in others for action in other._actions for option in action.option_strings}
-        actions = [action for action in command._actions if known.isdisjoint(action.option_strings)]
+        known = {(*action.option_strings, action.help) for other in others for action in other._actions}
+        actions = [action for action in command._actions if (*action.option_strings, action.help) not in known]
         lines = [f":::{{program}} {command.prog}\n:::\n", command.description or "", *map(_described, actions)]
         return self.parse_text_to_nodes("\n\n".join(lines))
 

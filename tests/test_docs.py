@@ -11,6 +11,7 @@ import pytest
 
 import pddm_ext
 from helpers import threads
+from pddm_ext.workbench.cli import _parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -56,6 +57,15 @@ def test_the_reference_names_everything_public():
     public = {*pddm_ext.__all__, *(f"adapters.{name}" for name in adapters)}
     assert {f"pddm_ext.{name}" for name in public} <= set(documented)
     assert len(documented) == len(set(documented))
+
+
+def test_the_command_line_s_page_says_which_of_train_s_options_compare_lacks():
+    train, compare = (
+        {option for action in command._actions for option in action.option_strings}
+        for command in (_parser()._subparsers._group_actions[0].choices[name] for name in ("train", "compare"))
+    )
+    (said,) = re.findall(r"^And every option of .* but (.*)\.$", PAGES["docs/cli.md"].read_text("utf-8"), re.MULTILINE)
+    assert set(re.findall("`(.*?)`", said)) == train - compare
 
 
 def test_the_page_on_other_libraries_shows_every_example():
