@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..settings import Settings
 from .augment import PHOTOS, Photographs
 from .splits import Dataset
 
+#: What ``--download`` fetches.
+FETCHED = ("cub200", "cars196", "sop")
 
-def load(settings: Settings, view: Photographs = PHOTOS) -> Dataset:
+
+def load(settings: Settings, view: Photographs = PHOTOS, only: Literal["train", "test"] | None = None) -> Dataset:
     """What ``--data`` names, from ``--root`` where it has one; imports only what that one needs.
 
     Args:
         settings: name the data.
         view: how photographs are seen; drawings have a view of their own.
+        only: the half of the data that has to be whole, where the other does not matter: what is trained on, or what
+            is measured (``"test"``: queries and gallery).
 
     Raises:
         FileNotFoundError: something is not there; the message names it and where it comes from.
-        ValueError: something is damaged, or ``--download`` of what cannot be fetched.
+        ValueError: something is damaged, ``--download`` of what cannot be fetched, or an option for other data.
     """
-    if settings.data in ("cub200", "cars196", "sop"):
+    data = settings.data
+    if settings.download and data not in FETCHED:
+        raise ValueError(f"--download fetches {', '.join(FETCHED[:-1])} and {FETCHED[-1]}; --data is {data}")
+    if settings.split != "half" and data != "folder":
+        raise ValueError(f"--split {settings.split} is for --data folder; {data} has a split of its own")
+    if settings.gallery != "train" and data != "grocery":
+        raise ValueError(f"--gallery {settings.gallery} is for --data grocery; --data is {data}")
+    if data in FETCHED:
         from . import published
 
-        return published.load(settings.data, settings.root, view, download=settings.download)
-    if settings.download:
-        raise ValueError(f"--download fetches cub200, cars196 and sop; --data is {settings.data}")
-    if settings.data == "folder":
+        return published.load(data, settings.root, view, download=settings.download, only=only)
+    if data == "in-shop":
+        from . import inshop
+
+        return inshop.load(settings.root, view, only=only)
+    if data == "grocery":
+        from . import grocery
+
+        return grocery.load(settings.root, view, gallery=settings.gallery, only=only)
+    if data == "folder":
         from . import photos
 
-        return photos.folder(settings.root, view)
-    if settings.data == "omniglot":
+        return photos.folder(settings.root, view, split=settings.split, seed=settings.seed, only=only)
+    if data == "omniglot":
         from . import omniglot
 
         return omniglot.load(settings.root)

@@ -13,13 +13,14 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 from pytorch_metric_learning.datasets import CUB, Cars196, StanfordOnlineProducts
 from pytorch_metric_learning.datasets.base_dataset import BaseDataset
 
 from . import photos
 from .augment import PHOTOS, Photographs
+from .files import outside
 from .splits import Dataset
 
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError, ValueError)
@@ -103,7 +104,14 @@ LAYOUTS = {
 }
 
 
-def load(name: str, root: str | Path, view: Photographs = PHOTOS, *, download: bool = False) -> Dataset:
+def load(
+    name: str,
+    root: str | Path,
+    view: Photographs = PHOTOS,
+    *,
+    download: bool = False,
+    only: photos.Only | None = None,
+) -> Dataset:
     """A published data set with its usual split; warns where its size is not the published one.
 
     CUB-200-2011 trains on its classes 1 to 100, CARS196 on 1 to 98, SOP on those of ``Ebay_train.txt``.
@@ -114,6 +122,7 @@ def load(name: str, root: str | Path, view: Photographs = PHOTOS, *, download: b
             itself, once.
         view: how the photographs are seen.
         download: fetch the data set into ``root`` where neither is there.
+        only: the half whose pictures have to be there, if the other one does not matter.
 
     Raises:
         FileNotFoundError: nothing is there, something of it is missing, or it cannot be fetched.
@@ -136,15 +145,17 @@ def load(name: str, root: str | Path, view: Photographs = PHOTOS, *, download: b
                 f"holds none of {', '.join(layout.entries + layout.archives)}" if root.is_dir() else "no such folder"
             )
             raise FileNotFoundError(f"{root}: {there}; {layout.expected}; with --download it is fetched")
-    dataset = _read(name, root, str(root), view)
+    dataset = _read(name, root, str(root), view, only)
     found = tuple(len(each) for split in (dataset.train, dataset.test) for each in (split.labels, split.names))
-    if found != layout.figures:
-        told = "{:,} training pictures of {:,} classes and {:,} test pictures of {:,} classes"
-        warnings.warn(
-            f"{root}: {told.format(*found)}; {layout.title} as published has {told.format(*layout.figures)}",
-            stacklevel=2,
-        )
+    told = "{:,} training pictures of {:,} classes and {:,} test pictures of {:,} classes"
+    warn_of_size(str(root), layout.title, told, found, layout.figures)
     return dataset
+
+
+def warn_of_size(where: str, title: str, told: str, found: tuple[int, ...], figures: tuple[int, ...]) -> None:
+    """Warn where the sizes that were found, to be put into the text ``told``, are not the published ``figures``."""
+    if found != figures:
+        warnings.warn(f"{where}: {told.format(*found)}; {title} as published has {told.format(*figures)}", stacklevel=3)
 
 
 def _make(name: str, root: Path, where: str, fill: Callable[[Path], None]) -> None:
@@ -154,7 +165,7 @@ def _make(name: str, root: Path, where: str, fill: Callable[[Path], None]) -> No
     try:
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root) as unfinished:
             fill(Path(unfinished))
-            _read(name, Path(unfinished), where, PHOTOS)
+            _read(name, Path(unfinished), where, PHOTOS, None)
             for entry in LAYOUTS[name].entries:
                 try:
                     os.replace(Path(unfinished, entry), root / entry)
@@ -194,16 +205,15 @@ def _unpack(layout: _Layout, archive: Path, folder: Path) -> None:
                     pass
         else:
             with zipfile.ZipFile(archive) as members:
-                for member in members.namelist():
-                    path = PureWindowsPath(member)  # knows both kinds of slash, and drives
-                    if path.anchor or ".." in path.parts:
-                        raise ValueError(f"its member {member} would be written outside")
+                member = outside(members.namelist())
+                if member is not None:
+                    raise ValueError(f"its member {member} would be written outside")
                 members.extractall(folder)
     except _DAMAGED as error:
         raise ValueError(f"{archive}: not a readable archive ({error}); {layout.expected}") from error
 
 
-def _read(name: str, root: Path, where: str, view: Photographs) -> Dataset:
+def _read(name: str, root: Path, where: str, view: Photographs, only: photos.Only | None) -> Dataset:
     """What the folder ``root`` holds, whole or refused; ``where`` is what messages call it."""
     layout = LAYOUTS[name]
     lost = [path for path in layout.index if not (root / path).is_file()]
@@ -232,7 +242,7 @@ def _read(name: str, root: Path, where: str, view: Photographs) -> Dataset:
     if both:
         raise ValueError(f"{index} puts class {min(both)} on both sides of the split; {layout.expected}")
     train, test = (_classes(layout, root, side) for side in sides)
-    return photos.dataset(name, root, train, test, where=where, expected=layout.expected, view=view)
+    return photos.dataset(name, root, train, test, where=where, expected=layout.expected, view=view, only=only)
 
 
 def _classes(layout: _Layout, root: Path, side: BaseDataset) -> photos.Classes:

@@ -105,14 +105,19 @@ class Joined:
 
 
 def file_of(pictures: Pictures, row: int) -> str | None:
-    """The file that a row is read from, relative to its folder; None where it comes from none."""
+    """The file that a row is read from, relative to its folder and for people; None where it comes from none."""
     if isinstance(pictures, Rows):
         return file_of(pictures.pictures, int(pictures.rows[row]))
     if isinstance(pictures, Joined):
         first = len(pictures.first)
         return file_of(pictures.first, row) if row < first else file_of(pictures.second, row - first)
     paths = getattr(pictures, "paths", None)
-    return None if paths is None else str(paths[row])
+    return None if paths is None else legible(paths[row])
+
+
+def legible(name: str) -> str:
+    """A name that any file can hold: under an ASCII locale Python reads an umlaut as two lone surrogates."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 TestClasses = Literal["unseen", "known", "seen"]
@@ -133,6 +138,7 @@ class Dataset:
         val: further queries, to choose settings, a step or a threshold by.
         protocol: what the test classes are to training: ``"unseen"`` ones, ``"known"`` ones of which other pictures
             are searched for among those trained on, or ``"seen"`` where nothing was held out.
+        notes: what somebody who reads the figures should know of the data, a line each.
     """
 
     name: str
@@ -143,6 +149,7 @@ class Dataset:
     gallery: Split | None = None
     val: Split | None = None
     protocol: TestClasses = "unseen"
+    notes: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Identifies the pictures and labels of every side."""
@@ -153,11 +160,12 @@ class Dataset:
         return sha.hexdigest()
 
     def selecting(self) -> Dataset | None:
-        """The data with the validation queries in the test queries' place, among the training pictures where classes
-        are known, else among themselves; None without validation pictures."""
+        """The data with the validation queries in the test queries' place, among the training pictures where their
+        classes are known, else among themselves; None without validation pictures."""
         if self.val is None:
             return None
-        gallery = self.train if self.protocol == "known" else None
+        known = self.protocol == "known" and set(self.val.names) <= set(self.train.names)
+        gallery = self.train if known else None
         return replace(self, name=f"{self.name} (validation)", test=self.val, gallery=gallery, val=None)
 
     def hold_out(self, seed: int) -> Dataset:
