@@ -119,7 +119,7 @@ CLASSES = {
 }
 
 
-def load(name: str, root: Path, **options: bool) -> Dataset:
+def load(name: str, root: Path, **options: Any) -> Dataset:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the sizes are not the published ones
         return published.load(name, root, **options)

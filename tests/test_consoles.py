@@ -18,7 +18,7 @@ from pddm_ext.workbench import cli, compare, outcome
 from pddm_ext.workbench.checkpoint import write_json
 from pddm_ext.workbench.console import Progress, lenient
 from pddm_ext.workbench.data import photos
-from pddm_ext.workbench.data.splits import Dataset
+from pddm_ext.workbench.data.splits import Dataset, file_of
 from pddm_ext.workbench.report import page
 from runs import TINY_OPTIONS, make_archive
 from small_data import make_folder
@@ -64,8 +64,8 @@ def test_class_names_that_a_console_cannot_show(tmp_path: Path, encoding: str, l
     # The same data, whatever the locale they are read under, and figures that everybody can read.
     metrics = outcome.read(tmp_path / out)
     assert metrics is not None
-    assert metrics["data"]["train"]["from"] == ["c to h"]
-    assert metrics["data"]["test"]["from"] == ["Ärger to \ufffdz"]
+    assert metrics["data"]["train"]["from"] == ["c to h, the first half of the classes by name"]
+    assert metrics["data"]["test"]["from"] == ["Ärger to \ufffdz, the second half of the classes by name"]
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -153,10 +153,13 @@ def test_a_data_set_is_the_same_under_every_locale(tmp_path: Path) -> None:
     """Python reads a name's bytes as letters, or under an ASCII locale as one surrogate for each."""
     names = ("Köln", "Köln".encode().decode("ascii", "surrogateescape"))
     splits = [
-        photos._split(tmp_path, [(name, [f"{name}/1.png"])] * 2, {f"{name}/1.png": 5}, expected="") for name in names
+        photos._split(photos.Photos(tmp_path, (path,), ""), [(name, [path])] * 2, {path: 5}, "")
+        for name in names
+        for path in [f"{name}/1.png"]
     ]
     assert splits[0].digest == splits[1].digest
     assert splits[0].names == splits[1].names == ("Köln", "Köln")
+    assert [file_of(split.pictures, 0) for split in splits] == ["Köln/1.png"] * 2
 
 
 # Progress

@@ -196,7 +196,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
     from . import backbones, checkpoint, loop, outcome
-    from .data.load import load
+    from .data import scan
     from .report import page
 
     def look() -> None:
@@ -206,9 +206,9 @@ def _train(arguments: argparse.Namespace) -> int:
             checkpoint.there(folder / loop.CHECKPOINT)
 
     look()
-    dataset = load(settings, backbones.view(settings))
-    run = loop.Run(settings, dataset, folder)
     leads = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    dataset = scan.ready(settings, backbones.view(settings), progress=arguments.progress, leads=leads)
+    run = loop.Run(settings, dataset, folder)
     # Of several processes the leading one writes, and it claims the folder before it starts the others.
     with checkpoint.claimed(folder) if leads else nullcontext():
         if leads:
@@ -217,10 +217,8 @@ def _train(arguments: argparse.Namespace) -> int:
             run.resume()
         if leads:
             checkpoint.write_bytes(folder / loop.CONFIG, written(settings))
-        for verb, split in (("train on", dataset.train), ("search among", dataset.test)):
-            rank_zero_only(print)(
-                f"{verb} {len(split.names)} classes, {len(split.labels)} pictures: {', '.join(split.groups)}"
-            )
+        for line in scan.introduction(dataset):
+            rank_zero_only(print)(line)
         try:
             run.train(progress=arguments.progress)
         except KeyboardInterrupt:
@@ -244,7 +242,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--json is {arguments.json}; a file in a folder that is there is accepted")
 
     from . import backbones, checkpoint, loop, outcome
-    from .data.load import load
+    from .data import scan
     from .report import page
 
     state = checkpoint.load(arguments.checkpoint)
@@ -258,7 +256,8 @@ def _eval(arguments: argparse.Namespace) -> int:
             f"{arguments.checkpoint} has a backbone whose code would run; confirm with --backbone {backbone}"
         )
     settings = Settings(**{**saved, "download": False})
-    run = loop.Run(settings, load(settings, backbones.view(settings)), arguments.checkpoint.parent)
+    dataset = scan.ready(settings, backbones.view(settings), only="test")
+    run = loop.Run(settings, dataset, arguments.checkpoint.parent)
     run.resume(arguments.checkpoint)
     run.place(arguments.accelerator)
     metrics = outcome.figures(run, arguments.candidates)

@@ -23,8 +23,10 @@ from pddm_ext.quadruplets import Quadruplets
 from . import backbones, outcome
 from .checkpoint import claimed, write_bytes
 from .console import Progress, brief_warnings
+from .data import scan
 from .data.augment import Photographs
 from .data.load import load
+from .data.photos import without
 from .data.splits import Dataset, batches
 from .evaluation.evaluate import embed
 from .loop import CHECKPOINT, CONFIG, Run
@@ -178,7 +180,11 @@ class Grid:
             FloatingPointError: a run that counts diverged.
         """
         first = next(iter(self.methods.values()))
-        _dataset(first)  # fetched once, and refused before any run if it is no good
+        # Fetched and looked at once, and refused before any run if it is no good.
+        _LEFT_OUT.clear()
+        dataset, lost = scan.examined(_dataset(first), skip=first.skip_unreadable, progress=progress)
+        _LEFT_OUT.update(lost)
+        scan.tell(dataset)
         _run_all(self.tuning(), jobs, "choosing learning rates", progress)
         cells = self.cells()
         _run_all(cells, jobs, "training", progress)
@@ -209,12 +215,16 @@ def _dataset(settings: Settings) -> Dataset:
     """The settings' data, loaded once for all runs that see them alike."""
     own = {name: getattr(settings, name) for name in _OF_DATA}
     seed = settings.seed if settings.split == "random" else 0
-    return _loaded(Settings(seed=seed, **own), backbones.view(settings))
+    return _loaded(Settings(seed=seed, **own), backbones.view(settings), frozenset(_LEFT_OUT))
+
+
+#: Pictures that cannot be read, which the grid was told of when it began; the processes of its runs are told in turn.
+_LEFT_OUT: set[str] = set()
 
 
 @functools.lru_cache(4)
-def _loaded(settings: Settings, view: Photographs) -> Dataset:
-    return load(settings, view)
+def _loaded(settings: Settings, view: Photographs, lost: frozenset[str]) -> Dataset:
+    return without(load(settings, view), lost)
 
 
 def run_cell(cell: Cell, threads: int) -> None:
@@ -265,7 +275,7 @@ def _each(cells: list[Cell], jobs: int, threads: int) -> Iterator[Cell]:
         jobs,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin,
-        initargs=(multiprocessing.get_start_method(),),
+        initargs=(multiprocessing.get_start_method(), frozenset(_LEFT_OUT)),
     )
     others = multiprocessing.active_children()
     try:
@@ -309,8 +319,9 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(start: str) -> None:
+def _begin(start: str, lost: frozenset[str] = frozenset()) -> None:
     """What a process of the grid does first."""
+    _LEFT_OUT.update(lost)
     # Loaders start their workers as they do in a run by itself; spawned ones would take seconds each time.
     multiprocessing.set_start_method(start, force=True)
     signal.signal(signal.SIGTERM, _end)
