@@ -6,12 +6,10 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from unicodedata import combining, east_asian_width
 
-import jinja2
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
@@ -21,6 +19,7 @@ from ..loop import COLLAPSED
 from . import figures, pictures
 from .figures import Cells
 from .pictures import Examples
+from .templates import environment
 
 PAGE = "report.html"
 RANKINGS = {"distance": "by distance", "score": "by score", "rerank": "re-ranked", "structure": "by structure"}
@@ -161,13 +160,10 @@ def write(path: Path, cells: Cells, raw: Metrics | None = None, examples: Exampl
     """
     rows = _rows(cells, raw)
     everything = [metrics for seeds in cells.values() for metrics in seeds]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["breakable"] = _breakable
-    template = resources.files(__package__).joinpath("page.html.j2").read_text("utf-8")
+    templates = environment()
+    templates.filters["breakable"] = _breakable
     shared, differing = _settings(cells)
-    page = environment.from_string(template).render(
+    page = templates.get_template("page.html.j2").render(
         rows=rows,
         groups=_groups(),
         columns=_COLUMNS,
