@@ -390,6 +390,7 @@ class Pictures:
 
     def __init__(self, seen: Tensor, labels: Tensor) -> None:
         self.seen, self.labels = seen, labels
+        self.queries = self.gallery = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -439,7 +440,7 @@ def test_figures_are_what_the_files_hold(with_unit: bool) -> None:
     kinds = {"distance", "score", "rerank"} if with_unit else {"distance"}
     found = evaluate.measure(features, labels, make_unit(6, 17, 23) if with_unit else None, seed=0)
     assert found.keys() == {
-        *("results", "clustering", "transfer", "zero_shot", "pairs", "spread", "effective_rank"),
+        *("results", "left_out", "clustering", "transfer", "zero_shot", "pairs", "spread", "effective_rank"),
     }
     assert found["results"].keys() == kinds
     assert found["pairs"].keys() == kinds - {"rerank"}

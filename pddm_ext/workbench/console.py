@@ -114,9 +114,9 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def update(self) -> None:
-        self._done += 1
-        self._bar.update()
+    def update(self, count: int = 1) -> None:
+        self._done += count
+        self._bar.update(count)
 
     def report(self, text: str) -> None:
         self._bar.set_postfix_str(text)

@@ -13,28 +13,30 @@ from torch.utils.data import DataLoader
 import pddm_ext
 from pddm_ext import _checks, _numbers
 
+from ..console import Progress
 from ..data.splits import TestSet
 from ..model import Embedder
 from . import inputs
 from .probes import clustering, transfer, zero_shot
-from .retrieval import relevant, retrieval
+from .retrieval import answered, retrieval
 from .separation import effective_rank, separation, spread
 
 
-def embed(net: nn.Module, test: TestSet, workers: int = 0) -> Tensor:
+def embed(net: nn.Module, test: TestSet, workers: int = 0, *, progress: bool | None = False) -> Tensor:
     """Unit features (n, dim) of the test set, float32 on the CPU, in evaluation mode; the net's mode is put back.
 
     Args:
         net: pictures to embeddings, on any device.
         test: what to embed.
         workers: processes that read the pictures.
+        progress: over the pictures, as in :class:`..console.Progress`.
     """
-    (features,) = _over(test, lambda pictures: (net(pictures),), net, workers)
+    (features,) = _over(test, lambda pictures: (net(pictures),), net, workers, progress)
     return F.normalize(features, dim=1)
 
 
 def _over(
-    test: TestSet, call: Callable[[Tensor], Sequence[Tensor]], net: nn.Module, workers: int
+    test: TestSet, call: Callable[[Tensor], Sequence[Tensor]], net: nn.Module, workers: int, progress: bool | None
 ) -> tuple[Tensor, ...]:
     """What ``call`` gives for all test pictures, row by row."""
     was_training, weight = net.training, next(net.parameters())
@@ -47,10 +49,15 @@ def _over(
         num_workers=workers,
         generator=torch.Generator(),
     )
+    parts: list[list[Tensor]] = []
     net.eval()
-    with torch.no_grad():
-        parts = [[rows.float().cpu() for rows in call(pictures.to(weight))] for pictures in loader]
-    net.train(was_training)
+    try:
+        with torch.no_grad(), Progress("embedding", len(test), 0, "picture", progress) as bar:
+            for pictures in loader:
+                parts.append([rows.float().cpu() for rows in call(pictures.to(weight))])
+                bar.update(len(pictures))
+    finally:
+        net.train(was_training)
     return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
@@ -62,34 +69,48 @@ def measure(
     seed: int,
     candidates: int = 100,
     structure: Tensor | None = None,
+    queries: Tensor | None = None,
+    gallery: Tensor | None = None,
 ) -> dict[str, Any]:
     """Every figure of given features: by distance, with a unit by its score, and with a structure re-ranked by that.
+
+    Rankings and pairs are those of the queries with the gallery, clusters those of the queries, and the probes learn
+    the gallery's rows and are tested on the queries (:func:`.probes.learned`); spread and effective rank are of either.
 
     Args:
         features: (n, d) unit rows (or zero ones, as ``normalize`` leaves them), of any floating dtype and on any
             device; measured in float32 on the CPU, without a gradient.
-        labels: (n,) of any integer dtype, with two classes of two rows or more. No figure depends on the numbers that
-            the classes have.
+        labels: (n,) of any integer dtype; two classes or more have a query with an answer, another row of its class in
+            the gallery. No figure depends on the numbers that the classes have.
         unit: on any device, or None.
         seed: from 0, of whatever is drawn: the same gives the same figures.
         candidates: how many of the nearest rows are re-ranked, by score or by structure.
         structure: (n, d) positive weights, of any floating dtype, or None.
+        queries: (q,) distinct rows that are searched for, of any integer dtype; every row without it.
+        gallery: (g,) distinct rows that are searched among; every row without it. No query finds itself.
 
     Returns:
-        ``results`` (:func:`.retrieval.retrieval`), ``clustering`` (:func:`.probes.clustering`), ``transfer``,
-        ``zero_shot``, ``pairs`` (:func:`.separation.separation`), ``spread`` and ``effective_rank``, all as plain
-        numbers that JSON can hold.
+        ``results`` (:func:`.retrieval.retrieval`), ``left_out``, the number of queries without an answer, which no
+        ranking counts, ``clustering`` (:func:`.probes.clustering`), ``transfer``, ``zero_shot``, ``pairs``
+        (:func:`.separation.separation`), ``spread`` and ``effective_rank``, all as plain numbers that JSON can hold,
+        None where there is nothing to measure.
 
     Raises:
         TypeError: an argument that is no tensor, unit or int, or a dtype or layout that is not accepted.
-        ValueError: shapes, norms, labels, a unit or candidates that cannot be evaluated.
+        ValueError: shapes, norms, labels, queries, a gallery, a unit or candidates that cannot be evaluated.
+        IndexError: a query, or a row of the gallery, is no row.
         FloatingPointError: a feature, a structure or a score is not finite.
     """
     features = inputs.features(features, unit=True)
     labels = inputs.classes(labels, len(features))
-    classes = len(torch.unique(labels[relevant(labels) > 0]))
+    asked, among = inputs.sides(queries, gallery, len(features))
+    found = answered(labels, queries, gallery, least=0)
+    classes = len(torch.unique(labels[found]))
     if classes < 2:
-        raise ValueError(f"labels have {classes} classes of two rows or more; at least 2 are accepted")
+        of = "labels have {} classes of two rows or more"
+        if queries is not None or gallery is not None:
+            of = "queries have {} classes of which the gallery has another row"
+        raise ValueError(f"{of.format(classes)}; at least 2 are accepted")
     _numbers.size("candidates", candidates)
     inputs.seed(seed)
     if unit is not None:
@@ -101,24 +122,60 @@ def measure(
                 f"structure has shape {tuple(structure.shape)} and values from {structure.min():.4g}; "
                 f"{tuple(features.shape)}, as features have, and positive values are accepted"
             )
+    either = torch.zeros(len(features), dtype=torch.bool).index_fill(0, torch.cat([asked, among]), True)
+    used = features if either.all() else features[either]
     return {
-        "results": retrieval(features, labels, unit, seed, candidates, structure),
-        "clustering": clustering(features, labels, seed),
-        "transfer": transfer(features, labels, seed),
-        "zero_shot": zero_shot(features, labels, seed),
-        "pairs": separation(features, labels, unit, seed),
-        "spread": spread(features),
-        "effective_rank": effective_rank(features),
+        "results": retrieval(features, labels, unit, seed, candidates, structure, queries, gallery),
+        "left_out": len(asked) - len(found),
+        "clustering": clustering(features, labels, seed, queries),
+        "transfer": transfer(features, labels, seed, queries, gallery),
+        "zero_shot": zero_shot(features, labels, seed, queries, gallery),
+        "pairs": separation(features, labels, unit, seed, queries, gallery),
+        "spread": spread(used),
+        "effective_rank": effective_rank(used),
     }
 
 
 def evaluate(
-    net: nn.Module, unit: pddm_ext.PDDM | None, test: TestSet, *, seed: int, candidates: int = 100, workers: int = 0
+    net: nn.Module,
+    unit: pddm_ext.PDDM | None,
+    test: TestSet,
+    *,
+    seed: int,
+    candidates: int = 100,
+    workers: int = 0,
+    features: Tensor | None = None,
+    progress: bool | None = False,
 ) -> dict[str, Any]:
-    """:func:`measure` of the net's features, and structures if it has a head for them, on the test set."""
+    """:func:`measure` of the net's features, and structures if it has a head for them, on the test set.
+
+    Args:
+        net: as in :func:`embed`.
+        unit: as in :func:`measure`.
+        test: whose queries are searched for among its gallery.
+        seed: as in :func:`measure`.
+        candidates: as in :func:`measure`.
+        workers: as in :func:`embed`.
+        features: what :func:`embed` gave for the same net and test set, for it not to be done again; a net with a head
+            for structures embeds all the same.
+        progress: as in :func:`embed`.
+
+    Raises:
+        TypeError, ValueError, FloatingPointError: as :func:`measure` says.
+    """
+    structure = None
     if isinstance(net, Embedder) and net.structure is not None:
-        features, structure = _over(test, net.both, net, workers)  # type: ignore[arg-type]
+        features, structure = _over(test, net.both, net, workers, progress)  # type: ignore[arg-type]
         features = F.normalize(features, dim=1)
-    else:
-        features, structure = embed(net, test, workers), None
-    return measure(features, test.labels, unit, seed=seed, candidates=candidates, structure=structure)
+    elif features is None:
+        features = embed(net, test, workers, progress=progress)
+    return measure(
+        features,
+        test.labels,
+        unit,
+        seed=seed,
+        candidates=candidates,
+        structure=structure,
+        queries=test.queries,
+        gallery=test.gallery,
+    )

@@ -81,6 +81,37 @@ def queries(x: Any, length: int) -> Tensor:
     return _rows("queries", x, length)
 
 
+def sides(queries: Any, gallery: Any, length: int) -> tuple[Tensor, Tensor]:
+    """Who is searched for, (q,), and among whom, (g,), of ``length`` rows, int64 on the CPU; None is all of them.
+
+    Raises:
+        TypeError: no tensor of an integer dtype.
+        ValueError: no vector, an empty one, or a row twice.
+        IndexError: a row that is not there.
+    """
+    both = []
+    for name, x in (("queries", queries), ("gallery", gallery)):
+        both.append(torch.arange(length) if x is None else _distinct(name, x, length))
+    return both[0], both[1]
+
+
+def gallery(x: Any, length: int) -> Tensor | None:
+    """The gallery as in :func:`sides`; None stays None."""
+    return None if x is None else _distinct("gallery", x, length)
+
+
+def _distinct(name: str, x: Any, length: int) -> Tensor:
+    _checks._vector(name, x, None, "")
+    rows = _rows(name, x, length)
+    if len(rows) == 0:
+        raise ValueError(f"{name} is empty; at least one row is accepted")
+    ordered = rows.sort().values
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise ValueError(f"{name} has row {int(twice[0])} twice; distinct rows are accepted")
+    return rows
+
+
 def ranked(x: Any, queries: Tensor, length: int) -> Tensor:
     """:func:`queries` for a ranking (q, k), a row for each query (q,)."""
     _checks._tensor("ranked", x, _checks.INTEGERS, "an integer dtype")
@@ -95,7 +126,8 @@ def _rows(name: str, x: Tensor, length: int) -> Tensor:
     _values(name, x)
     plain: Tensor = x.detach().cpu().long()
     if plain.numel() and not 0 <= int(plain.min()) <= int(plain.max()) < length:
-        raise IndexError(f"{name} are {int(plain.min())} to {int(plain.max())}; 0 to {length - 1} is accepted")
+        verb = "is" if name == "gallery" else "are"
+        raise IndexError(f"{name} {verb} {int(plain.min())} to {int(plain.max())}; 0 to {length - 1} is accepted")
     return plain
 
 
@@ -111,18 +143,19 @@ def seed(value: Any) -> None:
         raise ValueError(f"seed is {value}; less than 2**32 is accepted")
 
 
-def neighbours(k: Any, length: int) -> None:
-    """Refuse a number k of other rows that ``length`` rows do not have.
+def neighbours(k: Any, others: int, gallery: bool = False) -> None:
+    """Refuse a number k of other rows, or of other rows of a gallery, where there are only ``others``.
 
     Raises:
         TypeError: no int.
         ValueError: out of range.
     """
     _numbers.size("k", k)
-    if length == 1:
-        raise ValueError(f"k is {k}; there is no other row than the one")
-    if k > length - 1:
-        raise ValueError(f"k is {k}; 1 to {length - 1}, the other rows, is accepted")
+    if others == 0:
+        raise ValueError(f"k is {k}; there is no other row {'in the gallery' if gallery else 'than the one'}")
+    if k > others:
+        rows = "the other rows of the gallery" if gallery else "the other rows"
+        raise ValueError(f"k is {k}; 1 to {others}, {rows}, is accepted")
 
 
 def _values(name: str, x: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Rankings of the test pictures for one another, and the retrieval figures that they give."""
+"""Rankings of test pictures for queries among them, and the retrieval figures that they give."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import faiss
@@ -23,45 +24,68 @@ _ENTRIES = 2**21
 _RESAMPLES = 2000
 
 
-def by_distance(features: Tensor, queries: Tensor, k: int) -> Tensor:
+def by_distance(features: Tensor, queries: Tensor, k: int, gallery: Tensor | None = None) -> Tensor:
     """The k nearest other rows (Euclidean) of each query, nearest first.
 
     Args:
         features: (n, d), compared in float32.
         queries: (q,) int64 rows of ``features``.
-        k: 1 to n − 1.
+        k: 1 to the rows that are searched among, less one if a query is one of them.
+        gallery: (g,) int64 distinct rows of ``features`` to search among; all of them without it.
 
     Returns:
-        (q, k) int64 rows of ``features``; never the query itself.
+        (q, k) int64 rows of ``features``, of the gallery; never the query itself.
 
     Raises:
         TypeError: a dtype or layout that is not accepted.
-        ValueError: a shape that is not accepted, or k.
-        IndexError: a query is no row.
+        ValueError: a shape or gallery that is not accepted, or k.
+        IndexError: a query, or a row of the gallery, is no row.
         FloatingPointError: a feature is not finite.
     """
     features = inputs.features(features)
-    queries = inputs.queries(queries, len(features))
-    inputs.neighbours(k, len(features))
-    index = faiss.IndexFlatL2(features.shape[1])
-    index.add(features.numpy())
-    _, ranked = index.search(features[queries].numpy(), k + 1)
-    return _others(torch.from_numpy(ranked), queries)
+
+    def search(queries: Tensor, among: Tensor, k: int) -> Tensor:
+        index = faiss.IndexFlatL2(features.shape[1])
+        index.add(among.numpy())
+        _, ranked = index.search(queries.numpy(), k)
+        return torch.from_numpy(ranked)
+
+    return _ranked(features, queries, k, gallery, search)
 
 
-def by_score(features: Tensor, queries: Tensor, k: int, unit: pddm_ext.PDDM) -> Tensor:
+def by_score(features: Tensor, queries: Tensor, k: int, unit: pddm_ext.PDDM, gallery: Tensor | None = None) -> Tensor:
     """:func:`by_distance` with the unit's score in the distance's place, best first; NaN scores come last."""
-    features = inputs.features(features, scored=True)
+    features = inputs.features(features, scored=True).to(unit.u.weight.device)
+
+    def search(queries: Tensor, among: Tensor, k: int) -> Tensor:
+        return pddm_ext.topk(queries, among, k, unit)[1].cpu()
+
+    return _ranked(features, queries, k, gallery, search)
+
+
+def _ranked(
+    features: Tensor,
+    queries: Tensor,
+    k: int,
+    gallery: Tensor | None,
+    search: Callable[[Tensor, Tensor, int], Tensor],
+) -> Tensor:
+    """What ``search`` (queries, gallery, k) finds, as rows of ``features``, without the queries themselves."""
     queries = inputs.queries(queries, len(features))
-    inputs.neighbours(k, len(features))
-    gallery = features.to(unit.u.weight.device)
-    _, ranked = pddm_ext.topk(gallery[queries.to(gallery.device)], gallery, k + 1, unit)
-    return _others(ranked.cpu(), queries)
+    gallery = inputs.gallery(gallery, len(features))
+    size = len(features) if gallery is None else len(gallery)
+    itself = gallery is None or bool(torch.isin(queries, gallery).any())
+    inputs.neighbours(k, size - itself, gallery is not None)
+    among = features if gallery is None else features[gallery.to(features.device)]
+    ranked = search(features[queries.to(features.device)], among, k + itself)
+    ranked = ranked if gallery is None else gallery[ranked]
+    return _others(ranked, queries) if itself else ranked
 
 
 def rerank(features: Tensor, queries: Tensor, ranked: Tensor, unit: pddm_ext.PDDM, candidates: int) -> Tensor:
     """A ranking (q, k) of the queries (q,) whose first ``candidates`` columns are put in the order of the unit's score.
 
+    The rows ranked are those of the gallery that was searched: this one adds none.
     Equal scores, and the columns after the candidates, keep their order; NaN scores come last among the candidates.
     """
     features = inputs.features(features, scored=True)
@@ -92,37 +116,50 @@ def _others(ranked: Tensor, queries: Tensor) -> Tensor:
     return ranked[~out].reshape(len(ranked), -1)
 
 
-def relevant(labels: Tensor) -> Tensor:
-    """How many other rows have each row's label: (n,) int64. Labels are (n,) integers."""
+def relevant(labels: Tensor, gallery: Tensor | None = None) -> Tensor:
+    """How many other rows, of the gallery (g,) if there is one, have each row's label: (n,) int64.
+
+    Labels are (n,) integers.
+    """
     labels = inputs.classes(labels, None)
-    _, member, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    others: Tensor = counts[member] - 1
+    _, among = inputs.sides(None, gallery, len(labels))
+    counts = torch.bincount(labels[among], minlength=int(labels.max()) + 1 if len(labels) else 0)
+    others = counts[labels]
+    others[among] -= 1
     return others
 
 
-def per_query(ranked: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
+def per_query(ranked: Tensor, queries: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Tensor:
     """Recall@1, 2, 4, 8, MAP@R and R-precision of each query: (q, 6) float64 in [0, 1].
 
     R is the number of other rows of the query's class (Musgrave, Belongie & Lim, *A Metric Learning Reality Check*,
-    ECCV 2020).
+    ECCV 2020), of those in the gallery.
 
     Args:
-        ranked: (q, k) int64 rows, k at least the largest R and 8, or all other rows.
-        queries: (q,) int64 rows, none alone in its class.
+        ranked: (q, k) int64 rows of the gallery, k at least the largest R and 8, or all other rows.
+        queries: (q,) int64 rows, each with another row of its class in the gallery.
         labels: (n,) integers.
+        gallery: (g,) int64 distinct rows that were searched among; all of them without it.
 
     Raises:
         TypeError: something is no integers.
-        ValueError: a shape that does not fit, or a query alone in its class.
+        ValueError: a shape or gallery that is not accepted, or a query without an answer.
         IndexError: a row that is not there.
     """
     labels = inputs.classes(labels, None)
     queries = inputs.queries(queries, len(labels))
     ranked = inputs.ranked(ranked, queries, len(labels))
-    hits = labels[ranked] == labels[queries][:, None]
-    r = relevant(labels)[queries][:, None]
+    r = relevant(labels, gallery)[queries][:, None]
     if not r.all():
-        raise ValueError(f"queries has row {int(queries[r[:, 0].argmin()])}, which is alone in its class")
+        row = int(queries[r[:, 0].argmin()])
+        alone = "is alone in its class" if gallery is None else "has no other row of its class in the gallery"
+        raise ValueError(f"queries has row {row}, which {alone}")
+    if gallery is not None:
+        outside = torch.ones(len(labels), dtype=torch.bool)
+        outside[gallery.cpu().long()] = False
+        if outside[ranked].any():
+            raise ValueError(f"ranked has row {int(ranked[outside[ranked]][0])}, which is not in the gallery")
+    hits = labels[ranked] == labels[queries][:, None]
     place = torch.arange(1, ranked.shape[1] + 1)
     within = (hits & (place <= r)).double()
     found = within.cumsum(1)
@@ -169,66 +206,111 @@ def retrieval(
     seed: int,
     candidates: int,
     structure: Tensor | None = None,
+    queries: Tensor | None = None,
+    gallery: Tensor | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The :func:`summary` of each ranking of all rows that are not alone in their class.
+    """The :func:`summary` of each ranking for the queries with an answer, another row of their class in the gallery.
 
     Args:
         features: (n, d).
-        labels: (n,) integers, two of them equal at least.
+        labels: (n,) integers.
         unit: ranks, too, where there is one, on its own device.
         seed: of the intervals.
         candidates: how many of the nearest rows are re-ranked, at least 1.
         structure: (n, d) weights that re-rank, too, where they are given.
+        queries: (q,) int64 distinct rows that are searched for; all of them without it.
+        gallery: (g,) int64 distinct rows that are searched among; all of them without it. A query among them does not
+            find itself.
 
     Returns:
-        Summaries of ``"distance"``; with a unit, ``"score"`` (of all rows) and ``"rerank"`` (the nearest rows by
-        distance in the order of their scores); with a structure, ``"structure"`` (the nearest rows by distance in the
-        order of their adaptive distances).
+        Summaries of ``"distance"``; with a unit, ``"score"`` (of the whole gallery) and ``"rerank"`` (the nearest rows
+        by distance in the order of their scores); with a structure, ``"structure"`` (the nearest rows by distance in
+        the order of their adaptive distances).
 
     Raises:
         TypeError: a dtype or layout that is not accepted.
-        ValueError: a shape or labels that are not accepted, or candidates.
+        ValueError: a shape, labels, queries or a gallery that are not accepted, or candidates; fewer than two queries
+            with an answer.
+        IndexError: a query, or a row of the gallery, is no row.
         FloatingPointError: a feature is not finite.
     """
     features = inputs.features(features)
     labels = inputs.classes(labels, len(features))
     _numbers.size("candidates", candidates)
-    counts = relevant(labels)
-    queries = counts.nonzero().flatten()
-    _two_alike(queries)
-    k = min(len(labels) - 1, max(*KS, int(counts.max())))
-    wide = k if unit is None and structure is None else min(len(labels) - 1, max(k, candidates))
-    figures: dict[str, list[Tensor]] = {}
-    for chunk in torch.split(queries, max(1, _ENTRIES // wide)):
-        ranked = by_distance(features, chunk, wide)
-        rankings = {"distance": ranked}
-        if unit is not None:
-            rankings["score"] = by_score(features, chunk, k, unit)
-            rankings["rerank"] = rerank(features, chunk, ranked, unit, candidates)
-        if structure is not None:
-            rankings["structure"] = by_structure(features, structure, chunk, ranked, candidates)
-        for kind, ranking in rankings.items():
-            figures.setdefault(kind, []).append(per_query(ranking[:, :k], chunk, labels))
-    return {kind: summary(torch.cat(parts), seed) for kind, parts in figures.items()}
+    asked = answered(labels, queries, gallery, least=2)
+    most = int(relevant(labels, gallery)[asked].max())
+    figures: dict[str, Tensor] = {}
+    for places, others in _alike(asked, gallery, len(labels)):
+        k = min(others, max(*KS, most))
+        wide = k if unit is None and structure is None else min(others, max(k, candidates))
+        for part in torch.split(places, max(1, _ENTRIES // wide)):
+            chunk = asked[part]
+            ranked = by_distance(features, chunk, wide, gallery)
+            rankings = {"distance": ranked}
+            if unit is not None:
+                rankings["score"] = by_score(features, chunk, k, unit, gallery)
+                rankings["rerank"] = rerank(features, chunk, ranked, unit, candidates)
+            if structure is not None:
+                rankings["structure"] = by_structure(features, structure, chunk, ranked, candidates)
+            for kind, ranking in rankings.items():
+                each = figures.setdefault(kind, torch.empty(len(asked), len(KS) + 2, dtype=torch.float64))
+                each[part] = per_query(ranking[:, :k], chunk, labels, gallery)
+    return {kind: summary(each, seed) for kind, each in figures.items()}
 
 
-def recall_at_k(features: Tensor, labels: Tensor) -> dict[int, float]:
-    """Share of rows with their own class among the K nearest other rows (Euclidean), for K = 1, 2, 4, 8.
+def recall_at_k(
+    features: Tensor, labels: Tensor, queries: Tensor | None = None, gallery: Tensor | None = None
+) -> dict[int, float]:
+    """Share of queries with their own class among the K nearest other rows (Euclidean), for K = 1, 2, 4, 8.
 
-    Rows alone in their class are left out. Features are (n, d), labels (n,) integers.
+    Queries without an answer are left out, as in :func:`retrieval`. Features are (n, d), labels (n,) integers, queries
+    and gallery rows.
 
     Raises:
-        TypeError, ValueError, FloatingPointError: as :func:`retrieval` says.
+        TypeError, ValueError, IndexError, FloatingPointError: as :func:`retrieval` says; one query will do.
     """
     features = inputs.features(features)
     labels = inputs.classes(labels, len(features))
-    queries = relevant(labels).nonzero().flatten()
-    _two_alike(queries)
-    ranked = by_distance(features, queries, min(len(labels) - 1, max(KS)))
-    hits = labels[ranked] == labels[queries][:, None]
+    asked = answered(labels, queries, gallery)
+    hits = torch.zeros(len(asked), max(KS), dtype=torch.bool)
+    for places, others in _alike(asked, gallery, len(labels)):
+        k = min(others, max(KS))
+        ranked = by_distance(features, asked[places], k, gallery)
+        hits[places, :k] = labels[ranked] == labels[asked[places]][:, None]
     return {k: hits[:, :k].any(1).double().mean().item() for k in KS}
 
 
-def _two_alike(queries: Tensor) -> None:
-    if len(queries) == 0:
-        raise ValueError("labels have no class of two rows or more; at least one is accepted")
+def answered(labels: Tensor, queries: Tensor | None = None, gallery: Tensor | None = None, least: int = 1) -> Tensor:
+    """The queries with another row of their class in the gallery: (a,) int64 rows, in the queries' order.
+
+    Args:
+        labels: (n,) integers.
+        queries: (q,) int64 distinct rows; all of them without it.
+        gallery: (g,) int64 distinct rows; all of them without it.
+        least: how many there have to be.
+
+    Raises:
+        TypeError: something is no integers.
+        ValueError: a shape, queries or a gallery that are not accepted, or fewer than ``least``.
+        IndexError: a row that is not there.
+    """
+    asked, _ = inputs.sides(queries, gallery, len(labels))
+    found = asked[relevant(labels, gallery)[asked] > 0]
+    if len(found) < least:
+        if queries is None and gallery is None:
+            raise ValueError("labels have no class of two rows or more; at least one is accepted")
+        raise ValueError(
+            f"{len(found)} of the {len(asked)} queries have another row of their class in the gallery; at least "
+            f"{least} {'is' if least == 1 else 'are'} accepted"
+        )
+    return found
+
+
+def _alike(queries: Tensor, gallery: Tensor | None, length: int) -> Iterator[tuple[Tensor, int]]:
+    """Places of the queries that are rows of the gallery, then of those that are not, each with how many others are
+    searched among; without places nothing."""
+    inside = torch.ones(len(queries), dtype=torch.bool) if gallery is None else torch.isin(queries, gallery)
+    size = length if gallery is None else len(gallery)
+    for places, others in ((inside.nonzero().flatten(), size - 1), ((~inside).nonzero().flatten(), size)):
+        if len(places):
+            yield places, others
