@@ -1,4 +1,4 @@
-"""The command line: ``pddm-ext train``, ``eval``, ``compare`` and ``info``."""
+"""The command line: ``pddm-ext train``, ``eval``, ``compare``, ``embed``, ``search`` and ``info``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ def _main(argv: Sequence[str] | None) -> int:
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        command = {"info": _info, "train": _train, "eval": _eval, "compare": _compare}[arguments.command]
+        command = {
+            "info": _info,
+            "train": _train,
+            "eval": _eval,
+            "compare": _compare,
+            "embed": _embed,
+            "search": _search,
+        }[arguments.command]
         return command(arguments)
     except ModuleNotFoundError as error:
         print(
@@ -132,9 +139,57 @@ def _parser() -> _Parser:
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     compare.add_argument("--out", type=Path, help="folder of the grid (default: runs/DATA)")
     _add_progress(compare)
+
+    embed = commands.add_parser(
+        "embed",
+        help="make a catalogue of a folder of pictures, or bring it up to date",
+        description="Embed the pictures of a folder, of any depth, into a catalogue that 'pddm-ext search' searches. "
+        "Of a catalogue that is there only what has changed in the folder is embedded again.",
+        **exact,
+    )
+    _add_trained(embed)
+    embed.add_argument("folder", type=Path, help="of the pictures")
+    embed.add_argument("--out", type=Path, required=True, help="folder of the catalogue")
+    embed.add_argument(
+        "--index",
+        default="auto",
+        choices=("auto", "flat", "hnsw", "ivf-pq"),
+        help="how it is searched: flat is exact, the others are quick among many (default: auto, by size)",
+    )
+    embed.add_argument("--workers", type=int, default=2, help="processes that read pictures (default: 2)")
+    embed.add_argument("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
+    _add_progress(embed)
+
+    search = commands.add_parser(
+        "search",
+        help="find what in a catalogue is nearest to photographs",
+        description="Print the nearest pictures of a catalogue for each photograph: file, class and distance.",
+        **exact,
+    )
+    _add_trained(search)
+    search.add_argument("catalogue", type=Path, help="folder that 'pddm-ext embed' wrote")
+    search.add_argument("photos", type=Path, nargs="+", metavar="photo", help="what to search for")
+    search.add_argument("-k", type=int, default=10, help="matches of each photograph (default: 10)")
+    search.add_argument(
+        "--by",
+        default="distance",
+        choices=("distance", "score", "structure"),
+        help="what ranks the candidates (default: distance)",
+    )
+    search.add_argument(
+        "--candidates", type=int, default=100, help="nearest by distance that are ranked (default: 100)"
+    )
+    search.add_argument("--json", type=Path, help="write the matches to this file, too")
+    search.add_argument("--page", type=Path, help="write a page of pictures to this file, too")
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
+
+
+def _add_trained(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run, or the run's folder")
+    parser.add_argument("--accelerator", default="auto", help="device kind to embed on (default: auto)")
+    parser.add_argument("--backbone", help="confirms a backbone MODULE:CALLABLE, whose code will run")
 
 
 def _add_settings(parser: argparse.ArgumentParser, but: tuple[str, ...] = ()) -> None:
@@ -293,6 +348,69 @@ def _compare(arguments: argparse.Namespace) -> int:
     print(page.table(cells, raw))
     print(f"report: {report}")
     return 0
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    if arguments.workers < 0:
+        raise ValueError(f"--workers is {arguments.workers}; at least 0 is accepted")
+    if not arguments.folder.is_dir():
+        raise FileNotFoundError(f"{arguments.folder}: no such folder; a folder of pictures is expected")
+
+    from . import trained
+    from .catalogue import Catalogue
+
+    embedder = trained.load(
+        arguments.checkpoint, backbone=arguments.backbone, device=trained.accelerated(arguments.accelerator)
+    )
+    catalogue = Catalogue.build(
+        embedder,
+        arguments.folder,
+        arguments.out,
+        index=arguments.index,
+        workers=arguments.workers,
+        skip_unreadable=arguments.skip_unreadable,
+        progress=arguments.progress,
+    )
+    for line in catalogue.changes.said():
+        print(line)
+    print(f"catalogue: {arguments.out}, {len(catalogue)} pictures, {catalogue.index} index")
+    return 0
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    for name in ("k", "candidates"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(
+                f"{'-k' if name == 'k' else option(name)} is {getattr(arguments, name)}; at least 1 is accepted"
+            )
+    for name in ("json", "page"):
+        _file(option(name), getattr(arguments, name))
+    missing = [str(photo) for photo in arguments.photos if not photo.is_file()]
+    if missing:
+        raise FileNotFoundError(f"no such photo: {', '.join(missing)}")
+
+    from . import checkpoint, trained
+    from .catalogue import Catalogue
+    from .report import search
+
+    embedder = trained.load(
+        arguments.checkpoint, backbone=arguments.backbone, device=trained.accelerated(arguments.accelerator)
+    )
+    catalogue = Catalogue.open(arguments.catalogue, embedder)
+    found = catalogue.search(arguments.photos, arguments.k, arguments.by, arguments.candidates)
+    if arguments.json is not None:
+        checkpoint.write_json(arguments.json, search.plain(arguments.photos, found))
+    if arguments.page is not None:
+        search.write(arguments.page, catalogue, arguments.photos, found, arguments.by)
+    print(search.table(arguments.photos, found))
+    if arguments.page is not None:
+        print(f"page: {arguments.page}")
+    return 0
+
+
+def _file(name: str, path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"{name} is {path}; a file in a folder that is there is accepted")
 
 
 def _gpu() -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
 from PIL import Image
 from torch import Tensor, nn
 
 import pddm_ext
+from pddm_ext import _C
+from pddm_ext.precision import no_autocast
 
 from . import checkpoint
 from .data.augment import View, from_description
@@ -30,6 +34,8 @@ BATCH = 32
 class Features(nn.Module):
     """Stored pictures to unit features: what a net sees of them, the net, and the norm. ``torch.export`` takes it.
 
+    It stays in evaluation mode: ``train()`` leaves it there.
+
     Args:
         net: the trained net.
         view: how it sees pictures.
@@ -38,6 +44,11 @@ class Features(nn.Module):
     def __init__(self, net: Embedder, view: View) -> None:
         super().__init__()
         self.net, self.view = net, view
+        self.eval()
+
+    def train(self, mode: bool = True) -> Features:
+        """Evaluation mode, whatever is asked for: BatchNorm's statistics are part of what was trained."""
+        return super().train(False)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures (n, channels, stored, stored) uint8 to unit features (n, dim)."""
@@ -45,7 +56,7 @@ class Features(nn.Module):
 
     def both(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
         """Unit features and, of a net with a structure head, structures of the same shape."""
-        feats, structure = self.net.both(self.view.plain(pictures).to(next(self.net.parameters()).dtype))
+        feats, structure = self.net.both(self.view.plain(pictures).to(self.net.head.weight.dtype))
         return F.normalize(feats, dim=1), structure
 
 
@@ -61,8 +72,8 @@ class Trained:
         settings: of the run.
         thresholds: what parts same from different on the run's validation pictures: for ``"distance"`` and
             ``"score"``, a threshold by rate of false positives (``"0.01"``, ``"0.001"``) and where both errors are
-            equal (``"eer"``); empty without validation pictures.
-        digest: identifies weights and view: features of two embedders with the same one are comparable.
+            equal (``"eer"``); empty without validation pictures. See :meth:`threshold`.
+        digest: identifies backbone, weights and view: features of two embedders with the same one are comparable.
     """
 
     def __init__(
@@ -84,15 +95,21 @@ class Trained:
         return self.settings.dim
 
     @property
+    def structured(self) -> bool:
+        """Whether the net has a structure head."""
+        return self.module.net.structure is not None
+
+    @property
     def device(self) -> torch.device:
-        """Where it computes."""
-        return next(self.module.parameters()).device
+        """Where features are computed."""
+        return self.module.net.head.weight.device
 
     def to(self, device: str | torch.device) -> Trained:
-        """Move it to a device, and give it back."""
+        """Move it to a device, and give it back. Where pddm_ext has no kernels the unit is on the CPU."""
         self.module.to(device)
         if self.unit is not None:
-            self.unit.to(device)
+            served = ("cpu", "cuda") if _C.build_info()["cuda"] not in (None, "emulated") else ("cpu",)
+            self.unit.to(device if torch.device(device).type in served else "cpu")
         return self
 
     def prepare(self, picture: Picture) -> Tensor:
@@ -112,55 +129,148 @@ class Trained:
         """Unit features (n, dim), float32 on the CPU.
 
         Args:
-            pictures: one picture as in :meth:`prepare`, or any number of them; a uint8 tensor (n, c, height, width)
-                is n of them.
+            pictures: one picture as in :meth:`prepare`, or any number of them; a uint8 tensor (n, c, height, width),
+                also as one of several, is n of them.
 
         Raises:
-            TypeError, ValueError, OSError: as in :meth:`prepare`.
+            TypeError, ValueError, OSError: as in :meth:`prepare`; of a list or tuple the kinds of all are looked at
+                before any is embedded.
         """
         return self.both(pictures)[0]
 
     def both(self, pictures: Picture | Iterable[Picture]) -> tuple[Tensor, Tensor | None]:
         """Unit features and, of a net with a structure head, structures, (n, dim) float32 on the CPU each."""
-        feats, structures = [torch.empty(0, self.dim)], [torch.empty(0, self.dim)]
-        for batch in _batched(self._pictures(pictures)):
+        none = torch.empty(0, self.dim, dtype=torch.float32, device="cpu")
+        feats, structures = [none], [none]
+        rest = _each(pictures)
+        while batch := list(islice(rest, BATCH)):
             found, structure = self.embed(torch.stack([self.prepare(picture) for picture in batch]))
             feats.append(found)
             if structure is not None:
                 structures.append(structure)
-        has_structure = self.module.net.structure is not None
-        return torch.cat(feats), torch.cat(structures) if has_structure else None
+        return torch.cat(feats), torch.cat(structures) if self.structured else None
 
     @torch.no_grad()
     def embed(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
         """:meth:`both` of stored pictures (n, channels, stored, stored) uint8, all at once."""
-        feats, structure = self.module.both(stored.to(self.device))
+        self.module.eval()  # a part of it may have been set to training
+        stored = stored.to(self.device)
+        with no_autocast(stored):
+            feats, structure = self.module.both(stored)
         return feats.float().cpu(), None if structure is None else structure.float().cpu()
 
-    def _pictures(self, pictures: Picture | Iterable[Picture]) -> Iterable[Picture]:
-        if isinstance(pictures, (str, os.PathLike, Image.Image)) or (
-            isinstance(pictures, Tensor) and pictures.dim() == 3
-        ):
-            return [pictures]
-        if isinstance(pictures, Iterable):
-            return pictures
-        raise TypeError(f"pictures is {type(pictures).__name__}; a picture or several of them are accepted")
+    @torch.no_grad()
+    def score(self, a: Picture | Iterable[Picture], b: Picture | Iterable[Picture]) -> Tensor:
+        """The unit's scores (n,), float32 on the CPU, of matched pictures: the larger, the more alike.
+
+        Args:
+            a, b: as many pictures of each, as in :meth:`__call__`; one alone is compared with each of the others.
+
+        Raises:
+            TypeError, ValueError, OSError: as in :meth:`__call__`; it has no unit, or as many pictures of each are
+                not there.
+        """
+        unit = self._unit()
+        x, y = self(a), self(b)
+        if len(x) != len(y) and 1 not in (len(x), len(y)):
+            raise ValueError(f"a is {len(x)} pictures and b {len(y)}; as many of each, or one of either, are accepted")
+        count, weight = max(len(x), len(y)) if len(x) and len(y) else 0, unit.u.weight
+        with no_autocast(weight):
+            scores: Tensor = unit(x.expand(count, -1).to(weight.device), y.expand(count, -1).to(weight.device))
+        return scores.float().cpu()
+
+    def threshold(self, by: str = "distance", fpr: float | str = 0.01) -> float:
+        """What parts same from different, as chosen on the run's validation pictures.
+
+        Args:
+            by: ``"distance"``, at or below which two pictures are of the same class, or ``"score"``, at or above which.
+            fpr: the share of different pairs that is taken for the same, 0.01 or 0.001; or ``"eer"``, where that is the
+                share of same pairs that is not.
+
+        Raises:
+            ValueError: there is no such threshold; the message says how to get one.
+        """
+        if by == "score":
+            self._unit()
+        if by not in ("distance", "score"):
+            raise ValueError(f"by is {by!r}; 'distance' and 'score' have thresholds of a run, others need threshold=")
+        if isinstance(fpr, bool) or fpr not in (0.01, 0.001, "eer"):
+            raise ValueError(f"fpr is {fpr!r}; 0.01, 0.001 and 'eer' are accepted, or a threshold= of your own")
+        values = self.thresholds.get(by, {})
+        key = fpr if isinstance(fpr, str) else f"{fpr:g}"
+        if key not in values:
+            raise ValueError(
+                f"the run had no validation pictures to choose a threshold by {by} on; train with a folder val/ or "
+                f"with --patience, or give threshold="
+            )
+        return values[key]
+
+    def _unit(self) -> pddm_ext.PDDM:
+        if self.unit is None:
+            raise ValueError(f"it was trained by {self.settings.method}, without a PDDM unit, and has no score")
+        return self.unit
 
 
-def _batched(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
-    rest = iter(pictures)
-    while batch := list(islice(rest, BATCH)):
-        yield batch
+def _each(pictures: Any) -> Iterator[Picture]:
+    """Picture by picture; what is none is refused by its name."""
+    if isinstance(pictures, (str, os.PathLike, Image.Image, Tensor)):
+        pictures = [pictures]
+    if not isinstance(pictures, Iterable) or _foreign(pictures):
+        raise TypeError(f"pictures is {_kind(pictures)}; one or several of these are accepted: {_ACCEPTED}")
+    if isinstance(pictures, Sequence):
+        for place, picture in enumerate(pictures):
+            _check(place, picture)
+    return _flat(pictures)
+
+
+def _flat(pictures: Iterable[Any]) -> Iterator[Picture]:
+    for place, picture in enumerate(pictures):
+        _check(place, picture)
+        if isinstance(picture, Tensor) and picture.dim() == 4:
+            yield from picture
+        else:
+            yield picture
+
+
+_TENSOR = "uint8 of (c, height, width) or (n, c, height, width), c being 1, 3 or 4"
+_ACCEPTED = f"a path, a Pillow picture or a tensor, {_TENSOR}"
+
+
+def _check(place: int, picture: Any) -> None:
+    if isinstance(picture, Tensor):
+        shape = picture.shape[-3:]
+        if picture.dtype != torch.uint8 or picture.dim() not in (3, 4) or shape[0] not in (1, 3, 4) or 0 in shape:
+            raise ValueError(
+                f"picture {place} is a tensor of shape {tuple(picture.shape)} and {picture.dtype}; "
+                f"{_TENSOR}, is accepted"
+            )
+    elif not isinstance(picture, (str, os.PathLike, Image.Image)):
+        raise TypeError(f"picture {place} is {_kind(picture)}; {_ACCEPTED}, is accepted")
+
+
+def _foreign(pictures: Any) -> bool:
+    """Whether it can be iterated over, and not for its pictures."""
+    return isinstance(pictures, (bytes, bytearray, Mapping)) or hasattr(pictures, "__array__")
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    # An array has its channels last, as no tensor here.
+    return f"{name} (PIL.Image.fromarray makes a picture of an array)" if hasattr(value, "__array__") else name
 
 
 def load(
-    path: str | os.PathLike[str], *, backbone: nn.Module | None = None, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str], *, backbone: nn.Module | str | None = None, device: str | torch.device = "cpu"
 ) -> Trained:
     """A trained embedder from the checkpoint of a run, in evaluation mode; nothing in the file is executed.
 
+    Nothing is fetched: the checkpoint has all weights.
+
     Args:
         path: ``checkpoint.pt`` of a run, or the run's folder.
-        backbone: the module, where the run had one of the user's own.
+        backbone: the module, where the run had one of the user's own: it is given the run's weights and becomes a part
+            of the embedder. Or its name, MODULE:CALLABLE, which says that its code may run.
         device: where it computes.
 
     Returns:
@@ -168,42 +278,82 @@ def load(
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        TypeError: ``backbone`` is neither.
         ValueError: the file is damaged or no checkpoint, or its backbone is the user's and not given, or does not fit.
         ModuleNotFoundError: the package of its backbone is not installed.
     """
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
+    if backbone is not None and not isinstance(backbone, (nn.Module, str)):
+        raise TypeError(f"backbone is {_kind(backbone)}; a torch.nn.Module or a name is accepted")
     state = checkpoint.load(path)
-    settings = Settings(**parse(state["settings"], str(path)))
+    try:
+        trained = _trained(state, backbone)
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    return trained.to(device)
+
+
+def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trained:
+    """What is in a checkpoint; a ValueError says what is not."""
+    settings = Settings(**parse(state["settings"], "its settings"))
+    names, thresholds = state["names"], state["thresholds"]
+    if not all(type(name) is str for name in names) or not all(
+        isinstance(values, dict) and all(type(value) is float for value in values.values())
+        for values in thresholds.values()
+    ):
+        raise ValueError("damaged; its class names or thresholds are none")
+    weights = state["best"] or state["learner"]
+    if not all(type(name) is str and type(value) is Tensor for name, value in weights.items()):
+        raise ValueError("damaged; its weights are no tensors by name")
+    of_net, of_unit = _under("net.", weights), _under("objective.unit.", weights)
+    if tuple(of_net.get("head.bias", torch.empty(0)).shape) != (settings.dim,):
+        raise ValueError(f"damaged; it has no weights of a net with features of length {settings.dim}")
+    if not all(value.isfinite().all() for value in (*of_net.values(), *of_unit.values())):
+        raise ValueError("its weights are not all finite; train again with a lower --lr")
+    if isinstance(backbone, str) and backbone != settings.backbone:
+        raise ValueError(f"its backbone is {settings.backbone}; --backbone is {backbone}")
     if ":" in settings.backbone and backbone is None:
         raise ValueError(
-            f"{path}: its backbone is {settings.backbone}, whose code would run; backbone=MODULE is accepted"
+            f"its backbone is {settings.backbone}, whose code would run; confirm with --backbone {settings.backbone} "
+            f"(in Python backbone='{settings.backbone}', or the module itself)"
         )
     if not state["view"]:
-        raise ValueError(f"{path}: its pictures were seen by a view of the user's own, which no checkpoint holds")
+        raise ValueError("its pictures were seen by a view of the user's own, which no checkpoint holds")
     view = from_description(state["view"])
-    # The weights follow: those that were published are not fetched again.
-    bare = Settings(**{**parse(state["settings"], str(path)), "pretrained": False})
-    net = embedder(bare, (view.channels, view.size, view.size), backbone)
-    weights: dict[str, Tensor] = state["best"] or state["learner"]
-    unit = pddm_ext.PDDM(settings.dim) if "objective.unit.u.weight" in weights else None
+    # The weights are here: those that were published are not fetched again.
+    given = backbone if isinstance(backbone, nn.Module) else None
+    net = embedder(replace(settings, pretrained=False), (view.channels, view.size, view.size), given)
+    unit = pddm_ext.PDDM(settings.dim) if of_unit else None
     if settings.precision == "64-true":
         net.double()
         if unit is not None:
             unit.double()
     try:
-        net.load_state_dict(_under("net.", weights))
+        net.load_state_dict(of_net)
         if unit is not None:
-            unit.load_state_dict(_under("objective.unit.", weights))
+            unit.load_state_dict(of_unit)
     except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit the net; {error}") from error
-    module = Features(net, view).eval().requires_grad_(False)
+        raise ValueError(f"its weights do not fit its backbone or the one given; {error}") from error
+    module = Features(net, view).requires_grad_(False)
     if unit is not None:
         unit.eval().requires_grad_(False)
-    digest = checkpoint.digest(_under("net.", weights), state["view"])
-    trained = Trained(module, unit, view, tuple(state["names"]), settings, state["thresholds"], digest)
-    return trained.to(device)
+    facts = {"backbone": settings.backbone, "view": state["view"]}
+    return Trained(module, unit, view, tuple(names), settings, thresholds, checkpoint.digest(of_net, facts))
 
 
-def _under(prefix: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+def _under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def accelerated(accelerator: str) -> torch.device:
+    """The device of a kind, by Lightning Fabric's names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return Fabric(accelerator=accelerator, devices=1).device
+    except (RuntimeError, ImportError, ValueError) as error:
+        hint = "" if accelerator == "cpu" else "; --accelerator cpu is there on every machine"
+        raise ValueError(f"--accelerator {accelerator} is not to be had: {error}{hint}") from error
