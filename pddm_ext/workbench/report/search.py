@@ -28,7 +28,7 @@ class _Shown:
     picture: Picture | None
     name: str
     folder: str
-    value: str
+    values: tuple[str, ...] = ()
 
 
 def table(photos: Sequence[Path], found: Sequence[Sequence[Match]]) -> str:
@@ -98,7 +98,7 @@ def write(path: Path, catalogue: Catalogue, photos: Sequence[Path], found: Seque
     # A picture that was found for several photographs is in the page once for each, as a page has to show them.
     queries = [
         (
-            _Shown(_picture(trained, photo, f"searched for: {photo.name}"), photo.name, str(photo.parent), ""),
+            _Shown(_picture(trained, photo, f"searched for: {photo.name}"), photo.name, str(photo.parent)),
             [_match(catalogue, place, match, by) for place, match in enumerate(matches, start=1)],
         )
         for photo, matches in zip(photos, found, strict=True)
@@ -126,12 +126,8 @@ def _match(catalogue: Catalogue, place: int, match: Match, by: str) -> _Shown:
         picture = _picture(catalogue.trained, catalogue.folder / match.path, text)
     except (OSError, ValueError):
         picture = None
-    value = {
-        "distance": f"distance {match.distance:.3f}",
-        "score": f"score {_number(match.score)}, distance {match.distance:.3f}",
-        "structure": f"adaptive {_number(match.adaptive)}, distance {match.distance:.3f}",
-    }[by]
-    return _Shown(picture, name, folder, value)
+    ranked = {"score": (f"score {_number(match.score)}",), "structure": (f"adaptive {_number(match.adaptive)}",)}
+    return _Shown(picture, name, folder, (*ranked.get(by, ()), f"distance {_number(match.distance)}"))
 
 
 def _picture(trained: Trained, path: Path, text: str) -> Picture:
