@@ -25,8 +25,7 @@ from pddm_ext import _numbers
 from . import checkpoint
 from .console import Progress
 from .data.augment import View
-from .data.photos import EXTENSIONS
-from .data.reading import read
+from .data.reading import extensions, read
 from .trained import BATCH, Picture, Trained
 
 #: Of ``catalogue.json``; a reader of it reads every earlier one that a release has written.
@@ -161,7 +160,7 @@ class Catalogue:
     ) -> Catalogue:
         """Embed a folder's pictures into a catalogue, or bring the catalogue that is there up to date.
 
-        Pictures are what their extensions say (:data:`.data.photos.EXTENSIONS`), in folders of any depth; files and
+        Pictures are what their extensions say (:func:`.data.reading.extensions`), in folders of any depth; files and
         folders whose names start with a dot are passed over. Of a catalogue of the same folder by the same embedder
         only files whose size or time is another are embedded again. Until all is written the old catalogue stays.
 
@@ -401,7 +400,7 @@ def _walk(
     folder: Path, inside: str, passed_over: Counter[str], above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, tuple[int, int]]]:
     """Relative paths of pictures, with size and time; links are followed, but not around in a circle."""
-    status = os.stat(folder / inside)
+    known, status = extensions(), os.stat(folder / inside)
     this = (status.st_dev, status.st_ino)
     if this in above:
         return
@@ -414,7 +413,7 @@ def _walk(
                 yield from _walk(folder, path, passed_over, (*above, this))
                 continue
             kind = os.path.splitext(entry.name)[1].lower()
-            if kind not in EXTENSIONS:
+            if kind not in known:
                 passed_over[kind or "no extension"] += 1
                 continue
             try:
@@ -431,7 +430,7 @@ def _by_size(count: int) -> str:
 def _enough(folder: Path, count: int, index: str) -> None:
     if count == 0:
         raise ValueError(
-            f"{folder}: no readable pictures; {', '.join(EXTENSIONS)} are looked for, in folders of any depth"
+            f"{folder}: no readable pictures; {', '.join(extensions())} are looked for, in folders of any depth"
         )
     if index == "ivf-pq" and count < _CENTRES:
         raise ValueError(
