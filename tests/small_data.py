@@ -107,6 +107,40 @@ def sop() -> Members:
     return members
 
 
+def inshop() -> Members:
+    """In-Shop in small: two items to train on, and two of which one picture each is searched for among another."""
+    items = {"id_00000001": RED, "id_00000002": GREEN, "id_00000003": BLUE, "id_00000004": YELLOW}
+    rows, members = [], {}
+    for number, (item, colour) in enumerate(items.items()):
+        for place in range(2):
+            path = f"img/WOMEN/Dresses/{item}/0{place}_1_front.jpg"
+            members[path] = plain(colour, place)
+            rows.append(f"{path}    {item} {'train' if number < 2 else ('query', 'gallery')[place]}")
+    text = "\n".join([str(len(rows)), "image_name item_id evaluation_status", *rows, ""])
+    return members | {"Eval/list_eval_partition.txt": text.encode()}
+
+
+def grocery() -> Members:
+    """The Grocery Store data set in small: three classes, of which validation has two."""
+    classes = {"Royal-Gala": ("Fruit/Apple", RED), "Kiwi": ("Fruit", GREEN), "Oatly": ("Packages", BLUE)}
+    members: Members = {}
+    table = (
+        "Class Name (str),Class ID (int),Coarse Class Name (str),Coarse Class ID (int),Iconic Image Path (str),Text\r\n"
+    )
+    listed: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for label, (name, (kind, colour)) in enumerate(classes.items()):
+        icon = f"iconic-images-and-descriptions/{kind}/{name}/{name}_Iconic.jpg"
+        members[f"dataset/{icon}"] = plain(colour, 5)
+        table += f"{name},{label},{kind},0,/{icon},/none.txt\r\n"
+        for side, count in (("train", 3), ("val", label > 0), ("test", 2)):
+            for place in range(int(count)):
+                path = f"{side}/{kind}/{name}/{name}_{place:03}.jpg"
+                members[f"dataset/{path}"] = plain(colour, place)
+                listed[side].append(f"{path}, {label}, 0\n")
+    index = {f"dataset/{side}.txt": "".join(rows).encode() for side, rows in listed.items()}
+    return members | index | {"dataset/classes.csv": table.removesuffix("\r\n").encode()}
+
+
 PUBLISHED: dict[str, tuple[Callable[[], Members], Callable[[Path, Members], Path], str]] = {
     "cub200": (cub, tgz, "pytorch_metric_learning.datasets.cub._urlretrieve"),
     "cars196": (cars, zipped, "pytorch_metric_learning.datasets.cars196._urlretrieve"),
