@@ -188,7 +188,7 @@ class Place:
         self.install(home / "bin" / "python", str(self.wheel), "torch==2.13.0", cwd=self.elsewhere)
         self.check(home / "bin" / "python")
 
-    def install_under(self, python: Path) -> None:
+    def install_under(self, python: Path, archive: str) -> None:
         """A build against this Python's torch; one that the other Python can import is rarely there."""
         name = python.name if python.name != "python" else python.parents[1].name
         home = self.folder / "environments" / name
@@ -202,7 +202,7 @@ class Place:
         tools = ["scikit-build-core>=1.1", "pybind11>=2.12", "cmake>=3.18", "ninja"]
         run(own, "-m", "pip", "install", *tools, cwd=self.elsewhere)
         where = {} if has_torch else {"PDDM_TORCH_ROOT": str(TORCH)}
-        run(own, "-m", "pip", "install", "--no-build-isolation", "--no-deps", ".", cwd=self.checkout, **where)
+        run(own, "-m", "pip", "install", "--no-build-isolation", "--no-deps", archive, cwd=self.elsewhere, **where)
         if has_torch:
             self.check(own)
             return
@@ -229,21 +229,22 @@ def other_pythons() -> Iterator[Path]:
                 print(f"not run: Python 3.{minor} is not installed here", flush=True)
 
 
-def together(**cases: Callable[[], None]) -> None:
-    """Side by side, each with its name and seconds; the first that fails ends the run when all have ended."""
+def together(*rows: dict[str, Callable[[], None]]) -> None:
+    """Rows of cases side by side, each row in order up to one that fails; the run then ends when all rows have."""
     failures: list[str] = []
 
-    def one(name: str, case: Callable[[], None]) -> None:
-        begun = time.monotonic()
-        try:
-            case()
-        except Exception as error:
-            failures.append(name)
-            print(f"FAILED {name}\n{error}", flush=True)
-        else:
+    def in_order(cases: dict[str, Callable[[], None]]) -> None:
+        for name, case in cases.items():
+            begun = time.monotonic()
+            try:
+                case()
+            except Exception as error:
+                failures.append(name)
+                print(f"FAILED {name}\n{error}", flush=True)
+                return
             print(f"ok     {name}, {time.monotonic() - begun:.0f} s", flush=True)
 
-    threads = [threading.Thread(target=one, args=(name.replace("_", " "), case)) for name, case in cases.items()]
+    threads = [threading.Thread(target=in_order, args=(cases,)) for cases in rows]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -260,35 +261,44 @@ def main() -> None:
         free = ["--no-build-isolation"]
         with place.unchanged():
             together(
-                twice_isolated=lambda: place.install_twice("isolated"),
-                twice_with_the_environment_s_own_tools=lambda: place.install_twice("own", *free),
+                {"twice, isolated": lambda: place.install_twice("isolated")},
+                {"twice, with the environment's own tools": lambda: place.install_twice("own", *free)},
             )
         place.make_read_only()
+        sdist = place.folder / "sdist"
+        build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", sdist]
         with place.unchanged():
+            # All at once, from one checkout.
             together(
-                moved_and_read_only_isolated=lambda: place.install_once("moved-isolated", ".", unprivileged=True),
-                at_the_same_time_isolated=lambda: place.install_once("at-once-isolated", ".", unprivileged=True),
+                {"moved and read-only, isolated": lambda: place.install_once("moved-isolated", ".", unprivileged=True)},
+                {
+                    "moved and read-only": lambda: place.install_once("moved", *free, ".", unprivileged=True),
+                    "a source archive": lambda: run(*build, cwd=place.checkout, unprivileged=True) and None,
+                },
+                {
+                    "moved and read-only, editable": lambda: place.install_once(
+                        "editable", *free, "--editable", ".", editable=True, unprivileged=True
+                    )
+                },
             )
-            together(
-                moved_and_read_only=lambda: place.install_once("moved", *free, ".", unprivileged=True),
-                at_the_same_time_editable=lambda: place.install_once(
-                    "at-once", *free, "--editable", ".", editable=True, unprivileged=True
-                ),
-            )
-            sdist = place.folder / "sdist"
-            build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", sdist]
-            together(source_archive=lambda: run(*build, cwd=place.checkout, unprivileged=True) and None)
-            (archive,) = map(str, sdist.iterdir())
-            run("chmod", "-R", "u+w", place.checkout, cwd=place.elsewhere)
-            together(
-                from_a_source_archive_isolated=lambda: place.install_once("archive-isolated", archive),
-                from_a_source_archive=lambda: place.install_once("archive", *free, archive),
-            )
-            for python in other_pythons():
-                together(**{f"under_{python}": lambda python=python: place.install_under(python)})
-        together(make_in_a_moved_checkout=place.make_development_environment)
-        together(make_wheel=place.make_wheel)
-        together(the_wheel_in_an_empty_environment=place.install_the_wheel)
+        (archive,) = map(str, sdist.iterdir())
+        run("chmod", "-R", "u+w", place.checkout, cwd=place.elsewhere)
+        # What writes into the checkout, beside what is installed from the archive alone.
+        together(
+            {
+                "make in a moved checkout": place.make_development_environment,
+                "make wheel": place.make_wheel,
+                "the wheel in an empty environment": place.install_the_wheel,
+            },
+            {
+                "from a source archive, isolated": lambda: place.install_once("archive-isolated", archive),
+                "from a source archive": lambda: place.install_once("archive", *free, archive),
+                **{
+                    f"under {python}": lambda python=python: place.install_under(python, archive)
+                    for python in other_pythons()
+                },
+            },
+        )
 
 
 if __name__ == "__main__":
