@@ -22,7 +22,10 @@ def main(store: Path, compiler: str, arguments: list[str]) -> int:
     source = subprocess.run([compiler, "-E", "-P", *preprocess], stdout=subprocess.PIPE)
     if source.returncode:
         return source.returncode
-    options = [a for a in arguments if a.startswith(("-f", "-m", "-O", "-W", "-std", "-g"))]
+    # The standard first, which decides the same wherever it stands: before the others for one cmake, and behind for
+    # another, as an isolated build may find.
+    options = [a for a in arguments if a.startswith("-std")]
+    options += [a for a in arguments if a.startswith(("-f", "-m", "-O", "-W", "-g"))]
     version = subprocess.run([compiler, "--version"], stdout=subprocess.PIPE, check=True).stdout
     kept = store / hashlib.sha256(b"\0".join([version, "\0".join(options).encode(), source.stdout])).hexdigest()
     if not kept.exists():
