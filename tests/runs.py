@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 from pddm_ext.workbench.data.augment import DRAWINGS
 from pddm_ext.workbench.data.splits import Dataset, Split, batches, in_memory
-from pddm_ext.workbench.loop import CHECKPOINT, Learner, Run
+from pddm_ext.workbench.learner import Learner
+from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.settings import Settings
 
 TINY = {"steps": 6, "classes": 4, "samples": 3, "dim": 8, "every": 2, "accelerator": "cpu"}
@@ -39,6 +42,21 @@ def make_tiny() -> Dataset:
 
     return Dataset(
         "glyphs", DRAWINGS, split({"one": "abcde", "two": "fgh"}, 0), split({"three": "vwxyz"}, 1), distort_test=True
+    )
+
+
+def with_gallery(tiny: Dataset) -> Dataset:
+    """The same classes on every side: queries of each class, the others of them in the gallery and to train on."""
+    rows = torch.arange(32)
+    train = tiny.train.some(rows[rows % 4 > 1])
+    return replace(
+        tiny,
+        train=train,
+        test=tiny.train.some(rows[rows % 4 == 0]),
+        gallery=train,
+        val=tiny.train.some(rows[rows % 4 == 1]),
+        distort_test=False,
+        protocol="known",
     )
 
 
@@ -70,14 +88,15 @@ def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    """Ctrl-C while this many-th batch is with the net, counted from 1."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, batch: int, times: int = 1) -> None:
+    """Ctrl-C, once or more often, while this many-th batch is with the net, counted from 1."""
     forward, calls = Learner.forward, []
 
     def interrupted(self: Learner, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
         calls.append(1)
         if len(calls) == batch:
-            raise KeyboardInterrupt
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
         return forward(self, pictures, labels)
 
     monkeypatch.setattr(Learner, "forward", interrupted)
@@ -104,6 +123,22 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
         pairs = enumerate(zip(one, other, strict=True))
         return [found for place, (a, b) in pairs for found in differences(a, b, f"{at}/{place}")]
     return [] if one == other else [at]
+
+
+class Counted(nn.Module):
+    """A small frozen-able backbone with everything that training changes; counts the pictures it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.layers.append(nn.Dropout(0.3))
+        self.pictures = 0
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        self.pictures += len(pictures)
+        features: Tensor = self.layers(pictures)
+        return features
 
 
 def dropping() -> nn.Module:

@@ -17,6 +17,7 @@ from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.model import embedder
 from pddm_ext.workbench.settings import Settings
 from runs import TINY, TINY_OPTIONS, dropping, trained
+from small_data import make_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,3 +172,73 @@ def test_a_backbone_library_that_is_missing_is_named(
     assert f"this needs {library}" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+_IMPORTS = {
+    "import not_there": "ModuleNotFoundError: No module named 'not_there' ({0}, line 2)",
+    "from math import no_such_name": "ImportError: cannot import name 'no_such_name' from 'math' ",
+    "import helper_of_mine": "ModuleNotFoundError: No module named 'nor_this_one' ({1}, line 1)",
+    "1 / 0": "ZeroDivisionError: division by zero ({0}, line 2)",
+}
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("line", _IMPORTS)
+def test_an_error_in_ones_own_module_shows_it_with_its_line(
+    tiny: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    line: str,
+) -> None:
+    """And not how to install what training needs."""
+    files = [tmp_path / "importing_for_a_test.py", tmp_path / "helper_of_mine.py"]
+    files[0].write_text(f"from torch import nn\n{line}\nnet = nn.Flatten\n")
+    files[1].write_text("import nor_this_one\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    compare._loaded.cache_clear()
+    name, out = "importing_for_a_test:net", tmp_path / "out"
+    assert cli.main([command, *TINY_OPTIONS, "--backbone", name, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"pddm-ext: error: --backbone {name}: {_IMPORTS[line].format(*files)}")
+    assert error.count("\n") == 1
+    assert "install" not in error
+    assert not list(tmp_path.rglob("config.json"))
+    assert cli.main([command, *TINY_OPTIONS, "--backbone", "no_such_module_of_mine:net", "--out", str(out)]) == 2
+    assert "no_such_module_of_mine:net: ModuleNotFoundError: No module named 'no_such" in capsys.readouterr().err
+
+
+def test_a_side_that_is_asked_for_reaches_the_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In training, in evaluation and in each method of a comparison."""
+    (tmp_path / "sides_for_a_test.py").write_text(
+        "from torch import nn\n\nseen = []\n\nclass Net(nn.Module):\n    def forward(self, pictures):\n"
+        "        seen.append(pictures.shape[1:])\n        return pictures[:, :, ::8, ::8].mean(1).flatten(1)[:, :16]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
+    compare._loaded.cache_clear()
+    root, name = make_folder(tmp_path / "photos", classes=8, pictures=4), "sides_for_a_test:Net"
+    data = ["--data", "folder", "--root", str(root), "--backbone", name, "--steps", "2", "--picture", "48"]
+    out = tmp_path / "out"
+    assert cli.main(["train", *TINY_OPTIONS, *data, "--method", "contrastive", "--out", str(out)]) == 0
+    seen = sys.modules["sides_for_a_test"].seen
+    assert set(seen) == {(3, 48, 48)}
+    seen.clear()
+    assert cli.main(["eval", str(out / CHECKPOINT), "--backbone", name]) == 0
+    assert set(seen) == {(3, 48, 48)}
+    seen.clear()
+    methods = [
+        "--methods",
+        "euclidean-anchor",
+        "euclidean-pair:picture=40",
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path / "grid"),
+    ]
+    assert cli.main(["compare", *TINY_OPTIONS, *data, *methods]) == 0
+    assert set(seen) == {(3, 48, 48), (3, 40, 40)}
+    compare._loaded.cache_clear()

@@ -6,17 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import pddm_ext
-from pddm_ext.workbench import cli, loop, outcome
+from pddm_ext.workbench import cli, loop, measuring, outcome
 from pddm_ext.workbench.data import glyphs
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import CHECKPOINT, CONFIG
 from pddm_ext.workbench.settings import Settings
 from runs import TINY, TINY_OPTIONS, make_archive, scalars, untimed
+from small_data import make_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,19 +44,23 @@ def test_what_train_leaves_behind(tiny: Dataset, tmp_path: Path, capsys: pytest.
         "test": {"classes": 5, "from": ["three"], "pictures": 20},
     }
     assert set(metrics["results"]) == {"distance", "score", "rerank"}
-    assert metrics["curves"]["step"] == [2, 4, 5]
-    assert {len(curve) for curve in metrics["curves"].values()} == {3}
+    assert metrics["curves"]["step"] == [0, 2, 4, 5]
+    assert {len(curve) for curve in metrics["curves"].values()} == {4}
+    assert metrics["curves"]["loss"][0] is None
+    assert metrics["curves_of"] == "test"
+    assert metrics["chosen_step"] is None
     assert metrics["curves"]["recall"][-1] == pytest.approx(metrics["results"]["distance"]["recall"]["1"]["value"])
     assert metrics["spread"] == pytest.approx(metrics["curves"]["spread"][-1])
-    assert metrics["collapsed"] == (metrics["spread"] < loop.COLLAPSED)
+    assert metrics["collapsed"] == (metrics["spread"] < measuring.COLLAPSED)
     assert metrics["environment"]["device"] == "cpu"
     assert metrics["environment"]["threads"] == 1
 
     logged = scalars(folder)
     assert logged.keys() == metrics["curves"].keys()
     for name, curve in metrics["curves"].items():
-        assert [step for step, _ in logged[name]] == [2, 4, 5]
-        assert [value for _, value in logged[name]] == pytest.approx(curve, rel=1e-6), name
+        first = name == "loss"  # there is none before the first step
+        assert [step for step, _ in logged[name]] == [0, 2, 4, 5][first:]
+        assert [value for _, value in logged[name]] == pytest.approx(curve[first:], rel=1e-6), name
 
 
 def test_eval_prints_and_writes_the_figures_of_the_run(
@@ -87,13 +93,64 @@ def test_eval_finds_data_that_have_moved(tmp_path: Path, capsys: pytest.CaptureF
     assert "Recall@1" in capsys.readouterr().out
 
 
-def test_an_earlier_run_is_not_overwritten(tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ([], "{} holds a run; --resume continues it, another --out begins a new one"),
+        (["--lr", "0.01"], "{} holds a run of other settings (--lr was 0.001 and is 0.01 now); another --out begins"),
+        (["--method", "n-pair"], "{} holds a run of other settings (--method was pddm-anchor and is n-pair now)"),
+    ],
+)
+def test_an_earlier_run_is_not_overwritten_and_what_to_do_is_said(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: list[str], message: str
+) -> None:
+    assert cli.main(["train", *TINY_OPTIONS, "--steps", "2", "--out", str(tmp_path)]) == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     capsys.readouterr()
-    assert cli.main(["train", *TINY_OPTIONS, "--lr", "0.01", "--out", str(tmp_path)]) == 2
-    assert f"{tmp_path} holds a run; --resume continues it" in capsys.readouterr().err
+    assert cli.main(["train", *TINY_OPTIONS, "--steps", "2", *changed, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message.format(tmp_path) in error
+    assert error.count("\n") == 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+_PHOTO_NET = """
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
+"""
+
+
+def test_eval_measures_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With other and fewer classes than were trained on, and with pictures that the run did not see."""
+    (tmp_path / "photo_net.py").write_text(_PHOTO_NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    root = make_folder(tmp_path / "photos", classes=10, pictures=3)
+    net, run = ["--backbone", "photo_net:net"], tmp_path / "run"
+    data = ["--data", "folder", "--root", str(root), "--picture", "32", *net]
+    options = ["--steps", "2", "--method", "contrastive", "--out", str(run)]
+    assert cli.main(["train", *TINY_OPTIONS, *data, *options]) == 0
+    path = str(run)  # a run's folder is as good as its checkpoint
+
+    def measured(*options: str) -> dict[str, Any]:
+        assert cli.main(["eval", path, *net, *options, "--json", str(tmp_path / "again.json")]) == 0
+        found: dict[str, Any] = json.loads((tmp_path / "again.json").read_text())
+        return found
+
+    assert measured()["data"]["test"] == {"classes": 5, "from": ["f to j"], "pictures": 15}
+    (root / "f" / "0.png").unlink()  # as a damaged picture that was removed
+    assert measured()["data"]["test"]["pictures"] == 14
+    other = make_folder(tmp_path / "other", classes=3, pictures=4)
+    again = measured("--root", str(other), "--split", "none")
+    assert again["data"]["test"] == {"classes": 3, "from": ["a to c"], "pictures": 12}
+    assert again["data"]["train"]["pictures"] == 15
+    assert again["settings"]["root"] == str(root)
+    capsys.readouterr()
+    assert cli.main(["eval", path, *net, "--data", "glyphs", "--root", ""]) == 2
+    assert "--data is glyphs; " in capsys.readouterr().err
 
 
 def test_damaged_metrics_are_named(tmp_path: Path) -> None:
@@ -291,7 +348,7 @@ def test_a_measurement_at_the_end_alone_takes_no_longer(tiny: Dataset, tmp_path:
     assert cli.main(["train", *TINY_OPTIONS, *options]) == 0
     metrics = outcome.read(tmp_path)
     assert metrics is not None
-    assert metrics["curves"]["step"] == [6]
+    assert metrics["curves"]["step"] == [0, 6]
 
 
 @pytest.mark.parametrize(

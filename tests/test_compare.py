@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from pddm_ext.workbench import cli, compare, outcome
+from pddm_ext.workbench import checkpoint, cli, compare, outcome
 from pddm_ext.workbench.compare import Cell, Grid, method
 from pddm_ext.workbench.data import glyphs
 from pddm_ext.workbench.data.load import load
 from pddm_ext.workbench.data.splits import Dataset
-from pddm_ext.workbench.loop import CHECKPOINT, CONFIG, CollapseWarning, Run
-from pddm_ext.workbench.settings import Settings
+from pddm_ext.workbench.evaluation.separation import spread
+from pddm_ext.workbench.loop import CHECKPOINT, CONFIG, Run
+from pddm_ext.workbench.measuring import CollapseWarning
+from pddm_ext.workbench.settings import PROXIES, Settings
 from runs import TINY, TINY_OPTIONS, interrupt_at, make_archive, make_tiny, untimed
 
 # Classes so few, and nets so small, that they collapse now and then; nothing here is about that.
@@ -186,11 +188,11 @@ def test_an_interrupted_cell_is_continued(tmp_path: Path, here: list[Cell], monk
 
     whole = run("whole")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
+        interrupt_at(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             run("stopped")
     folder = here[-1].folder
-    assert (folder / CHECKPOINT).exists()
+    assert checkpoint.load(folder / CHECKPOINT)["taken"] == 3
     assert not (folder / outcome.METRICS).exists()
     taken, train = [], Run.train
 
@@ -201,7 +203,7 @@ def test_an_interrupted_cell_is_continued(tmp_path: Path, here: list[Cell], monk
 
     monkeypatch.setattr(Run, "train", noted)
     assert untimed(run("stopped")) == untimed(whole)
-    assert taken == [2]
+    assert taken == [1]
 
 
 def test_a_cell_of_other_settings_is_refused_and_kept(tmp_path: Path, here: list[Cell]) -> None:
@@ -235,6 +237,74 @@ def test_a_run_that_diverges_is_an_error(tmp_path: Path, here: list[Cell], capsy
         cli.main(["compare", *TINY_OPTIONS, "--methods", "n-pair", "--lr", "1e30", "--out", str(tmp_path / "x")]) == 2
     )
     assert "embedding is not finite" in capsys.readouterr().err
+
+
+# What would fail later fails first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "6", "--lrs", "0.1", "0.2"], "--classes is 6; glyphs (validation 0) has 5 to train on"),
+        (["--lrs", "0.1", "0.2", "--tries", "2", "--classes", "4"], "--classes is 4; glyphs (validation 1) has 3 to"),
+        (["--methods", "n-pair", "contrastive:classes=9"], "--classes is 9; glyphs has 8 to train on"),
+        (["--patience", "2", "--classes", "6"], "--classes is 6; glyphs has 5 to train on without those held out"),
+        (["--methods", "n-pair", "n-pair:backbone=timm/nonsense"], "--backbone timm/nonsense: "),
+        (["--methods", "n-pair", "n-pair:backbone=timm/resnet10t"], "--backbone timm/resnet10t: "),
+        (["--methods", "n-pair", "n-pair:backbone=not_there_at_all:net"], "--backbone not_there_at_all:net: ModuleNot"),
+        (["--methods", "n-pair", "n-pair:accelerator=nonsense"], "--accelerator nonsense is not to be had"),
+        (["--freeze", "--methods", "n-pair:backbone_lr_factor=0.1"], "backbone_lr_factor does nothing with freeze"),
+    ],
+)
+def test_what_a_later_run_would_come_to_is_said_before_the_first(
+    tmp_path: Path, here: list[Cell], capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert cli.main(["compare", *TINY_OPTIONS, "--seeds", "2", *options, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pddm-ext: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not here
+    assert not list(tmp_path.rglob("config.json"))
+
+
+@pytest.mark.parametrize("lrs", [[], [0.1], [0.1, 0.2]])
+def test_an_unfinished_cell_of_other_settings_is_refused_before_the_first(
+    tmp_path: Path, here: list[Cell], monkeypatch: pytest.MonkeyPatch, lrs: list[float]
+) -> None:
+    """Its first steps may serve a longer run, but no other one."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            Grid(COMMON, ["contrastive"], [1], tmp_path, lrs=lrs[:1]).run(1, progress=False)
+    here.clear()
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"contrastive/seed-1: --dim was 8 and is 9 now; choose another --out"):
+        Grid(replace(COMMON, dim=9), ["n-pair", "contrastive"], [0, 1], tmp_path, lrs=lrs).run(1, progress=False)
+    assert not here
+    assert files(tmp_path) == before
+    Grid(replace(COMMON, steps=6), ["contrastive"], [1], tmp_path, lrs=lrs[:1]).run(1, progress=False)
+    metrics = outcome.read(here[0].folder)
+    assert metrics is not None
+    assert metrics["curves"]["step"] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("method", PROXIES)
+def test_methods_with_proxies_are_tuned_on_folds_of_fewer_classes(
+    tmp_path: Path, here: list[Cell], method: str
+) -> None:
+    (metrics,) = Grid(COMMON, [method], [0], tmp_path, lrs=[1e-2, 1e-3]).run(1, progress=False)[method]
+    assert len(here) == 3
+    assert metrics["settings"]["proxy_lr_factor"] == 100
+    compare.examples(Grid(COMMON, [method], [0], tmp_path, lrs=[1e-2, 1e-3]))
+
+
+def test_a_grid_shows_the_step_that_was_chosen(tmp_path: Path, here: list[Cell]) -> None:
+    grid = Grid(replace(COMMON, patience=1, steps=6), ["contrastive"], [0], tmp_path)
+    (metrics,) = grid.run(1, progress=False)["contrastive"]
+    examples, _ = compare.examples(grid)
+    features = examples.shown["contrastive"].features
+    assert spread(features) == metrics["spread"]
 
 
 # Choosing learning rates
@@ -274,9 +344,9 @@ def test_learning_rates_are_tried_on_training_classes_alone(
     seen: list[tuple[Settings, Dataset]] = []
 
     class Seen(Run):
-        def __init__(self, settings: Settings, dataset: Dataset, *others: Any) -> None:
+        def __init__(self, settings: Settings, dataset: Dataset, *others: Any, **named: Any) -> None:
             seen.append((settings, dataset))
-            super().__init__(settings, dataset, *others)
+            super().__init__(settings, dataset, *others, **named)
 
     monkeypatch.setattr(compare, "Run", Seen)
     grid = Grid(COMMON, ["pddm-anchor"], [0], tmp_path, lrs=[1e-3, 1e30], tries=2)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,44 @@ def test_a_bar_is_for_terminals_and_a_log_gets_lines(
     assert bool(written) == (bar or lines)
 
 
-@pytest.mark.parametrize(("option", "lines"), [([], 3), (["--no-progress"], 0)])
+def test_the_estimate_counts_the_evaluations_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so does the bar's; a bar in between is gone when it is done."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    stream = Terminal(True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress("training", 25, 5, "step", None) as bar:
+        bar.expect(10)
+        assert bar.remaining() is None
+        for _ in range(5):
+            now[0] += 2
+            bar.update()
+        assert bar.remaining() == 15 * 2  # nothing is known of evaluations yet
+        with bar.aside("measuring", 40, "picture") as pictures:
+            now[0] += 30
+            pictures.update(40)
+            assert pictures.remaining() == 0
+        assert bar.remaining() == 15 * 2 + 2 * 30  # at 20 and at 25
+        with bar.aside("measuring", 40, "picture"):
+            now[0] += 10
+        assert bar.remaining() == 15 * 2 + 2 * 20
+        bar._bar.refresh()
+    assert "01:10" in stream.getvalue()
+    assert "measuring: " in stream.getvalue()
+
+
+def test_an_evaluation_shows_its_pictures(tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *TINY_OPTIONS, "--steps", "2", "--progress", "--out", str(tmp_path)]) == 0
+    assert "measuring: " in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path), "--progress"]) == 0
+    error = capsys.readouterr().err
+    assert "measuring: 100%" in error
+    assert "20/20" in error
+    assert cli.main(["eval", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("option", "lines"), [([], 4), (["--no-progress"], 0)])
 def test_a_log_has_a_line_for_each_measurement(
     tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str], lines: int
 ) -> None:

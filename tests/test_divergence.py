@@ -19,7 +19,8 @@ from pddm_ext.adapters.lightning import MetricLearningModule
 from pddm_ext.precision import unmasked
 from pddm_ext.workbench import cli
 from pddm_ext.workbench.data.splits import Dataset
-from pddm_ext.workbench.loop import CHECKPOINT, Learner, Run
+from pddm_ext.workbench.learner import Learner
+from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.settings import METHODS, Settings
 from runs import TINY, TINY_OPTIONS
 
@@ -86,10 +87,10 @@ def test_a_parameter_that_is_not_finite_is_named_at_the_next_measurement(
 ) -> None:
     measure = Run._measure
 
-    def spoilt(self: Run, *others: Any) -> float:
+    def spoilt(self: Run, *others: Any) -> None:
         if self.taken == 4:
             self.learner.get_parameter(name).data.fill_(value)
-        return measure(self, *others)
+        measure(self, *others)
 
     monkeypatch.setattr(Run, "_measure", spoilt)
     assert_stopped(tmp_path, capsys, message)
@@ -107,7 +108,7 @@ def assert_stopped(folder: Path, capsys: pytest.CaptureFixture[str], message: st
     """By step 4, with one line, and with the checkpoint of step 2 kept."""
     assert cli.main(["train", *TINY_OPTIONS, "--structure", "0.3", "--out", str(folder)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(",")[0] for line in lines[:-1]] == ["training: step 2/6"]
+    assert [line.partition(",")[0] for line in lines[:-1]] == ["training: step 0/6", "training: step 2/6"]
     assert lines[-1].startswith(f"pddm-ext: error: {message}")
     assert torch.load(folder / CHECKPOINT)["taken"] == 2
     assert not (folder / "metrics.json").exists()
@@ -127,7 +128,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch, scale: float) -> list[torch.amp.Grad
     """Fabric's half precision with its scaler, which it has on GPUs alone."""
     scalers: list[torch.amp.GradScaler] = []
 
-    def fabric(self: Run, accelerator: str, devices: int, loggers: Any) -> Fabric:
+    def fabric(self: Run, accelerator: str, processes: int, loggers: Any) -> Fabric:
         scalers.append(torch.amp.GradScaler("cpu", init_scale=scale))
         plugin = FabricMixedPrecision("16-mixed", "cpu", scalers[-1])
         return Fabric(accelerator="cpu", devices=1, loggers=loggers, plugins=[plugin])
@@ -162,8 +163,8 @@ def test_a_step_that_a_scaler_passes_over_is_no_divergence(
     run.train(progress=False)
     assert scalers[0].get_scale() == 1024 / 2 ** len(at)  # it has seen them
     assert run.optimizer.state[run.learner.net.head.weight]["step"] == 6 - len(at)
-    assert run.curves["step"] == [2, 4, 6]
-    assert all(torch.tensor(curve).isfinite().all() for curve in run.curves.values())
+    assert run.curves["step"] == [0, 2, 4, 6]
+    assert all(torch.tensor(curve[1:]).isfinite().all() for curve in run.curves.values())
 
 
 def test_gradients_too_large_for_the_first_scales_are_no_divergence(

@@ -198,6 +198,84 @@ def test_one_of_several_processes_claims(
     assert not files(tmp_path / "run")
 
 
+# Signals to a run of several processes
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A command in a session of its own, on a small archive."""
+    make_archive(tmp_path / "small.zip")
+    started = []
+
+    def starter(command: str, *options: str) -> subprocess.Popen[str]:
+        data = ["--data", "omniglot", "--root", "small.zip", "--steps", "100000"]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "pddm_ext", command, *TINY_OPTIONS, *data, *options],
+                cwd=tmp_path,
+                env=environment(),
+                start_new_session=True,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield starter
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("to", ["all", "the leading one"])
+def test_ctrl_c_stops_all_processes_of_a_run_at_a_checkpoint(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]], to: str
+) -> None:
+    process = start("train", "--devices", "2", "--method", "contrastive", "--out", "run", "--no-progress")
+    path = tmp_path / "run" / CHECKPOINT
+    wait_for(path.exists)
+    if to == "all":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, error
+    state = checkpoint.load(path)
+    taken = state["taken"]
+    assert error.endswith(
+        f"stopped after {taken} steps; run/checkpoint.pt of step {taken} is there; --resume continues from it\n"
+    )
+    assert "Traceback" not in error
+    assert state["losses"].shape == (2, 2)  # of a chunk that was not measured any more
+    assert state["curves"]["step"][-1] == taken - 2
+    wait_for(lambda: not members(process.pid))
+    resumed = subprocess.run(
+        [sys.executable, "-m", "pddm_ext", "train", "--resume", "--out", "run", "--steps", str(taken + 2)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert checkpoint.load(path)["curves"]["step"][-3:] == [taken - 2, taken, taken + 2]
+
+
+def test_ctrl_c_reaches_no_worker_that_reads_pictures(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """It goes to them, too, and a step that is to be finished needs them."""
+    process = start("train", "--workers", "1", "--method", "contrastive", "--every", "50", "--out", "run")
+    wait_for((tmp_path / "run" / CHECKPOINT).exists)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1].startswith("stopped after ")
+    assert "Traceback" not in error
+    wait_for(lambda: not members(process.pid))
+
+
 # Signals to a comparison and its processes
 
 
@@ -264,7 +342,10 @@ def test_ctrl_c_stops_a_comparison_in_one_line(tmp_path: Path, grid: Callable[[]
     assert error == "\nstopped; what has finished is in grid, and the same command goes on from there\n"
     wait_for(lambda: not members(process.pid))
     for path in (tmp_path / "grid").rglob(CHECKPOINT):
-        assert checkpoint.load(path)["taken"] >= 2
+        state = checkpoint.load(path)
+        assert state["taken"] >= 2
+        # Each has left the step that it had reached.
+        assert state["taken"] == state["curves"]["step"][-1] + state["losses"].shape[1]
         with claimed(path.parent):
             pass
     assert not [path for path in (tmp_path / "grid").rglob(".*") if path.name != ".lock"]  # nothing half written

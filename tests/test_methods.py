@@ -11,7 +11,7 @@ import pddm_ext
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import Run
 from pddm_ext.workbench.methods import mine_by_distance, objective
-from pddm_ext.workbench.settings import METHODS, Settings
+from pddm_ext.workbench.settings import METHODS, PROXIES, Settings
 from runs import TINY, differences, pictures_of, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,7 +126,7 @@ def test_density_and_structure_are_terms_beside_any_loss(tiny: Dataset, method: 
 @pytest.mark.parametrize("method", METHODS)
 def test_divergence_of_any_method_is_said(tiny: Dataset, method: str) -> None:
     with pytest.raises(FloatingPointError, match="embedding is not finite after 2 steps"):
-        trained(tiny, method=method, lr=1e30)
+        trained(tiny, method=method, lr=1e30, proxy_lr_factor=1.0)
 
 
 def test_every_method_starts_from_the_same_net_and_torchs_generator_is_left_alone(tiny: Dataset) -> None:
@@ -140,13 +140,43 @@ def test_every_method_starts_from_the_same_net_and_torchs_generator_is_left_alon
     assert "/backbone.0.weight" in differences(nets[0], other)
 
 
-def test_the_unit_has_a_learning_rate_of_its_own(tiny: Dataset) -> None:
-    run = Run(Settings(**TINY, method="pddm-pair", lr=0.01, unit_lr_factor=5.0), tiny)
-    net, unit = run.optimizer.param_groups
-    assert (net["lr"], unit["lr"]) == (0.01, pytest.approx(0.05))
-    assert net["weight_decay"] == unit["weight_decay"] == 5e-4
-    assert run.learner.unit is not None
-    assert {id(p) for p in unit["params"]} == {id(p) for p in run.learner.unit.parameters()}
-    assert {id(p) for p in net["params"]} == {id(p) for p in run.learner.net.parameters()}
-    alone = Run(Settings(**TINY, method="n-pair", weight_decay=0.0), tiny)
-    assert [group["weight_decay"] for group in alone.optimizer.param_groups] == [0]
+@pytest.mark.parametrize(
+    ("changed", "rates"),
+    [
+        ({"method": "pddm-pair", "unit_lr_factor": 5.0}, {"head": 0.01, "backbone": 0.01, "objective": 0.05}),
+        ({"method": "n-pair", "backbone_lr_factor": 0.1}, {"head": 0.01, "backbone": 0.001}),
+        ({"method": "n-pair", "structure": 0.3}, {"head": 0.01, "structure": 0.01, "backbone": 0.01}),
+        ({"method": "norm-softmax", "unit_lr_factor": 5.0}, {"head": 0.01, "backbone": 0.01, "objective": 1.0}),
+        ({"method": "proxy-anchor", "proxy_lr_factor": 3.0}, {"head": 0.01, "backbone": 0.01, "objective": 0.03}),
+        ({"method": "recommended", "freeze": True}, {"head": 0.01, "objective": 0.01}),
+    ],
+)
+def test_each_part_has_its_learning_rate(tiny: Dataset, changed: dict[str, Any], rates: dict[str, float]) -> None:
+    """And every parameter that trains is in one group."""
+    run = Run(Settings(**TINY, lr=0.01, weight_decay=0.25, **changed), tiny)
+    of = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.25}
+    assert len(of) == sum(len(group["params"]) for group in run.optimizer.param_groups)
+    found: dict[str, set[float]] = {}
+    for name, parameter in run.learner.named_parameters():
+        part = name.removeprefix("net.").partition(".")[0]
+        if parameter.requires_grad:
+            found.setdefault(part, set()).add(round(of[id(parameter)], 9))
+        else:
+            assert part == "backbone"
+            assert changed["freeze"]
+            assert id(parameter) not in of
+    assert found == {part: {rate} for part, rate in rates.items()}
+
+
+@pytest.mark.parametrize("method", PROXIES)
+def test_proxies_depend_on_the_seed_and_their_number_alone(tiny: Dataset, method: str) -> None:
+    one, same, other = (
+        objective(Settings(**TINY, method=method, seed=seed, lr=lr), 8).state_dict()
+        for seed, lr in ((1, 0.1), (1, 0.2), (2, 0.1))
+    )
+    assert not differences(one, same)
+    assert differences(one, other)
+    fewer = Run(Settings(**TINY, method=method), tiny.validation(0)).learner.objective
+    (proxies,) = fewer.parameters()
+    assert proxies.numel() == 5 * TINY["dim"] * (3 if method == "sub-center-arcface" else 1)

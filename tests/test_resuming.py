@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
+import signal
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from pddm_ext import __version__
-from pddm_ext.workbench import checkpoint, cli, outcome
-from pddm_ext.workbench.data.augment import DRAWINGS
+from pddm_ext.workbench import checkpoint, cli, measuring, outcome
+from pddm_ext.workbench.data import glyphs
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import CHECKPOINT, CONFIG, Run
 from pddm_ext.workbench.settings import Settings
@@ -50,12 +56,14 @@ def test_a_resumed_run_ends_at_the_same_bits(
         return trained(tiny, tmp_path / name, None if backbone is None else backbone(), **changed)
 
     whole = train("whole")
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4 * changed.get("accumulate", 1))
-        with pytest.raises(KeyboardInterrupt):
-            train("stopped")
-    assert checkpoint.load(tmp_path / "stopped" / CHECKPOINT)["taken"] == 2
-    torch.manual_seed(99)  # whatever the process did in between
+    # Once, in the third step, which is finished; then twice, in the fifth, which is lost.
+    for batch, times, taken in ((3 * changed.get("accumulate", 1), 1, 3), (2 * changed.get("accumulate", 1), 2, 4)):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, batch, times)
+            with pytest.raises(KeyboardInterrupt):
+                train("stopped")
+        assert checkpoint.load(tmp_path / "stopped" / CHECKPOINT)["taken"] == taken
+        torch.manual_seed(99)  # whatever the process did in between
     stopped = train("stopped")
     states = [checkpoint.load(tmp_path / name / CHECKPOINT) for name in ("whole", "stopped")]
     for state in states:
@@ -74,36 +82,92 @@ def test_a_finished_run_can_be_made_longer(tiny: Dataset, tmp_path: Path, method
     whole, grown = (checkpoint.load(tmp_path / name / CHECKPOINT) for name in ("whole", "grown"))
     for part in ("learner", "optimizer", "generators", "taken"):
         assert not differences(whole[part], grown[part]), part
-    assert whole["curves"]["step"] == [3, 6, 7]
-    assert grown["curves"]["step"] == [2, 3, 4, 6, 7]
+    assert whole["curves"]["step"] == [0, 3, 6, 7]
+    assert grown["curves"]["step"] == [0, 2, 3, 4, 6, 7]
 
 
 def test_stopping_and_resuming_on_the_command_line(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["train", *TINY_OPTIONS, "--out", str(tmp_path / "stopped")]
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2)
-        assert cli.main(options) == 130
-    assert "stopped after 1 steps; no checkpoint yet" in capsys.readouterr().err
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        assert cli.main(options) == 130
-    assert f"stopped after 3 steps; {tmp_path / 'stopped' / CHECKPOINT} is there" in capsys.readouterr().err
-    assert not (tmp_path / "stopped" / "metrics.json").exists()
-    assert scalars(tmp_path / "stopped")["step"] == [(2, 2)]  # what was measured is on the disk
-    assert cli.main([*options, "--resume"]) == 0
-    assert cli.main([*options[:-1], str(tmp_path / "whole")]) == 0
+    """With no other option than the folder: all else is in its config.json."""
+    folder, changed = tmp_path / "stopped", ["--method", "contrastive", "--no-augment", "--seed", "3"]
+    command = ["train", *TINY_OPTIONS, *changed, "--out", str(folder)]
+    for batch, times, taken, saved in ((1, 1, 1, 1), (2, 1, 3, 3), (2, 2, 4, 4)):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, batch, times)
+            assert cli.main(command) == 130
+        said = f"stopped after {taken} steps; {folder / CHECKPOINT} of step {saved} is there; --resume continues"
+        assert said in capsys.readouterr().err
+        command = ["train", "--resume", "--out", str(folder)]
+    assert not (folder / "metrics.json").exists()
+    assert [step for step, _ in scalars(folder)["recall"]] == [0, 2, 4]  # what was measured is on the disk
+    assert cli.main(command) == 0
+    assert cli.main(["train", *TINY_OPTIONS, *changed, "--out", str(tmp_path / "whole")]) == 0
     stopped, whole = (outcome.read(tmp_path / name) for name in ("stopped", "whole"))
     assert stopped is not None
     assert whole is not None
     assert untimed(stopped) == untimed(whole)
 
 
+def test_the_default_folder_is_resumed_by_its_config_too(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        assert cli.main(["train", *TINY_OPTIONS, "--method", "contrastive"]) == 130
+    assert cli.main(["train", "--resume", "--method", "contrastive", "--steps", "4"]) == 0
+    metrics = outcome.read(tmp_path / "runs" / "glyphs" / "contrastive" / "seed-0")
+    assert metrics is not None
+    assert metrics["settings"] == {**Settings(**TINY).__dict__, "method": "contrastive", "steps": 4}
+
+
+def test_ctrl_c_before_the_first_step_leaves_no_checkpoint(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measuring, "baselines", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path)]) == 130
+    assert "stopped after 0 steps; no checkpoint yet" in capsys.readouterr().err
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("where", ["refuse_divergence", "point", "separation"])
+def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_loses_no_step(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Of a measurement between, or of the thresholds at the end."""
+    changed = {"method": "contrastive", "patience": 9, "classes": 2}
+    whole = trained(tiny, tmp_path / "whole", **changed)
+    measure, calls = getattr(measuring, where), []
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == {"refuse_divergence": 2, "point": 3, "separation": 1}[where]:
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("went on")
+        return measure(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tiny, tmp_path / "stopped", **changed)
+    state = checkpoint.load(tmp_path / "stopped" / CHECKPOINT)
+    assert state["taken"] == (6 if where == "separation" else 4)
+    stopped = trained(tiny, tmp_path / "stopped", **changed)
+    assert untimed(outcome.figures(stopped)) == untimed(outcome.figures(whole))
+    states = [checkpoint.load(tmp_path / name / CHECKPOINT) for name in ("whole", "stopped")]
+    for state in states:
+        del state["seconds"], state["curves"]["seconds"]
+    assert not differences(*states)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--lr", "0.5"], "--lr was 0.001 and is 0.5 now"),
+        (
+            ["--lr", "0.5"],
+            "--lr was 0.001 and is 0.5 now, where the run is to be resumed; leave it as it was, or begin",
+        ),
         (["--unit-lr-factor", "7"], " and is 7.0 now"),
         (["--method", "pddm-pair"], "--method was pddm-anchor and is pddm-pair now"),
         (["--no-augment"], "--augment was True and is False now"),
@@ -128,14 +192,54 @@ def test_a_cosine_schedule_cannot_be_made_longer(tiny: Dataset, tmp_path: Path) 
         trained(tiny, tmp_path, schedule="cosine")
 
 
-def test_resuming_on_other_pictures_is_refused(tiny: Dataset, tmp_path: Path) -> None:
+def test_resuming_on_other_pictures_is_refused_unless_they_are_accepted(
+    tiny: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And is told which side has changed."""
     trained(tiny, tmp_path, steps=2)
-    for other in (
-        Dataset("glyphs", DRAWINGS, tiny.train, tiny.train, distort_test=True),
-        Dataset("glyphs", DRAWINGS, tiny.train.classes(torch.arange(7)), tiny.test, distort_test=True),
-    ):
-        with pytest.raises(ValueError, match="saw other pictures than --data glyphs has now"):
-            Run(Settings(**TINY), other, tmp_path).resume()
+    content = (tmp_path / CHECKPOINT).read_bytes()
+    others = {
+        "test had 20 pictures of 5 classes and has 18 pictures of 5 classes now": replace(
+            tiny, test=tiny.test.some(torch.arange(18))
+        ),
+        "train had 32 pictures of 8 classes and has 28 pictures of 7 classes now": replace(
+            tiny, train=tiny.train.classes(torch.arange(7))
+        ),
+        "train had 32 pictures of 8 classes and has as many others now": replace(
+            tiny, train=tiny.train.some(torch.arange(32).roll(1))
+        ),
+        "gallery had none and has 32 pictures of 8 classes now": replace(
+            tiny, test=tiny.train, gallery=tiny.train, distort_test=False
+        ),
+    }
+    resumed = ["train", *TINY_OPTIONS, "--out", str(tmp_path), "--resume"]
+    for message, other in others.items():
+        monkeypatch.setattr(glyphs, "load", lambda other=other: other)
+        assert cli.main(resumed) == 2
+        error = capsys.readouterr().err
+        assert "saw other pictures than --data glyphs has now" in error
+        assert message in error
+        assert error.endswith("by --accept-changed-data\n")
+        assert error.count("\n") == 1
+        assert (tmp_path / CHECKPOINT).read_bytes() == content
+    monkeypatch.setattr(glyphs, "load", lambda: next(iter(others.values())))
+    assert cli.main([*resumed, "--accept-changed-data"]) == 0
+    assert f"warning: {next(iter(others))}" in capsys.readouterr().err
+    metrics = outcome.read(tmp_path)
+    assert metrics is not None
+    assert metrics["data"]["test"]["pictures"] == 18
+    assert metrics["curves"]["step"] == [0, 2, 4, 6]
+    assert cli.main(resumed) == 0  # they are what the run has seen now
+
+
+def test_proxies_of_other_classes_are_refused_whatever_is_accepted(tiny: Dataset, tmp_path: Path) -> None:
+    trained(tiny, tmp_path, steps=2, method="norm-softmax")
+    other = replace(tiny, train=tiny.train.classes(torch.arange(8).roll(1)))
+    with pytest.raises(ValueError, match="its proxies are of other classes than --data glyphs has"):
+        Run(Settings(**TINY, method="norm-softmax"), other, tmp_path).resume(accept_changed_data=True)
 
 
 def test_weights_of_another_net_are_refused(tiny: Dataset, tmp_path: Path) -> None:
@@ -154,9 +258,9 @@ def test_a_missing_or_damaged_checkpoint_is_named(tiny: Dataset, tmp_path: Path)
     trained(tiny, tmp_path, steps=2)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "tensorboard"]  # nothing temporary
     content = path.read_bytes()
-    for damaged in (b"", b"nonsense", content[: len(content) // 2]):
+    for damaged, kind in ((b"", "an empty file"), (content[: len(content) // 2], "a damaged file: its end is missing")):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"checkpoint\.pt: not a readable checkpoint"):
+        with pytest.raises(ValueError, match=rf"checkpoint\.pt: not a readable checkpoint \({kind}\)"):
             checkpoint.load(path)
     for other in ({"weights": torch.zeros(1)}, [1], {"format": checkpoint.FORMAT, "settings": {}}):
         torch.save(other, path)
@@ -164,10 +268,56 @@ def test_a_missing_or_damaged_checkpoint_is_named(tiny: Dataset, tmp_path: Path)
             checkpoint.load(path)
 
 
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a/photo.jpg", b"picture")
+    return buffer.getvalue()
+
+
+def saved(value: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "not a readable checkpoint (an empty file)"),
+        (b"epochs: 5\n", "not a readable checkpoint (not a file of torch's)"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "not a readable checkpoint (not a file of torch's)"),
+        (zipped(), "not a readable checkpoint (a zip archive)"),
+        (pickle.dumps(Path("x")), "not a readable checkpoint (a pickle, which may hold code and is not opened)"),
+        (pickle.dumps({"a": 1}), "not a readable checkpoint (a pickle, which may hold code and is not opened)"),
+        (safetensors.torch.save({"a": torch.zeros(2)}), "not a readable checkpoint (a file of safetensors: weights"),
+        (saved(nn.Linear(2, 2)), "not a readable checkpoint (a file of torch's that holds code, or is damaged)"),
+        (saved(Path("x"), _use_new_zipfile_serialization=False), "not a readable checkpoint (a pickle, which may"),
+        (saved({"state_dict": {}}), "not a checkpoint of format 3, but another file of torch's"),
+        (saved(torch.zeros(3)), "not a checkpoint of format 3, but another file of torch's"),
+    ],
+    ids=str.split("empty text png zip pickle plain-pickle safetensors module old-pickle other-state tensor"),
+)
+def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder, content: bytes, kind: str
+) -> None:
+    """In one line, without torch's advice to read it unsafely."""
+    path = tmp_path / "file.pt"
+    path.write_bytes(content)
+    assert cli.main(["eval", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"pddm-ext: error: {path}: {kind}")
+    assert error.endswith("; expected the one that 'pddm-ext train' writes\n")
+    assert error.count("\n") == 1
+    assert "weights_only" not in error
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
         *((part, value, "not a checkpoint of format") for part in checkpoint.KEYS for value in (None, [5])),
+        ("curves", {"step": 5}, "damaged; its steps or curves"),
         ("taken", -5, "damaged; its steps or curves"),
         ("curves", {}, "damaged; its steps or curves"),
         ("learner", {}, "its weights do not fit the net"),

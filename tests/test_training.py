@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pddm_ext.workbench import checkpoint, loop, outcome
+from pddm_ext.workbench import checkpoint, outcome
 from pddm_ext.workbench.data.augment import DRAWINGS
 from pddm_ext.workbench.data.splits import Dataset
-from pddm_ext.workbench.loop import CHECKPOINT, CollapseWarning, Run
+from pddm_ext.workbench.loop import CHECKPOINT, Run
+from pddm_ext.workbench.measuring import COLLAPSED, CollapseWarning
 from pddm_ext.workbench.settings import Settings
 from runs import TINY, TINY_OPTIONS, differences, make_archive, trained
 
@@ -46,7 +47,7 @@ def test_accumulated_batches_are_updated_by_the_mean_of_their_gradients(tiny: Da
     (sum(sum(expected(*given).values()) for given in seen) / 2).backward()
     for got, parameter in zip(gradients[0], expected.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-7)
-    assert run.curves["loss"] == [pytest.approx(sum(sum(expected(*given).values()) for given in seen).item() / 2)]
+    assert run.curves["loss"] == [None, pytest.approx(sum(sum(expected(*given).values()) for given in seen).item() / 2)]
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,8 @@ def test_learning_rates_follow_their_schedule(tiny: Dataset, schedule: str, warm
     rates: list[list[float]] = []
     run.optimizer.register_step_pre_hook(lambda *_: rates.append([g["lr"] for g in run.optimizer.param_groups]))
     run.train(progress=False)
-    assert [net for net, _ in rates] == pytest.approx([0.01 * factor for factor in factors])
-    assert [unit for _, unit in rates] == pytest.approx([0.03 * factor for factor in factors])
+    for part, rate in enumerate((0.01, 0.01, 0.03)):  # the head's, the backbone's and the unit's
+        assert [each[part] for each in rates] == pytest.approx([rate * factor for factor in factors])
 
 
 def test_augment_decides_what_the_net_sees(tiny: Dataset) -> None:
@@ -95,7 +96,7 @@ def test_a_collapse_is_said_once(tiny: Dataset) -> None:
         warnings.simplefilter("always")
         run.train(progress=False)
     said = [str(warning.message) for warning in caught if warning.category is CollapseWarning]
-    low = [value < loop.COLLAPSED for value in run.curves["spread"]]
+    low = [value < COLLAPSED for value in run.curves["spread"]]
     assert len(said) == sum(now and not before for before, now in zip([False, *low], low, strict=False)) == 1
     at = low.index(True)
     assert said[0].startswith(
@@ -175,7 +176,7 @@ def test_two_processes_train_one_net_and_continue(tmp_path: Path) -> None:
     assert not parameters
     metrics = outcome.read(tmp_path / "whole")
     assert metrics is not None
-    assert metrics["curves"]["step"] == [2, 4]
+    assert metrics["curves"]["step"] == [0, 2, 4]
     for rank in (0, 1):
         whole, parts = (torch.load(tmp_path / f"{name}-{rank}.pt") for name in ("whole", "parts"))
         assert not differences(whole["seen"][2:], parts["seen"]), rank

@@ -6,7 +6,9 @@ import importlib
 import math
 import os
 import sys
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,10 +61,8 @@ def named(name: str, pretrained: bool, size: int) -> nn.Module:
             return _headless(models.get_model(model, weights="DEFAULT" if pretrained else None))
         if ":" in name:
             return _called(name)
-    except ModuleNotFoundError:
-        raise  # a package to install, which the message names
     except (Exception, SystemExit) as error:  # of code that is not ours; a script may exit when it is imported
-        raise ValueError(f"--backbone {name}: {said(error)}") from error
+        raise _named(name, error) from error
     raise ValueError(
         f"--backbone is {name!r}; convnet, {LITE}, timm/NAME, torchvision/NAME and MODULE:CALLABLE are accepted"
     )
@@ -96,10 +96,8 @@ def view(settings: Settings, backbone: nn.Module | None = None) -> Photographs:
             found = _of_torchvision(model)
         else:
             found = PHOTOS
-    except ModuleNotFoundError:
-        raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--backbone {name}: {said(error)}") from error
+        raise _named(name, error) from error
     return resized(found, settings.picture) if settings.picture else found
 
 
@@ -126,6 +124,19 @@ def _timm(model: str, pretrained: bool, size: int) -> nn.Module:
             pass  # a convolutional net, which takes pictures of any size
     made = timm.create_model(model, **options)
     return made
+
+
+def _named(name: str, error: BaseException) -> Exception:
+    """An error that names the backbone; of a library's package that is not there, the one that says how to get it."""
+    if isinstance(error, ModuleNotFoundError) and ":" not in name:
+        return error
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    last = frames[-1] if frames else None
+    theirs = ":" in name and last is not None and Path(last.filename).parent.name != "importlib"
+    where = (
+        f" ({last.filename}, line {last.lineno})" if theirs and last is not None and last.filename != __file__ else ""
+    )
+    return ValueError(f"--backbone {name}: {said(error)}{where}")
 
 
 def _lite(size: int) -> nn.Module:

@@ -6,10 +6,11 @@ import hashlib
 import io
 import json
 import os
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,13 +22,15 @@ from .. import __version__
 #: A reader of FORMAT also reads every earlier one that a release has written; the first release writes 3.
 FORMAT = 3
 #: What a state consists of. ``best`` is the learner of the best step where validation pictures choose one, else empty;
-#: ``view`` how pictures are seen, empty if it is the user's own; ``names`` the classes trained on.
+#: ``view`` how pictures are seen, empty if it is the user's own; ``names`` the classes trained on; ``data`` what each
+#: side of the data consists of; ``losses`` those since the last point of the curves.
 KEYS: dict[str, type] = {
     "settings": dict,
-    "data_digest": str,
+    "data": dict,
     "taken": int,
     "seconds": float,
     "curves": dict,
+    "losses": Tensor,
     "generators": dict,
     "learner": dict,
     "best": dict,
@@ -117,13 +120,13 @@ def load(path: Path) -> dict[str, Any]:
     """
     there(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch.load raises almost anything at a damaged file, with pages of advice after the first line; of what it
-        # will not run, the advice is to let it.
-        reason = "" if isinstance(error, UnpicklingError) else " ({})".format(str(error).partition("\n")[0])
+        # Not what torch says, which is almost anything at a damaged file, and at others how to turn safety off.
         raise ValueError(
-            f"{path}: not a readable checkpoint{reason}; expected the one that 'pddm-ext train' writes"
+            f"{path}: not a readable checkpoint ({_kind(path)}); expected the one that 'pddm-ext train' writes"
         ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if type(found) is int and found != FORMAT:
@@ -133,6 +136,32 @@ def load(path: Path) -> dict[str, Any]:
         not isinstance(state, dict)
         or type(found) is not int
         or not all(isinstance(state.get(key), kind) for key, kind in KEYS.items())
+        or not all(isinstance(name, str) for name in state["names"])
     ):
-        raise ValueError(f"{path}: not a checkpoint of format {FORMAT}; expected the one that 'pddm-ext train' writes")
+        whose = "" if type(found) is int else ", but another file of torch's"
+        raise ValueError(
+            f"{path}: not a checkpoint of format {FORMAT}{whose}; expected the one that 'pddm-ext train' writes"
+        )
     return state
+
+
+def _kind(path: Path) -> str:
+    """What a file is that torch does not read as tensors and plain values, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(16)
+    except OSError as error:
+        return str(error.strerror)
+    if not begin:
+        return "an empty file"
+    if begin[:2] == b"PK":
+        if not zipfile.is_zipfile(path):
+            return "a damaged file: its end is missing"
+        with zipfile.ZipFile(path) as archive:
+            pickled = any(name.endswith("/data.pkl") for name in archive.namelist())
+        return "a file of torch's that holds code, or is damaged" if pickled else "a zip archive"
+    if begin[8:10] == b'{"':
+        return "a file of safetensors: weights alone"
+    if begin[0] == 0x80:
+        return "a pickle, which may hold code and is not opened"
+    return "not a file of torch's"

@@ -15,7 +15,7 @@ import torch
 from .. import _C, __version__
 from .._installing import bring
 from .console import brief_warnings, lenient
-from .settings import DRAWINGS, Settings, option, parse, read, written
+from .settings import DRAWINGS, Settings, difference, option, parse, read, written
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,23 +98,39 @@ def _parser() -> _Parser:
     )
     _add_settings(train)
     train.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA/METHOD/seed-SEED)")
-    train.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    train.add_argument(
+        "--resume", action="store_true", help="continue from the checkpoint in --out, by its config.json"
+    )
+    train.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="with --resume, go on where pictures have come, gone or changed since",
+    )
     _add_progress(train)
 
     evaluate = commands.add_parser(
         "eval",
         help="measure a checkpoint",
-        description="Measure a checkpoint's embedding on the test classes of its data: by distance, and where it "
-        "has a PDDM unit by score and re-ranked, and re-ranked by structure where it has a head for that.",
+        description="Measure a checkpoint's embedding on the test side of its data, or of any other (--root): by "
+        "distance, and where it has a PDDM unit by score and re-ranked, and re-ranked by structure where it has a head "
+        "for that. Of the chosen step, where validation pictures chose one.",
         **exact,
     )
-    evaluate.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run")
-    evaluate.add_argument("--root", help="where the data are now, if they have moved")
+    evaluate.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run, or the run's folder")
+    evaluate.add_argument(
+        "--root", help="where the data are now, or others that are to be measured (default: the run's)"
+    )
+    for name in ("data", "split", "gallery"):
+        setting = Settings.__dataclass_fields__[name]
+        evaluate.add_argument(
+            option(name), choices=setting.metadata["choices"], help=f"{setting.metadata['help']} (default: the run's)"
+        )
     evaluate.add_argument("--accelerator", help="device kind to measure on (default: the run's)")
     evaluate.add_argument("--workers", type=int, help="processes that read pictures (default: the run's)")
     evaluate.add_argument("--backbone", help="confirms a backbone MODULE:CALLABLE, whose code will run")
     evaluate.add_argument("--candidates", type=int, default=100, help="nearest rows that are re-ranked (default: 100)")
     evaluate.add_argument("--json", type=Path, help="write every figure to this file, too")
+    _add_progress(evaluate)
 
     compare = commands.add_parser(
         "compare",
@@ -244,19 +260,46 @@ def _out(folder: Path) -> Path:
     return folder
 
 
+def _resumed(arguments: argparse.Namespace) -> tuple[Settings, Path]:
+    """The settings and the folder of ``train``: with ``--resume`` alone those of the folder's ``config.json``."""
+    options = {name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__}
+    folder = arguments.out
+    if folder is None:
+        named = {**({} if arguments.config is None else read(arguments.config)), **options}
+        data, method, seed = (named.get(name, getattr(Settings, name)) for name in ("data", "method", "seed"))
+        folder = Path("runs") / data / method / f"seed-{seed}"
+    config = folder / "config.json"
+    if arguments.resume and arguments.config is None and config.is_file():
+        arguments.config = config
+    return _settings(arguments), _out(folder)
+
+
+def _refuse_another(folder: Path, settings: Settings) -> None:
+    """Refuse to begin a run in a folder that holds one."""
+    try:
+        changed = difference(read(folder / "config.json"), settings)
+    except (ValueError, OSError):
+        changed = ""
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run of other settings ({changed}); another --out begins a new one, and --resume with "
+            f"the settings of {folder / 'config.json'}, or without any, continues that one"
+        )
+    raise ValueError(f"{folder} holds a run; --resume continues it, another --out begins a new one")
+
+
 def _train(arguments: argparse.Namespace) -> int:
-    settings = _settings(arguments)
-    folder = _out(arguments.out or Path("runs") / settings.data / settings.method / f"seed-{settings.seed}")
+    settings, folder = _resumed(arguments)
 
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
-    from . import backbones, checkpoint, loop, outcome
+    from . import backbones, checkpoint, loop, measuring, outcome
     from .data import scan
     from .report import page
 
     def look() -> None:
         if not arguments.resume and (folder / loop.CHECKPOINT).exists():
-            raise ValueError(f"{folder} holds a run; --resume continues it, another --out begins a new one")
+            _refuse_another(folder, settings)
         if arguments.resume:
             checkpoint.there(folder / loop.CHECKPOINT)
 
@@ -269,23 +312,32 @@ def _train(arguments: argparse.Namespace) -> int:
         if leads:
             look()  # again: another run may have begun and ended meanwhile
         if arguments.resume:
-            run.resume()
+            for change in run.resume(accept_changed_data=arguments.accept_changed_data):
+                rank_zero_only(print)(
+                    f"warning: {change}; curves and baselines before are of what was", file=sys.stderr
+                )
         if leads:
             checkpoint.write_bytes(folder / loop.CONFIG, written(settings))
-        for line in scan.introduction(dataset):
+        for line in scan.introduction(run.dataset, held_out=dataset.val is None):
             rank_zero_only(print)(line)
         try:
             run.train(progress=arguments.progress)
+            if not run.leads:
+                return 0
+            metrics = outcome.figures(run, progress=arguments.progress)
         except KeyboardInterrupt:
-            left = folder / loop.CHECKPOINT
-            hint = f"{left} is there; --resume continues from it" if left.exists() else "no checkpoint yet"
+            if not run.leads:
+                return 0  # what starts the processes would kill the leading one for less
+            left = f"{folder / loop.CHECKPOINT} of step {run.saved} is there; --resume continues from it"
+            hint = "no checkpoint yet" if run.saved is None else left
             print(f"\nstopped after {run.taken} steps; {hint}", file=sys.stderr)
             return 130
-        if not run.leads:
-            return 0
-        metrics = outcome.figures(run)
         outcome.write(folder, metrics)
     print(page.summary(metrics))
+    if run.chosen_step is not None:
+        print(f"of {run.taken} steps, step {run.chosen_step} was the best on validation pictures: figures are of that")
+    for line in measuring.below(metrics["results"]["distance"], run.baselines):
+        print(f"warning: {line}", file=sys.stderr)
     print(f"run: {folder}")
     return 0
 
@@ -296,26 +348,32 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
         raise ValueError(f"--json is {arguments.json}; a file in a folder that is there is accepted")
 
-    from . import backbones, checkpoint, loop, outcome
+    from . import backbones, checkpoint, devices, outcome, trained
     from .data import scan
+    from .data.augment import PHOTOS, Photographs, from_description
     from .report import page
 
-    state = checkpoint.load(arguments.checkpoint)
-    saved = parse(state["settings"], str(arguments.checkpoint))
-    for name in ("root", "workers"):
-        if getattr(arguments, name) is not None:
-            saved[name] = getattr(arguments, name)
+    path = arguments.checkpoint / "checkpoint.pt" if arguments.checkpoint.is_dir() else arguments.checkpoint
+    state = checkpoint.load(path)
+    saved = parse(state["settings"], str(path))
     backbone = saved.get("backbone", Settings.backbone)
     if ":" in backbone and arguments.backbone != backbone:
-        raise ValueError(
-            f"{arguments.checkpoint} has a backbone whose code would run; confirm with --backbone {backbone}"
-        )
-    settings = Settings(**{**saved, "download": False})
-    dataset = scan.ready(settings, backbones.view(settings), only="test")
-    run = loop.Run(settings, dataset, arguments.checkpoint.parent)
-    run.resume(arguments.checkpoint)
-    run.place(arguments.accelerator)
-    metrics = outcome.figures(run, arguments.candidates)
+        raise ValueError(f"{path} has a backbone whose code would run; confirm with --backbone {backbone}")
+    given = {name: getattr(arguments, name) for name in ("data", "root", "split", "gallery", "workers")}
+    settings = Settings(**{**saved, **{name: v for name, v in given.items() if v is not None}, "download": False})
+    view = from_description(state["view"])
+    if isinstance(view, Photographs) == (settings.data in DRAWINGS):
+        seen = "photographs" if isinstance(view, Photographs) else "drawings"
+        raise ValueError(f"--data is {settings.data}; {path} was trained on {seen}, which are accepted")
+    module = backbones.named(backbone, False, view.size) if ":" in backbone else None
+    shown = view if isinstance(view, Photographs) else PHOTOS
+    dataset = scan.ready(settings, shown, only="test", progress=arguments.progress)
+    used = trained.load(path, backbone=module)
+    kind = arguments.accelerator or settings.accelerator
+    used.to(devices.fabric(settings, kind, 1, used.unit is not None).device)
+    metrics = outcome.again(
+        state, used, dataset, candidates=arguments.candidates, workers=settings.workers, progress=arguments.progress
+    )
     if arguments.json is not None:
         checkpoint.write_json(arguments.json, metrics)
     print(page.summary(metrics))

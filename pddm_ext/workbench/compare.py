@@ -11,16 +11,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
 from pddm_ext.quadruplets import Quadruplets
 
-from . import backbones, outcome
+from . import backbones, devices, outcome
 from .checkpoint import claimed, write_bytes
 from .console import Progress, brief_warnings
 from .data import scan
@@ -28,12 +28,14 @@ from .data.augment import Photographs
 from .data.load import load
 from .data.photos import without
 from .data.splits import Dataset, batches
-from .evaluation.evaluate import embed
-from .loop import CHECKPOINT, CONFIG, Run
-from .methods import Quadruplet
+from .interrupts import uninterrupted
+from .loop import CHECKPOINT, CONFIG, FEATURES, Run
+from .measuring import prepared
+from .methods import Quadruplet, objective
+from .model import embedder
 from .outcome import raw_pixels
 from .report.pictures import Examples, Shown
-from .settings import METHODS, Settings, difference, parse, unused, written
+from .settings import METHODS, Settings, difference, parse, read, unused, written
 
 #: The sweep's runs have seeds of their own, so that no final run was looked at before.
 _SWEEP_SEED = 1000
@@ -48,11 +50,13 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid: what to do, where, and in which fold of validation classes, if it chooses a setting."""
+    """One run of the grid: what to do, where, where the features of frozen backbones are kept, and in which fold of
+    validation classes, if it chooses a setting."""
 
     label: str
     settings: Settings
     folder: Path
+    features: Path | None = None
     fold: int | None = None
 
 
@@ -83,6 +87,8 @@ def method(text: str, common: Settings) -> Settings:
     for key, term in (("density_ratio", "density"), ("clusters", "structure")):
         if key in given and not getattr(settings, term):
             raise ValueError(f"--methods {text}: {key} does nothing without {term}")
+    if "backbone_lr_factor" in given and settings.freeze:
+        raise ValueError(f"--methods {text}: backbone_lr_factor does nothing with freeze")
     return settings
 
 
@@ -134,6 +140,7 @@ class Grid:
                 f"{text} lr={lr:g}",
                 replace(settings, lr=lr, seed=_SWEEP_SEED + attempt),
                 self.folder / "tuning" / _safe(text) / f"lr-{lr:g}" / f"seed-{_SWEEP_SEED + attempt}",
+                self.folder / FEATURES,
                 fold=attempt,
             )
             for text, settings in self.methods.items()
@@ -161,11 +168,45 @@ class Grid:
             Cell(
                 text,
                 replace(settings, lr=lrs[text], seed=seed),
-                self.folder / "cells" / _safe(text) / f"seed-{seed}",
+                self._folder(text, seed),
+                self.folder / FEATURES,
             )
             for seed in self.seeds
             for text, settings in self.methods.items()
         ]
+
+    def check(self) -> None:
+        """Refuse, before any run, what some run of the grid would come to.
+
+        Raises:
+            FileNotFoundError, ModuleNotFoundError, ValueError: as :meth:`run`, or a backbone, an accelerator, classes
+                or pictures that a run needs and that are not there; the message names the option.
+        """
+        tuning = self.tuning()
+        for cell in tuning:
+            _refuse_another(cell)
+        for text, settings in self.methods.items():
+            lr = self.lrs[0] if len(self.lrs) == 1 else settings.lr
+            for seed in self.seeds:
+                # What is yet to be chosen is no difference.
+                cell = Cell(text, replace(settings, seed=seed, lr=lr), self._folder(text, seed))
+                _refuse_another(cell, but=("lr",) * bool(tuning))
+        built = set()
+        for settings in self.methods.values():
+            whole = _dataset(replace(settings, seed=self.seeds[0]))
+            folds = (_SWEEP_SEED + attempt for attempt in range(self.tries if tuning else 0))
+            for dataset in (whole, *(_dataset(replace(settings, seed=f)).validation(f - _SWEEP_SEED) for f in folds)):
+                train = prepared(settings, dataset).train
+                scores = objective(settings, len(train.names)).unit is not None
+            view = whole.view
+            net = (settings.backbone, settings.pretrained, view.size, settings.dim, settings.structure > 0)
+            if net not in built:
+                embedder(settings, (view.channels, view.size, view.size))
+                built.add(net)
+            devices.fabric(settings, settings.accelerator, 1, scores)
+
+    def _folder(self, text: str, seed: int) -> Path:
+        return self.folder / "cells" / _safe(text) / f"seed-{seed}"
 
     def run(self, jobs: int, *, progress: bool | None = None) -> dict[str, list[dict[str, Any]]]:
         """Run what is not there yet, ``jobs`` cells at a time, and give each label's metrics in the order of seeds.
@@ -179,12 +220,15 @@ class Grid:
             ValueError: the data or a cell in the folder are damaged, or the cell has other settings.
             FloatingPointError: a run that counts diverged.
         """
+        self.check()
         first = next(iter(self.methods.values()))
         # Fetched and looked at once, and refused before any run if it is no good.
         _LEFT_OUT.clear()
         dataset, lost = scan.examined(_dataset(first), skip=first.skip_unreadable, progress=progress)
         _LEFT_OUT.update(lost)
         scan.tell(dataset)
+        if lost:
+            self.check()  # of what is left
         _run_all(self.tuning(), jobs, "choosing learning rates", progress)
         cells = self.cells()
         _run_all(cells, jobs, "training", progress)
@@ -211,6 +255,20 @@ def finished(cell: Cell) -> dict[str, Any] | None:
     return metrics
 
 
+def _refuse_another(cell: Cell, but: tuple[str, ...] = ()) -> None:
+    """Refuse a folder that holds a run of other settings than the cell's, finished or not."""
+    metrics = outcome.read(cell.folder)
+    config = cell.folder / CONFIG
+    before = read(config) if metrics is None and config.exists() else (metrics or {}).get("settings")
+    if before is None:
+        return
+    # One that has not finished may go on to more steps, where its first ones are the same.
+    longer = ("steps",) * (metrics is None and cell.settings.schedule == "constant")
+    changed = difference(before, cell.settings, but + longer)
+    if changed:
+        raise ValueError(f"{cell.folder}: {changed}; choose another --out")
+
+
 def _dataset(settings: Settings) -> Dataset:
     """The settings' data, loaded once for all runs that see them alike."""
     own = {name: getattr(settings, name) for name in _OF_DATA}
@@ -231,7 +289,8 @@ def run_cell(cell: Cell, threads: int) -> None:
     """Train one cell, from its checkpoint if it has one, and write what it leaves behind."""
     torch.set_num_threads(threads)
     dataset = _dataset(cell.settings)
-    run = Run(cell.settings, dataset if cell.fold is None else dataset.validation(cell.fold), cell.folder)
+    dataset = dataset if cell.fold is None else dataset.validation(cell.fold)
+    run = Run(cell.settings, dataset, cell.folder, features=cell.features)
     with claimed(cell.folder), brief_warnings(f"{cell.label}, seed {cell.settings.seed}: "):
         if finished(cell) is not None:
             return  # by another process meanwhile
@@ -283,7 +342,7 @@ def _each(cells: list[Cell], jobs: int, threads: int) -> Iterator[Cell]:
         waiting, futures = iter(cells), dict[Future[None], Cell]()
         while True:
             for cell in itertools.islice(waiting, jobs - len(futures)):
-                with _uninterrupted():
+                with uninterrupted():
                     futures[pool.submit(run_cell, cell, threads)] = cell
             if not futures:
                 return
@@ -303,22 +362,6 @@ def _each(cells: list[Cell], jobs: int, threads: int) -> Iterator[Cell]:
         pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits, and is blocked in processes that start meanwhile.
-
-    It goes to all of them, and one that is still importing would answer with a page of traceback.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _begin(start: str, lost: frozenset[str] = frozenset()) -> None:
     """What a process of the grid does first."""
     _LEFT_OUT.update(lost)
@@ -329,8 +372,14 @@ def _begin(start: str, lost: frozenset[str] = frozenset()) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end(*_: object) -> None:
-    raise SystemExit(1)
+def _end(_: int, frame: FrameType | None) -> None:
+    """As Ctrl-C, which is blocked here: a run under way leaves a checkpoint of its step."""
+    hear = signal.getsignal(signal.SIGINT)
+    try:
+        if callable(hear):
+            hear(signal.SIGINT, frame)
+    except KeyboardInterrupt:
+        raise SystemExit(1) from None
 
 
 def _end_with_parent() -> None:
@@ -343,7 +392,7 @@ def _end_with_parent() -> None:
 def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:
     """Pictures of the first methods, trained with the first seed, and the retrieval figures of raw pixels."""
     cells = [cell for cell in grid.cells() if cell.settings.seed == grid.seeds[0]][:_SHOWN]
-    runs = {cell.label: Run(cell.settings, _dataset(cell.settings)) for cell in cells}
+    runs = {cell.label: Run(cell.settings, _dataset(cell.settings), features=cell.features) for cell in cells}
     dataset = next(iter(runs.values())).dataset
     first = next(iter(runs.values()))
     settings, view = first.settings, dataset.view
@@ -353,10 +402,11 @@ def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:
     for cell in cells:
         run = runs[cell.label]
         run.resume(cell.folder / CHECKPOINT)
+        run.choose()
         run.place()
-        features = embed(run.learner.net, run.test)
+        features = run.look().features
         quadruplets = None
-        if isinstance(run.learner.objective, Quadruplet):
+        if isinstance(run.learner.objective, Quadruplet) and run.dataset.view == view:
             with torch.no_grad():
                 net = run.learner.net.eval()
                 weight = next(net.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -97,16 +98,29 @@ class Progress:
         done: of those, before.
         unit: what a step is called.
         show: the bar, on anything (True), nothing at all (False), or as standard error is (None).
+        stays: whether the bar is left standing at its end.
     """
 
-    def __init__(self, what: str, total: int, done: int, unit: str, show: bool | None) -> None:
+    def __init__(self, what: str, total: int, done: int, unit: str, show: bool | None, *, stays: bool = True) -> None:
         from tqdm import tqdm
 
+        class Bar(tqdm):  # type: ignore[misc]
+            @property
+            def format_dict(bar) -> Any:
+                """With a rate that makes tqdm's estimate that of :meth:`Progress.remaining`."""
+                values, left = super().format_dict, self.remaining()
+                if left:
+                    values["rate"] = (self._total - self._done) / left
+                return values
+
         terminal = sys.stderr is not None and sys.stderr.isatty()
-        bar = terminal if show is None else show
+        self._shown = terminal if show is None else show
         self._what, self._lines = what, show is None and not terminal and sys.stderr is not None
-        self._bar = tqdm(total=total, initial=done, unit=unit, desc=what, disable=not bar, mininterval=0.5)
-        self._done, self._total, self._unit = done, total, unit
+        self._first, self._done, self._total, self._unit = done, done, total, unit
+        self._every, self._asides, self._aside_seconds, self._begun = 0, 0, 0.0, time.perf_counter()
+        self._bar = Bar(
+            total=total, initial=done, unit=unit, desc=what, disable=not self._shown, mininterval=0.5, leave=stays
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -122,3 +136,28 @@ class Progress:
         self._bar.set_postfix_str(text)
         if self._lines:
             print(f"{self._what}: {self._unit} {self._done}/{self._total}, {text}", file=sys.stderr, flush=True)
+
+    def expect(self, every: int) -> None:
+        """An aside comes after every so many steps, and at the end: the estimate of what remains counts them."""
+        self._every = every
+
+    @contextmanager
+    def aside(self, what: str, total: int, unit: str) -> Iterator[Progress]:
+        """Work between two steps, with a bar of its own that goes when it is done."""
+        begun = time.perf_counter()
+        with Progress(what, total, 0, unit, self._shown, stays=False) as bar:
+            yield bar
+        self._asides += 1
+        self._aside_seconds += time.perf_counter() - begun
+
+    def remaining(self) -> float | None:
+        """Seconds that the steps left, and the asides among them, will take as they did so far; None before a step."""
+        steps = self._done - self._first
+        if not steps:
+            return None
+        left = self._total - self._done
+        seconds = left * (time.perf_counter() - self._begun - self._aside_seconds) / steps
+        if self._every and self._asides:
+            asides = self._total // self._every - self._done // self._every + (self._total % self._every > 0)
+            seconds += asides * self._aside_seconds / self._asides
+        return seconds

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +13,25 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.logger import Logger
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-import pddm_ext
-from pddm_ext import _C
-from pddm_ext.precision import unmasked
-
-from . import checkpoint
+from . import checkpoint, devices, measuring
 from .console import Progress
 from .data.augment import described
-from .data.splits import Dataset, TestSet, batches
-from .evaluation.evaluate import embed
-from .evaluation.retrieval import KS, recall_at_k, relevant
-from .evaluation.separation import effective_rank, spread
-from .methods import PairLoss, Quadruplet, objective
-from .model import Embedder, embedder
-from .settings import Settings, difference
+from .data.splits import Dataset, Split, TestSet, batches
+from .interrupts import Interrupts
+from .kept import Kept
+from .learner import Learner, schedule
+from .measuring import COLLAPSED, Seen
+from .methods import objective
+from .model import embedder
+from .settings import PROXIES, Settings, difference
 
-CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
+CHECKPOINT, CONFIG, FEATURES = "checkpoint.pt", "config.json", "features"
 
-#: Below this spread an embedding counts as collapsed; its root-mean-square distance is a fifth of the whole sphere's.
-COLLAPSED = 0.04
-
-#: float16's smallest number: what overflows in spite of this scale does not overflow for the scale's sake.
-_SMALLEST_SCALE = 2.0**-24
-
-
-class CollapseWarning(UserWarning):
-    """The embedding puts nearly everything at one point."""
-
-
-class Learner(nn.Module):
-    """A net and what trains it. One forward pass is all that a step differentiates, as distributed training asks."""
-
-    def __init__(self, net: Embedder, objective: Quadruplet | PairLoss, settings: Settings) -> None:
-        super().__init__()
-        self.net, self.objective, self.settings = net, objective, settings
-        self.density = pddm_ext.DensityRegularizer(settings.density_ratio) if settings.density else None
-        self.ranking = pddm_ext.MultiClusterRankingLoss(settings.clusters) if settings.structure else None
-
-    @property
-    def unit(self) -> pddm_ext.PDDM | None:
-        return self.objective.unit
-
-    def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        # Losses are sums of small differences: of float32 even where the net runs in less.
-        feats, structure = self.net.both(pictures)
-        feats = feats if feats.dtype == torch.float64 else feats.float()
-        feats, zero = unmasked(feats)
-        with torch.autocast(feats.device.type, enabled=False):
-            terms: dict[str, Tensor] = self.objective(feats, labels)
-            if self.density is not None:
-                terms["density"] = self.settings.density * self.density(feats, labels)
-            if self.ranking is not None and structure is not None:
-                terms["structure"] = self.settings.structure * self.ranking(feats, structure)
-        return {name: term + zero for name, term in terms.items()}
-
-
-def _schedule(settings: Settings) -> Callable[[int], float]:
-    def factor(step: int) -> float:
-        rise = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-        if settings.schedule == "constant":
-            return rise
-        return rise * (1 + torch.tensor(step / settings.steps * torch.pi).cos().item()) / 2
-
-    return factor
+_Shown = Callable[[str, int, str], AbstractContextManager[Progress]]
+"""What makes a bar of what is done, of how many, and what one is called."""
 
 
 def _random_states(fabric: Fabric, generator: torch.Generator) -> dict[str, Tensor]:
@@ -94,17 +48,24 @@ class Run:
 
     Args:
         settings: what to do.
-        dataset: what to train on, and what to measure on.
+        dataset: what to train on, and what to measure on; with ``patience`` some of what it has to train on is held
+            out, where it has no validation pictures.
         folder: where checkpoints and TensorBoard logs go; without one nothing is written.
         backbone: any module that makes (n, f) features of pictures, in place of the settings' one.
+        features: folder of a frozen backbone's features, if not the run's own.
 
     Attributes:
-        learner: the net and its objective.
+        learner: the net and its objective; once training is over, of the chosen step.
         test: the frozen test set.
+        validation: the one that a step and thresholds are chosen by, if there is one.
         taken: steps so far.
+        saved: the step of the checkpoint in the folder, if one was written or read.
         leads: whether this is the process that measures and writes, of several.
-        curves: lists of ``step``, ``seconds`` (of training), ``loss`` (mean since the point before), ``recall``
-            (Recall@1 on the test classes), ``spread`` and ``effective_rank``.
+        curves: lists of ``step``, ``seconds`` (of training), ``loss`` (mean since the point before; None at step 0),
+            ``recall`` (Recall@1), ``spread`` and ``effective_rank``; with ``patience`` ``map_at_r``, too, and all of
+            them of the validation pictures.
+        baselines: what training started from on the test pictures (:func:`.measuring.baselines`).
+        thresholds: what parts same from different on the validation pictures (:func:`.measuring.thresholds`).
 
     Raises:
         ValueError: settings that cannot be trained on this data.
@@ -112,46 +73,65 @@ class Run:
     """
 
     def __init__(
-        self, settings: Settings, dataset: Dataset, folder: Path | None = None, backbone: nn.Module | None = None
+        self,
+        settings: Settings,
+        dataset: Dataset,
+        folder: Path | None = None,
+        backbone: nn.Module | None = None,
+        *,
+        features: Path | None = None,
     ) -> None:
-        classes, pictures = len(dataset.train.names), len(dataset.test.labels)
-        if settings.classes > classes:
-            raise ValueError(f"--classes is {settings.classes}; {dataset.name} has {classes} to train on")
-        if pictures <= max(KS):
-            raise ValueError(f"{dataset.name} has {pictures} test pictures; Recall@{max(KS)} needs more")
-        if len(torch.unique(dataset.test.labels[relevant(dataset.test.labels) > 0])) < 2:
-            raise ValueError(f"{dataset.name} has fewer than two test classes of two pictures or more")
+        dataset = measuring.prepared(settings, dataset)
         self.settings, self.dataset, self.folder = settings, dataset, folder
         view = dataset.view
         net = embedder(settings, (view.channels, view.size, view.size), backbone)
-        self.learner = Learner(net, objective(settings, classes), settings)
+        self.learner = Learner(net, objective(settings, len(dataset.train.names)), settings)
         if settings.precision == "64-true":
             self.learner.double()  # before a checkpoint is loaded, which float32 would round
-        self.optimizer = self._optimizer()
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _schedule(settings))
+        self.optimizer = self.learner.optimizer()
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(settings))
         self.test = TestSet(dataset, settings.seed)
+        selecting = dataset.selecting()
+        self.validation = None if selecting is None else TestSet(selecting, settings.seed)
         self.taken, self.seconds, self.leads = 0, 0.0, True
-        self.curves: dict[str, list[float]] = {
-            name: [] for name in ("step", "seconds", "loss", "recall", "spread", "effective_rank")
-        }
+        self.saved: int | None = None
+        names = ["step", "seconds", "loss", "recall", "spread", "effective_rank"]
+        self.curves: dict[str, list[Any]] = {name: [] for name in names + ["map_at_r"] * (settings.patience > 0)}
+        self.baselines: dict[str, Any] = {}
+        self.thresholds: dict[str, dict[str, float]] = {}
+        self._features = folder / FEATURES if features is None and folder is not None else features
+        self._train: Split = dataset.train
+        self._known: dict[TestSet, Tensor] = {}
+        self._best: dict[str, Tensor] = {}
+        self._losses = torch.zeros(1, 0)  # of all processes, since the last point: (processes, steps)
+        self._states: dict[str, Tensor] = {}
+        self._seen: dict[TestSet, tuple[int, Seen]] = {}  # and of which step
         self._restored: dict[str, Any] | None = None
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        settings = self.settings
-        groups: list[dict[str, Any]] = [{"params": list(self.learner.net.parameters())}]
-        rest = list(self.learner.objective.parameters())
-        if rest:
-            groups.append({"params": rest, "lr": settings.lr * settings.unit_lr_factor})
-        return torch.optim.Adam(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    @property
+    def chosen_step(self) -> int | None:
+        """The step that the validation pictures choose (:func:`.measuring.chosen`); None without ``patience``."""
+        return measuring.chosen(self.curves)
+
+    @property
+    def over(self) -> bool:
+        """Whether no step is left: all are taken, or ``patience`` is at its end."""
+        chosen = self.chosen_step
+        waited = 0 if chosen is None else len(self.curves["step"]) - 1 - self.curves["step"].index(chosen)
+        return self.taken >= self.settings.steps or 0 < self.settings.patience <= waited
 
     def train(self, *, progress: bool | None = None) -> None:
         """Train up to ``settings.steps``, measuring, and leaving a checkpoint, every ``settings.every`` steps.
+
+        A first Ctrl-C ends it after the step that it is at (of several processes at the next measurement), or in the
+        midst of a measurement; a checkpoint of the step reached is left. A second one ends it at once.
 
         Args:
             progress: as in :class:`.console.Progress`.
 
         Raises:
             FloatingPointError: the loss, a parameter, the embedding or a score is not finite.
+            KeyboardInterrupt: as said.
             ValueError: the accelerator is not there, or is of another kind than in the run to resume.
         """
         settings = self.settings
@@ -159,6 +139,8 @@ class Run:
         if self.folder is not None:
             loggers.append(TensorBoardLogger(self.folder, name="tensorboard", version=""))
         fabric = self._fabric(settings.accelerator, settings.devices, loggers)
+        # Before the other processes start, which then find them in the folder.
+        self._know(fabric.device, progress if rank_zero_only.rank == 0 else False)  # type: ignore[attr-defined]
         if settings.devices > 1:
             fabric.launch()
         self.leads = fabric.is_global_zero
@@ -168,55 +150,45 @@ class Run:
         torch.manual_seed(settings.seed + fabric.global_rank)
         if self._restored is not None:
             self._restore(fabric, generator)
+        self._states = _random_states(fabric, generator)
+        show = progress if self.leads else False
         try:
-            with Progress("training", settings.steps, self.taken, "step", progress if self.leads else False) as bar:
-                while self.taken < settings.steps:
-                    # Of all processes: (processes, steps).
-                    losses = fabric.all_gather(self._chunk(fabric, learner, optimizer, generator, bar))
-                    losses = losses.reshape(fabric.world_size, -1).cpu()  # type: ignore[union-attr]
-                    states = _random_states(fabric, generator)
-                    failure: Exception | None = None
-                    if self.leads:
-                        try:
-                            loss = self._measure(losses, getattr(fabric.strategy.precision, "scaler", None))
-                            fabric.log_dict({name: curve[-1] for name, curve in self.curves.items()}, self.taken)
-                            if self.folder is not None:
-                                self._save(fabric, states)
-                            bar.report(f"R@1 {self.curves['recall'][-1]:.1%}, loss {loss:.3g}")
-                        except (FloatingPointError, OSError) as error:
-                            failure = error
-                    # The others would wait for the leading process for ever.
-                    if fabric.broadcast(failure is not None):
-                        raise failure or FloatingPointError("the leading process has stopped")
+            with Interrupts() as ctrl_c, Progress("training", settings.steps, self.taken, "step", show) as bar:
+                bar.expect(settings.every)
+                while True:
+                    if self._due():
+                        self._alone(fabric, ctrl_c, lambda: self._measure(fabric, ctrl_c, bar))
+                    if self.over:
+                        break
+                    stop = self._chunk(fabric, learner, optimizer, generator, bar, ctrl_c)
+                    self._states = _random_states(fabric, generator)
+                    if stop:
+                        self._save(fabric)
+                        raise KeyboardInterrupt
+                self._alone(fabric, ctrl_c, lambda: self._finish(fabric, ctrl_c, bar))
         finally:
             for logger in fabric.loggers:
                 logger.finalize("success")  # or points that are not on disk yet would be lost
 
-    def _fabric(self, accelerator: str, devices: int, loggers: list[Logger]) -> Fabric:
-        """Where to compute. What is named is taken or refused; ``auto`` is the same for every method, so that those of
-        a comparison share a device: what Lightning Fabric chooses, or the CPU where the kernels do not have that.
-        """
-        try:
-            fabric = Fabric(
-                accelerator=accelerator,
-                devices=devices,
-                precision=self.settings.precision,  # type: ignore[arg-type]
-                loggers=loggers,
-            )
-        except (RuntimeError, ImportError, ValueError) as error:
-            hint = "" if accelerator == "cpu" else "; --accelerator cpu is there on every machine"
-            raise ValueError(f"--accelerator {accelerator} is not to be had: {error}{hint}") from error
-        kind = fabric.device.type
-        served = ("cpu", "cuda") if _C.build_info()["cuda"] not in (None, "emulated") else ("cpu",)
-        if kind in served:
-            return fabric
-        scores = f"this build of pddm_ext scores on {' and '.join(served)}"
-        if accelerator == "auto":
-            warnings.warn(f"--accelerator auto would be {kind} here; {scores}: on the CPU instead", stacklevel=3)
-            return self._fabric("cpu", devices, loggers)
-        if self.learner.unit is not None:
-            raise ValueError(f"--accelerator {accelerator} is {kind} here; {scores}; --accelerator cpu is accepted")
-        return fabric
+    def _alone(self, fabric: Fabric, ctrl_c: Interrupts, work: Callable[[], None]) -> None:
+        """Work of the leading process, whose end the others wait for, whichever it is."""
+        failure: BaseException | None = None
+        if self.leads:
+            try:
+                work()
+            except (FloatingPointError, OSError) as error:
+                failure = error
+            except KeyboardInterrupt as error:
+                failure = error
+                if not ctrl_c.twice:
+                    self._save(fabric)
+        if fabric.broadcast(isinstance(failure, KeyboardInterrupt)):
+            raise failure or KeyboardInterrupt
+        if fabric.broadcast(failure is not None):
+            raise failure or FloatingPointError("the leading process has stopped")
+
+    def _fabric(self, accelerator: str, processes: int, loggers: Sequence[Logger]) -> Fabric:
+        return devices.fabric(self.settings, accelerator, processes, self.learner.unit is not None, loggers)
 
     def place(self, accelerator: str | None = None) -> None:
         """Move the learner to an accelerator, the settings' one by default, to measure it without training.
@@ -226,130 +198,198 @@ class Run:
         """
         self.learner.to(self._fabric(accelerator or self.settings.accelerator, 1, []).device)
 
+    def _know(self, device: torch.device, progress: bool | None) -> None:
+        """Compute a frozen backbone's features, where training sees the same picture each time."""
+        if not self.settings.freeze or self.settings.augment or self._known:
+            return
+        self.learner.to(device)
+        kept = Kept(self.learner.net, self.dataset, self._features, workers=self.settings.workers, progress=progress)
+        self._train = replace(self.dataset.train, pictures=kept.of(self.dataset.train.pictures))
+        self._known[self.test] = kept.of_test(self.dataset, self.settings.seed)
+        selecting = self.dataset.selecting()
+        if self.validation is not None and selecting is not None:
+            self._known[self.validation] = kept.of_test(selecting, self.settings.seed)
+
     def _chunk(
-        self, fabric: Fabric, learner: nn.Module, optimizer: Any, generator: torch.Generator, bar: Progress
-    ) -> Tensor:
-        """Steps up to the next measurement; the loss of each."""
-        settings, view = self.settings, self.dataset.view
+        self,
+        fabric: Fabric,
+        learner: nn.Module,
+        optimizer: Any,
+        generator: torch.Generator,
+        bar: Progress,
+        ctrl_c: Interrupts,
+    ) -> bool:
+        """Steps up to the next measurement; gives whether they were to end before it."""
+        settings, view, alone = self.settings, self.dataset.view, fabric.world_size == 1
         begun = self.taken % settings.every
         count = min(settings.every - begun, settings.steps - self.taken)
+        known = self._train is not self.dataset.train
         drawn = batches(
-            self.dataset.train,
+            self._train,
             settings.classes,
             settings.samples,
             (begun + count) * settings.accumulate,  # no more are drawn, however rarely it measures
             seed=(settings.seed * 7919 + self.taken // settings.every * 101 + fabric.global_rank) % 2**32,
-            workers=settings.workers,
+            workers=0 if known else settings.workers,
             skip=begun * settings.accumulate,
         )
         losses = torch.zeros(count, device=fabric.device)
         learner.train()
+        self.learner.known = known
         start = time.perf_counter()
-        for step in range(count):
+        done, told = 0, False
+        while done < count and not (alone and ctrl_c.asked):
             for part in range(settings.accumulate):
-                stored, labels = next(drawn)
-                stored, labels = stored.to(fabric.device), labels.to(fabric.device)
-                pictures = view.augment(stored, generator) if settings.augment else view.plain(stored)
+                pictures, labels = next(drawn)
+                pictures, labels = pictures.to(fabric.device), labels.to(fabric.device)
+                if not known:
+                    pictures = view.augment(pictures, generator) if settings.augment else view.plain(pictures)
                 with fabric.no_backward_sync(learner, enabled=part < settings.accumulate - 1):  # type: ignore[arg-type]
                     terms = learner(pictures, labels)
                     loss = torch.stack(list(terms.values())).sum() / settings.accumulate
                     fabric.backward(loss)
-                losses[step] += loss.detach()
+                losses[done] += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
             self.scheduler.step()
             self.taken += 1
+            done += 1
             bar.update()
-        losses = losses.cpu()  # waits for the device
+            if ctrl_c.asked and not told and not alone:
+                told = True
+                bar.report(f"stopping at step {self.taken + count - done}; Ctrl-C again ends at once")
+        del drawn
+        losses = losses[:done].cpu()  # waits for the device
         self.seconds += time.perf_counter() - start
-        return losses
+        gathered = fabric.all_gather(losses).reshape(fabric.world_size, -1).cpu()  # type: ignore[union-attr]
+        self._losses = torch.cat([self._losses.expand(fabric.world_size, -1), gathered], dim=1)
+        # One process that is to stop stops all, at the same step.
+        return bool(fabric.all_gather(torch.tensor(int(ctrl_c.asked))).any())  # type: ignore[union-attr]
 
-    def _refuse_divergence(self, features: Tensor, losses: Tensor, scaler: Any) -> None:
-        """Stop in words where something is not finite.
+    def _due(self) -> bool:
+        """Whether a point of the curves is to be measured at the step reached."""
+        last = self.curves["step"][-1] if self.curves["step"] else None
+        return last != self.taken and (self.taken % self.settings.every == 0 or self.taken == self.settings.steps)
 
-        A gradient scaler passes over a step whose gradients overflow, and lowers its scale for the next: that is no
-        divergence before nothing else happens.
+    def _look(self, test: TestSet, shown: _Shown, *, bare: bool = False) -> Seen:
+        """What the net makes of a test set now; the last look is remembered."""
+        step, seen = self._seen.get(test, (-1, None))
+        if seen is None or step != self.taken:
+            net, known, workers = self.learner.net, self._known.get(test), self.settings.workers
+            with shown("measuring", len(test), "picture") as bar:
+                seen = measuring.look(net, test, known, workers=workers, bare=bare, bar=bar)
+            self._seen[test] = self.taken, seen
+        return seen
+
+    def look(self, *, progress: bool | None = False) -> Seen:
+        """What the learner makes of the test set; the last measurement's, if that was of the same weights.
+
+        Args:
+            progress: as in :class:`.console.Progress`.
         """
-        after, rates = f"after {self.taken} steps", "lower --lr or --unit-lr-factor"
-        if not features.isfinite().all():
-            raise FloatingPointError(f"the embedding is not finite {after}; lower --lr")
-        for name, parameter in self.learner.named_parameters():
-            if not parameter.isfinite().all():
-                of_unit = name.startswith("objective.unit.")
-                called = name.replace("objective.unit.", "the PDDM unit's ") if of_unit else f"the parameter {name}"
-                raise FloatingPointError(f"{called} is not finite {after}; {rates if of_unit else 'lower --lr'}")
-        unit = self.learner.unit
-        if unit is not None:
-            with torch.no_grad():
-                rows = features.to(unit.u.weight.device)
-                if not unit(rows[1:], rows[:-1]).isfinite().all():
-                    raise FloatingPointError(f"the PDDM unit's scores are not finite {after}; {rates}")
-        finite = losses.isfinite().all(0)
-        if not finite.any() or (scaler is None and not finite.all()):
-            at = self.taken - len(finite) + 1 + int((~finite).nonzero()[0])
-            raise FloatingPointError(f"the loss is not finite at step {at}; lower --lr")
-        if scaler is not None and scaler.get_scale() < _SMALLEST_SCALE:
-            raise FloatingPointError(
-                f"no update is made any more {after}: gradients are not finite at any scale of the loss; "
-                f"lower --lr, or choose --precision bf16-mixed"
-            )
+        device = next(self.learner.parameters()).device
+        self._know(device, progress)
+        return self._look(self.test, lambda what, total, unit: Progress(what, total, 0, unit, progress))
 
-    def _measure(self, losses: Tensor, scaler: Any) -> float:
-        """A point of every curve; gives the mean of this process's finite losses (processes, steps)."""
-        features = embed(self.learner.net, self.test, self.settings.workers)
-        self._refuse_divergence(features, losses, scaler)
-        own = losses[0]  # this is the leading process
-        loss = own[own.isfinite()].mean().item()
-        point = {
-            "step": self.taken,
-            "seconds": self.seconds,
-            "loss": loss,
-            "recall": recall_at_k(features, self.test.labels)[1],
-            "spread": spread(features),
-            "effective_rank": effective_rank(features),
-        }
+    def _measure(self, fabric: Fabric, ctrl_c: Interrupts, bar: Progress) -> None:
+        """A point of every curve, logged, and a checkpoint with it; before the first step what it starts from, too."""
+        chooses = self.settings.patience > 0 and self.validation is not None
+        with ctrl_c.at_once():
+            if self.taken == 0:
+                self.baselines = measuring.baselines(
+                    self._look(self.test, bar.aside, bare=True), self.test, self.settings.seed
+                )
+            test = self.validation if chooses and self.validation is not None else self.test
+            seen = self._look(test, bar.aside)
+            loss = None
+            if self.taken:
+                scaler = getattr(fabric.strategy.precision, "scaler", None)
+                measuring.refuse_divergence(self.learner, seen.features, self._losses, self.taken, scaler)
+                own = self._losses[0]  # this is the leading process
+                loss = own[own.isfinite()].mean().item() if own.numel() else None
+            figures = measuring.point(seen, test, self.settings)
+        values = {"step": self.taken, "seconds": self.seconds, "loss": loss, **figures}
         was_collapsed = bool(self.curves["spread"]) and self.curves["spread"][-1] < COLLAPSED
-        for name, value in point.items():
+        for name, value in values.items():
             self.curves[name].append(value)
-        if point["spread"] < COLLAPSED and not was_collapsed:
-            warnings.warn(
-                f"after {self.taken} steps the embedding has collapsed: its spread is {point['spread']:.4f}, "
-                f"its effective rank {point['effective_rank']:.1f} of {self.settings.dim}; nearly all is at one point. "
-                f"Hardest negatives alone tend to do this early on: try semi-hard mining, another mode, a smaller "
-                f"margin or a lower --lr",
-                CollapseWarning,
-                stacklevel=3,
-            )
-        return loss
+        self._losses = torch.zeros(1, 0)
+        if chooses and self.chosen_step == self.taken:
+            self._best = {name: value.detach().cpu().clone() for name, value in self.learner.state_dict().items()}
+        if figures["spread"] < COLLAPSED and not was_collapsed:
+            measuring.warn_of_collapse(self.taken, figures, self.settings.dim)
+        kind = "validation" if chooses else ""
+        logged = {f"{kind}/{name}" if kind and name in figures else name: v for name, v in values.items()}
+        fabric.log_dict({name: value for name, value in logged.items() if value is not None}, self.taken)
+        if self.taken:
+            self._save(fabric)
+        said = "" if loss is None else f", loss {loss:.3g}"
+        bar.report(f"{kind} R@1 {figures['recall']:.1%}{said}".strip())
 
-    def _save(self, fabric: Fabric, states: dict[str, Tensor]) -> None:
-        assert self.folder is not None
+    def _finish(self, fabric: Fabric, ctrl_c: Interrupts, bar: Progress) -> None:
+        """Choose thresholds by the validation pictures, where there are some, and put the best step's weights in."""
+        if self.validation is not None and not self.thresholds:
+            with ctrl_c.at_once(), self._chosen():
+                self.thresholds = measuring.thresholds(
+                    self._look(self.validation, bar.aside), self.validation, self.learner
+                )
+            self._save(fabric)
+        self.choose()
+
+    @contextmanager
+    def _chosen(self) -> Iterator[None]:
+        """The chosen step's weights meanwhile."""
+        last = {name: value.clone() for name, value in self.learner.state_dict().items()} if self._best else {}
+        self.choose()
+        try:
+            yield
+        finally:
+            if last and self.chosen_step != self.taken:
+                self.learner.load_state_dict(last)
+                self._seen.clear()
+
+    def choose(self) -> None:
+        """Put in the weights of the chosen step, where validation pictures have chosen one."""
+        if self._best and self.chosen_step != self.taken:
+            self.learner.load_state_dict(self._best)
+            self._seen.clear()
+
+    def _save(self, fabric: Fabric) -> None:
+        if self.folder is None or not self.leads or self.taken == 0:
+            return
         checkpoint.save(
             self.folder / CHECKPOINT,
             {
                 "settings": asdict(self.settings),
-                "data_digest": self.dataset.digest(),
+                "data": measuring.sides(self.dataset),
                 "taken": self.taken,
                 "seconds": self.seconds,
                 "curves": self.curves,
-                "generators": states,
+                "losses": self._losses,
+                "generators": self._states,
                 "learner": self.learner.state_dict(),
-                "best": {},
+                "best": self._best,
                 "view": described(self.dataset.view) or {},
                 "names": list(self.dataset.train.names),
-                "baselines": {},
-                "thresholds": {},
+                "baselines": self.baselines,
+                "thresholds": self.thresholds,
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "precision": fabric.strategy.precision.state_dict(),
             },
         )
+        self.saved = self.taken
 
-    def resume(self, path: Path | None = None) -> None:
-        """Continue from a checkpoint of the same settings and data; ``steps`` may be larger under a constant schedule.
+    def resume(self, path: Path | None = None, *, accept_changed_data: bool = False) -> list[str]:
+        """Continue from a checkpoint of the same settings and data.
+
+        ``steps`` may be larger under a constant schedule, and ``patience`` another.
 
         Args:
             path: the checkpoint; without one, the folder's.
+            accept_changed_data: whether pictures may have come, gone or changed since.
+
+        Returns:
+            Which sides of the data have changed, in words.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
@@ -359,23 +399,53 @@ class Run:
             assert self.folder is not None, "a run without a folder has no checkpoint"
             path = self.folder / CHECKPOINT
         state = checkpoint.load(path)
-        # A cosine ends where the steps do.
-        changed = difference(state["settings"], self.settings, but=("steps",) * (self.settings.schedule == "constant"))
-        if changed:
-            raise ValueError(f"{path}: {changed}, where the run is to be resumed")
-        taken, steps = state["taken"], self.settings.steps
-        if taken > steps:
-            raise ValueError(f"{path}: the run to resume has taken {taken} steps; --steps is {steps}")
-        if taken < 0 or state["curves"].keys() != self.curves.keys():
-            raise ValueError(f"{path}: damaged; its steps or curves are none that a run has")
-        if state["data_digest"] != self.dataset.digest():
-            raise ValueError(f"{path}: the run to resume saw other pictures than --data {self.dataset.name} has now")
+        self._refuse_others(path, state)
+        changed = measuring.changes(state["data"], measuring.sides(self.dataset))
+        if changed and not accept_changed_data:
+            raise ValueError(
+                f"{path}: the run to resume saw other pictures than --data {self.dataset.name} has now: "
+                f"{'; '.join(changed)}; put them back, or go on with those of now by --accept-changed-data"
+            )
         try:
             self.learner.load_state_dict(state["learner"])
         except RuntimeError as error:
             raise ValueError(f"{path}: its weights do not fit the net; {error}") from error
-        self.taken, self.seconds, self.curves = taken, state["seconds"], state["curves"]
+        self.taken, self.seconds, self.curves = state["taken"], state["seconds"], state["curves"]
+        self.saved, self.baselines, self._losses, self._best = (
+            self.taken,
+            state["baselines"],
+            state["losses"],
+            state["best"],
+        )
+        # Of a run that goes on they are chosen anew.
+        self.thresholds = state["thresholds"] if self.over and not changed else {}
         self._restored = state
+        self._seen.clear()
+        return changed
+
+    def _refuse_others(self, path: Path, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other settings, or that no run has left."""
+        settings, taken = self.settings, state["taken"]
+        # A cosine ends where the steps do. How long to wait for a better step changes none that was taken.
+        free = ("steps",) * (settings.schedule == "constant")
+        free += ("patience",) * (settings.patience > 0 and bool(state["settings"].get("patience")))
+        changed = difference(state["settings"], settings, but=free)
+        if changed:
+            raise ValueError(
+                f"{path}: {changed}, where the run is to be resumed; leave it as it was, or begin another run in "
+                f"another --out"
+            )
+        if taken > settings.steps:
+            raise ValueError(f"{path}: the run to resume has taken {taken} steps; --steps is {settings.steps}")
+        curves = state["curves"]
+        lengths = {len(curve) if isinstance(curve, list) else -1 for curve in curves.values()}
+        if taken < 0 or curves.keys() != self.curves.keys() or len(lengths) != 1 or -1 in lengths:
+            raise ValueError(f"{path}: damaged; its steps or curves are none that a run has")
+        if state["names"] != list(self.dataset.train.names) and settings.method in PROXIES:
+            raise ValueError(
+                f"{path}: its proxies are of other classes than --data {self.dataset.name} has to train on now; "
+                f"begin another run in another --out"
+            )
 
     def _restore(self, fabric: Fabric, generator: torch.Generator) -> None:
         """What can only be put back once the devices are there."""

@@ -20,6 +20,8 @@ class Embedder(nn.Module):
         picture: (channels, height, width) of what the backbone sees.
         structured: whether a second head gives each picture's structure, too.
         name: what messages call the backbone.
+        frozen: whether the backbone stays as it is: its parameters, and in evaluation mode the statistics of its
+            batch normalisation, too.
 
     Raises:
         ValueError: the backbone does not take such pictures, or gives no (n, f) features.
@@ -32,6 +34,7 @@ class Embedder(nn.Module):
         picture: tuple[int, int, int],
         structured: bool = False,
         name: str = "the backbone",
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         was_training = backbone.training
@@ -50,6 +53,15 @@ class Embedder(nn.Module):
             raise ValueError(f"{name} gives {shape}{kind} for one picture; floating features (1, f) are accepted")
         self.backbone, self.head = backbone, nn.Linear(features.shape[1], dim)
         self.structure = StructureHead(features.shape[1], dim) if structured else None
+        self.frozen = frozen
+        if frozen:
+            backbone.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Embedder:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.both(pictures)[0]
@@ -79,4 +91,6 @@ def embedder(settings: Settings, picture: tuple[int, int, int], backbone: nn.Mod
         torch.manual_seed(settings.seed)
         name = "the backbone" if backbone is not None else f"--backbone {settings.backbone}"
         made = named(settings.backbone, settings.pretrained, picture[1]) if backbone is None else backbone
-        return Embedder(made, settings.dim, picture, structured=settings.structure > 0, name=name)
+        return Embedder(
+            made, settings.dim, picture, structured=settings.structure > 0, name=name, frozen=settings.freeze
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,31 +16,93 @@ import pddm_ext
 from pddm_ext import _C
 
 from .checkpoint import write_json
-from .data.splits import Split, TestSet
-from .evaluation.evaluate import evaluate
+from .console import Progress
+from .data.splits import Dataset, TestSet
+from .evaluation.evaluate import measure
 from .evaluation.retrieval import retrieval
-from .loop import COLLAPSED, Run
+from .loop import Run
+from .measuring import COLLAPSED, Seen, chosen, look, sides
 from .settings import Settings
+from .trained import Trained
 
 METRICS = "metrics.json"
 
 
-def figures(run: Run, candidates: int = 100) -> dict[str, Any]:
-    """Settings, curves, every figure of the evaluation, and where they come from, as plain numbers and strings."""
-    settings = run.settings
-    evaluated = evaluate(
-        run.learner.net,
-        run.learner.unit,
-        run.test,
-        seed=settings.seed,
-        candidates=candidates,
-        workers=settings.workers,
-    )
-    device = next(run.learner.parameters()).device
-    return {
-        "settings": asdict(settings),
-        "data": {"train": _described(run.dataset.train), "test": _described(run.dataset.test)},
+def figures(run: Run, candidates: int = 100, *, progress: bool | None = False) -> dict[str, Any]:
+    """Settings, curves, every figure of the evaluation, and where they come from, as plain numbers and strings.
+
+    Args:
+        run: that has ended.
+        candidates: how many of the nearest rows are re-ranked.
+        progress: over the pictures, as in :class:`.console.Progress`, where the run has not just measured them.
+    """
+    seen = run.look(progress=progress)
+    told = {
+        "settings": asdict(run.settings),
+        "data": _told(sides(run.dataset)),
         "curves": run.curves,
+        "baselines": run.baselines,
+        "thresholds": run.thresholds,
+    }
+    device = next(run.learner.parameters()).device
+    return _figures(told, seen, run.test, run.learner.unit, device, run.settings.seed, candidates)
+
+
+def again(
+    state: Mapping[str, Any],
+    trained: Trained,
+    dataset: Dataset,
+    *,
+    candidates: int = 100,
+    workers: int = 0,
+    progress: bool | None = False,
+) -> dict[str, Any]:
+    """:func:`figures` of a checkpoint on the test side of any data.
+
+    Args:
+        state: of the checkpoint.
+        trained: what it has trained.
+        dataset: whose test side is measured, seen as the checkpoint's net sees pictures.
+        candidates: as there.
+        workers: processes that read the pictures.
+        progress: as there.
+    """
+    seed = trained.settings.seed
+    test = TestSet(dataset, seed)
+    with Progress("measuring", len(test), 0, "picture", progress) as bar:
+        seen = look(trained.module.net, test, None, workers=workers, bar=bar)
+    measured = {name: side for name, side in sides(dataset).items() if name in ("test", "gallery")}
+    told = {
+        "settings": state["settings"],
+        "data": _told({"train": state["data"]["train"], **measured}),
+        **{name: state[name] for name in ("curves", "baselines", "thresholds")},
+    }
+    return _figures(told, seen, test, trained.unit, trained.device, seed, candidates)
+
+
+def _figures(
+    told: dict[str, Any],
+    seen: Seen,
+    test: TestSet,
+    unit: pddm_ext.PDDM | None,
+    device: torch.device,
+    seed: int,
+    candidates: int,
+) -> dict[str, Any]:
+    evaluated = measure(
+        seen.features,
+        test.labels,
+        unit,
+        seed=seed,
+        candidates=candidates,
+        structure=seen.structure,
+        queries=test.queries,
+        gallery=test.gallery,
+    )
+    return {
+        **told,
+        "curves_of": "test" if chosen(told["curves"]) is None else "validation",
+        "chosen_step": chosen(told["curves"]),
         **evaluated,
         "collapsed": evaluated["spread"] < COLLAPSED,
         "environment": {
@@ -89,5 +152,6 @@ def read(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not the figures of a finished run ({error}); delete it to train again") from error
 
 
-def _described(split: Split) -> dict[str, Any]:
-    return {"classes": len(split.names), "from": list(split.groups), "pictures": len(split.labels)}
+def _told(sides: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each side consists of, for people."""
+    return {name: {key: side[key] for key in ("classes", "from", "pictures")} for name, side in sides.items()}

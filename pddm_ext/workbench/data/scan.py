@@ -211,11 +211,14 @@ def tell(dataset: Dataset) -> None:
     _print(f"pddm-ext: warning: {note}" for note in dataset.notes)
 
 
-def introduction(dataset: Dataset) -> list[str]:
-    """What is trained on, and what is searched for among what: a line for each side."""
+def introduction(dataset: Dataset, held_out: bool = False) -> list[str]:
+    """What is trained on, and what is searched for among what: a line for each side.
+
+    ``held_out`` says that the validation pictures are of those to train on.
+    """
     sides = [("train on", dataset.train)]
     if dataset.val is not None:
-        sides.append(("choose by", dataset.val))
+        sides.append(("of those to train on, hold out to choose by" if held_out else "choose by", dataset.val))
     if dataset.gallery is None:
         sides.append(("search among", dataset.test))
     else:

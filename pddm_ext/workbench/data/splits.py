@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -15,6 +15,7 @@ from pytorch_metric_learning.utils import common_functions
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..interrupts import uninterrupted
 from .augment import View
 
 #: Side of a stored drawing and of its ink, in pixels.
@@ -279,13 +280,16 @@ def batches(
     finally:
         common_functions.NUMPY_RANDOM = before
     rows = [order[start : start + size] for start in range(skip * size, count * size, size)]
-    yield from DataLoader(
+    loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(
         _Batches(split),  # type: ignore[arg-type]
         batch_sampler=rows,
         num_workers=workers,
         collate_fn=_whole,  # type: ignore[arg-type]
         generator=torch.Generator().manual_seed(seed),  # else it draws from torch's own, once for each call
     )
+    with uninterrupted():  # a step that is to be finished needs its batches
+        drawn = iter(loader)
+    yield from drawn
 
 
 def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -335,6 +339,11 @@ class TestSet:
     def __getitem__(self, rows: Tensor) -> Tensor:
         """What a net sees of these rows: (len(rows), channels, size, size) float32."""
         return self._plain(self._stored[rows]) if self._distorted is None else self._distorted[rows]
+
+    @property
+    def stored(self) -> Pictures | None:
+        """The stored pictures, row by row; None where what a net sees of them is distorted."""
+        return self._stored if self._distorted is None else None
 
     def file(self, row: int) -> str | None:
         """The file of a row, relative to its folder; None where it comes from none."""

@@ -14,7 +14,8 @@ import pddm_ext
 from pddm_ext import _checks, _numbers
 
 from ..console import Progress
-from ..data.splits import TestSet
+from ..data.splits import Pictures, TestSet
+from ..interrupts import uninterrupted
 from ..model import Embedder
 from . import inputs
 from .probes import clustering, transfer, zero_shot
@@ -31,19 +32,32 @@ def embed(net: nn.Module, test: TestSet, workers: int = 0, *, progress: bool | N
         workers: processes that read the pictures.
         progress: over the pictures, as in :class:`..console.Progress`.
     """
-    (features,) = _over(test, lambda pictures: (net(pictures),), net, workers, progress)
-    return F.normalize(features, dim=1)
+    with Progress("embedding", len(test), 0, "picture", progress) as bar:
+        (features,) = over(test, lambda pictures: (net(pictures),), net, workers, bar)
+    return F.normalize(features.float(), dim=1)
 
 
-def _over(
-    test: TestSet, call: Callable[[Tensor], Sequence[Tensor]], net: nn.Module, workers: int, progress: bool | None
+def over(
+    pictures: TestSet | Pictures,
+    call: Callable[[Tensor], Sequence[Tensor]],
+    net: nn.Module,
+    workers: int,
+    bar: Progress,
 ) -> tuple[Tensor, ...]:
-    """What ``call`` gives for all test pictures, row by row."""
+    """What ``call`` gives for all pictures, row by row, on the CPU.
+
+    Args:
+        pictures: of a test set, or stored ones.
+        call: gets them in parts, of the dtype and on the device of the net, which is in evaluation mode meanwhile.
+        net: what ``call`` uses.
+        workers: processes that read the pictures.
+        bar: gets the pictures done.
+    """
     was_training, weight = net.training, next(net.parameters())
-    rows = torch.split(torch.arange(len(test)), 256)
+    rows = torch.split(torch.arange(len(pictures)), 256)
     # Its own generator, for a loader draws from torch's once on every use.
     loader: Iterable[Tensor] = DataLoader(
-        test,  # type: ignore[arg-type]
+        pictures,  # type: ignore[arg-type]
         batch_size=None,
         sampler=rows,
         num_workers=workers,
@@ -52,10 +66,12 @@ def _over(
     parts: list[list[Tensor]] = []
     net.eval()
     try:
-        with torch.no_grad(), Progress("embedding", len(test), 0, "picture", progress) as bar:
-            for pictures in loader:
-                parts.append([rows.float().cpu() for rows in call(pictures.to(weight))])
-                bar.update(len(pictures))
+        with torch.no_grad():
+            with uninterrupted():
+                drawn = iter(loader)
+            for lot in drawn:
+                parts.append([rows.cpu() for rows in call(lot.to(weight))])
+                bar.update(len(lot))
     finally:
         net.train(was_training)
     return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
@@ -165,8 +181,9 @@ def evaluate(
     """
     structure = None
     if isinstance(net, Embedder) and net.structure is not None:
-        features, structure = _over(test, net.both, net, workers, progress)  # type: ignore[arg-type]
-        features = F.normalize(features, dim=1)
+        with Progress("embedding", len(test), 0, "picture", progress) as bar:
+            features, structure = over(test, net.both, net, workers, bar)  # type: ignore[arg-type]
+        features, structure = F.normalize(features.float(), dim=1), structure.float()
     elif features is None:
         features = embed(net, test, workers, progress=progress)
     return measure(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..checkpoint import write_bytes
 from ..evaluation.retrieval import KS
-from ..loop import COLLAPSED
+from ..measuring import COLLAPSED
 from . import figures, pictures
 from .figures import Cells
 from .pictures import Examples

@@ -1,0 +1,70 @@
+"""Ctrl-C where it does no harm: between two steps, in the midst of an evaluation, and in no process that starts."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Interrupts:
+    """As long as this lasts, a first Ctrl-C waits for whoever asks for it, and a second one ends at once.
+
+    Python hears signals in the main thread alone, and what ignores Ctrl-C goes on ignoring it: there all is left as it
+    was.
+
+    Attributes:
+        asked: whether there has been one.
+        twice: whether there has been another after it.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.twice, self._open, self._heard_here = False, False, False, False
+
+    def __enter__(self) -> Interrupts:
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
+            self._before = signal.signal(signal.SIGINT, self._hear)
+            self._heard_here = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._heard_here:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _hear(self, *_: object) -> None:
+        self.twice, self.asked = self.asked, True
+        if self.twice or self._open:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Meanwhile the first Ctrl-C does not wait either.
+
+        Raises:
+            KeyboardInterrupt: there has been one.
+        """
+        if self.asked:
+            raise KeyboardInterrupt
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits, and is blocked in processes that start meanwhile.
+
+    It goes to all of them, and one that is still importing would answer with a page of traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
