@@ -140,7 +140,11 @@ def test_eval_measures_any_folder(
         found: dict[str, Any] = json.loads((tmp_path / "again.json").read_text())
         return found
 
-    assert measured()["data"]["test"] == {"classes": 5, "from": ["f to j, the second half of the classes by name"], "pictures": 15}
+    assert measured()["data"]["test"] == {
+        "classes": 5,
+        "from": ["f to j, the second half of the classes by name"],
+        "pictures": 15,
+    }
     (root / "f" / "0.png").unlink()  # as a damaged picture that was removed
     assert measured()["data"]["test"]["pictures"] == 14
     other = make_folder(tmp_path / "other", classes=3, pictures=4)
