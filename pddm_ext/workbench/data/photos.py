@@ -19,11 +19,11 @@ from .files import Archive
 from .reading import OPTIONAL, decoded, extensions
 from .splits import Dataset, Split, TestClasses, legible
 
+# Class names, and the classes' files by paths relative to a folder.
 Classes = Sequence[tuple[str, Sequence[str]]]
-"""Class names, and the classes' files by paths relative to a folder."""
 
+# The one half of a data set that has to be whole: what is trained on, or what is measured.
 Only = Literal["train", "test"]
-"""The one half of a data set that has to be whole: what is trained on, or what is measured."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ _RESAMPLING = {
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """``FORMATS``, and those of ``OPTIONAL`` that can be read here."""
+    """What Pillow may take a file for here, by its names: BMP, GIF, JPEG, PNG, PPM, TIFF and WebP; AVIF and HEIF where
+    Pillow or ``pillow-heif`` read them."""
     found = list(FORMATS)
     if "avif" in features.get_supported_modules():
         found.append("AVIF")

@@ -57,7 +57,7 @@ def scan(dataset: Dataset, only: Only | None = None, progress: bool | None = Non
     Args:
         dataset: of which drawings, and what is in memory, are passed over.
         only: the half to look at, as in :func:`.load.load`.
-        progress: as in :class:`..console.Progress`.
+        progress: as in :class:`.console.Progress`.
     """
     photos: dict[str, tuple[Photos, int]] = {}
     for split in _sides(dataset, only):
@@ -156,7 +156,7 @@ def examined(
         dataset: what to look at.
         skip: leave out what cannot be read; else it is an error.
         only: the half to look at.
-        progress: as in :class:`..console.Progress`; without any (False) nothing is printed.
+        progress: as in :class:`.console.Progress`; without any (False) nothing is printed.
 
     Returns:
         The data, and the paths that were left out of them.
@@ -190,7 +190,7 @@ def ready(
         settings: name the data.
         view: how photographs are seen.
         only: the half of the data that has to be whole, as in :func:`.load.load`; the other is not looked at.
-        progress: as in :class:`..console.Progress`.
+        progress: as in :class:`.console.Progress`.
         leads: whether this is the process that speaks, of several.
 
     Raises:
