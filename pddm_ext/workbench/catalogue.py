@@ -350,7 +350,7 @@ class Catalogue:
         rows: Rows = self._index.search(queries, count)[1]
         short = (rows < 0).any(1)  # too few in the lists that were looked into
         if short.any():
-            rows[short] = faiss.knn(queries[short], self.features, count)[1]
+            rows[short] = faiss.knn(queries[short], np.asarray(self.features), count)[1]
         return list(rows)
 
     def _ranked(self, query: Floats, structure: Floats | None, rows: Rows, by: str) -> list[Match]:
@@ -377,7 +377,8 @@ class Catalogue:
         x, y = torch.from_numpy(query[None].copy()), torch.from_numpy(near.copy())
         if by == "structure":
             assert structure is not None
-            values = pddm_ext.adaptive_distance(x, torch.from_numpy(structure[None].copy()), y)[0]
+            weights = torch.from_numpy(structure[None].astype(np.float64))
+            values = pddm_ext.adaptive_distance(x.double(), weights, y.double())[0]
         else:
             unit = self.trained.unit
             assert unit is not None
@@ -525,10 +526,13 @@ def _indexed(kind: str, features: Floats) -> Any:
         index.hnsw.efConstruction = 100
     else:
         # faiss asks for 39 pictures to learn a list from. A code of a byte for two numbers; an odd one is turned first.
+        # np: without polysemous training, which takes minutes for a search that is not used.
         lists, codes = max(1, min(int(4 * math.sqrt(count)), count // 39)), -(-dim // 2)
         turn = f"RR{2 * codes}," if dim % 2 else ""
-        index = faiss.index_factory(dim, f"{turn}IVF{lists},PQ{codes}")
-        faiss.extract_index_ivf(index).nprobe = max(1, lists // 16)
+        index = faiss.index_factory(dim, f"{turn}IVF{lists},PQ{codes}np")
+        inverted: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
+        inverted.nprobe = max(1, lists // 16)
+        inverted.pq.cp.min_points_per_centroid = 1  # else it warns of a small catalogue
         index.train(features)
     index.add(features)
     return index
@@ -622,7 +626,7 @@ def _read(out: Path, trained: Trained | None = None) -> tuple[_Content, Any]:
             np.load(out / name, mmap_mode="r", allow_pickle=False) for name in (FEATURES, STRUCTURES) if name in files
         )
         index = faiss.deserialize_index(np.fromfile(out / INDEX, np.uint8))
-    except (KeyError, TypeError, AttributeError, FileNotFoundError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, FileNotFoundError, RuntimeError) as error:
         raise torn from error
     if not len(paths) == len(sizes) == len(mtimes) == len(features) == index.ntotal:
         raise torn
