@@ -29,8 +29,7 @@ from runs import make_tiny, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: The public data set's archive in a folder of its own, beside the checkout or wherever it is said to be.
-GROCERY = Path(os.environ.get("PDDM_TEST_GROCERY", Path(__file__).resolve().parents[2] / "shared/data/grocery"))
+GROCERY = Path(__file__).resolve().parents[2] / "shared" / "data" / "grocery"
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-import socket
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -328,18 +329,21 @@ def test_a_backbone_of_the_users(tiny: Dataset, tmp_path: Path, monkeypatch: pyt
         assert torch.equal(embedder.embed(stored)[0], expected)
 
 
-def test_loading_asks_no_network_for_published_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("timm")
-    data = photo_folder(make_folder(tmp_path / "photos"), Photographs(size=32, stored=32))
-    settings = Settings(**TINY, data="folder", root=str(tmp_path / "photos"), backbone="timm/test_convnext")
+def test_published_weights_are_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def create_model(name: str, pretrained: bool, num_classes: int) -> nn.Module:
+        asked.append((name, pretrained, num_classes))
+        return Colours()
+
+    timm = ModuleType("timm")
+    timm.create_model, timm.get_pretrained_cfg = create_model, lambda name: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    data = photo_folder(make_folder(tmp_path / "photos"), VIEW)
+    settings = Settings(**TINY, data="folder", root=str(tmp_path / "photos"), backbone="timm/colours", pretrained=True)
     Run(settings, data, tmp_path / "run").train(progress=False)
-    changed(tmp_path / "run", lambda state: state["settings"].update(pretrained=True))
-
-    def refused(*_: Any, **__: Any) -> None:
-        raise OSError("the network was asked")
-
-    monkeypatch.setattr(socket, "socket", refused)
     embedder = pddm_ext.load(tmp_path / "run")
+    assert asked == [("colours", True, 0), ("colours", False, 0)]
     assert embedder.settings.pretrained
     assert embedder(tmp_path / "photos" / "a" / "0.png").shape == (1, 8)
 
