@@ -249,8 +249,11 @@ def test_a_run_that_diverges_is_an_error(tmp_path: Path, here: list[Cell], capsy
         (["--lrs", "0.1", "0.2", "--tries", "2", "--classes", "4"], "--classes is 4; glyphs (validation 1) has 3 to"),
         (["--methods", "n-pair", "contrastive:classes=9"], "--classes is 9; glyphs has 8 to train on"),
         (["--patience", "2", "--classes", "6"], "--classes is 6; glyphs has 5 to train on without those held out"),
-        (["--methods", "n-pair", "n-pair:backbone=timm/nonsense"], "--backbone timm/nonsense: "),
-        (["--methods", "n-pair", "n-pair:backbone=timm/resnet10t"], "--backbone timm/resnet10t: "),
+        (["--methods", "n-pair", "n-pair:backbone=nonsense"], "--backbone is 'nonsense'; convnet, efficientnet-lite0"),
+        (
+            ["--methods", "n-pair", "n-pair:backbone=collections:OrderedDict"],
+            "TypeError: gives OrderedDict; a torch",
+        ),
         (["--methods", "n-pair", "n-pair:backbone=not_there_at_all:net"], "--backbone not_there_at_all:net: ModuleNot"),
         (["--methods", "n-pair", "n-pair:accelerator=nonsense"], "--accelerator nonsense is not to be had"),
         (["--freeze", "--methods", "n-pair:backbone_lr_factor=0.1"], "backbone_lr_factor does nothing with freeze"),
