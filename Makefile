@@ -127,6 +127,7 @@ $(CUDA_BUILD)/built: $(NATIVE) $(PACKAGE)
 ON_CUDA := PYTHONPATH="$(CURDIR)/$(CUDA_BUILD)/installed:$$PYTHONPATH" PDDM_TEST_DEVICE=cuda
 NEED_EXTRAS := accelerators training methods backbones resuming cli compare consoles divergence interruptions start_methods \
   splits drawings photos published evaluation measured_inputs relabelling report distributed docs examples adapters \
+  export_command \
   pml_miner pml_distance pml_loss pml_loops lightning sentence_transformers sklearn
 test-cuda: $(CUDA_BUILD)/built ## on a GPU: the Python tests, and the memory and race checkers of its toolkit
 	$(ON_CUDA) $(PYTHON) $(PYTEST) tests $(patsubst %,--ignore=tests/test_%.py,$(NEED_EXTRAS))

@@ -33,8 +33,12 @@ napoleon_use_param = napoleon_use_rtype = False
 napoleon_custom_sections = ["Inputs", "Shape", ("Attributes", "params_style")]
 
 # Nothing is fetched, other projects' inventories included: what is theirs stays plain text.
-_OTHERS = "torch|numpy|collections|pathlib|PIL|pytorch_metric_learning|lightning|sentence_transformers|sklearn"
-nitpick_ignore_regex = [("py:.*", rf"({_OTHERS})\..*"), ("py:class", "Module|Tensor"), ("py:exc", "NotFittedError")]
+_OTHERS = "os|torch|numpy|collections|pathlib|PIL|pytorch_metric_learning|lightning|sentence_transformers|sklearn"
+nitpick_ignore_regex = [
+    ("py:.*", rf"({_OTHERS})\..*"),
+    ("py:class", r"Module|Tensor|pddm_ext\..*\._\w+"),
+    ("py:exc", "NotFittedError"),
+]
 
 html_theme = "furo"
 html_title = f"pddm_ext {version}"

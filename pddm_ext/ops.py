@@ -6,6 +6,7 @@ switches, in the order of :func:`unit_arguments`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,11 @@ NO_CUDA = (
     "'PDDM_CUDA=on pip install --no-build-isolation .' where torch has CUDA and nvcc is on the PATH"
 )
 
+NO_ONNX = (
+    "ONNX has none of pddm_ext's operators: export a pddm_ext.reference.PDDM with this unit's state_dict, which gives "
+    "the same scores by plain operators; 'pddm-ext export' does that for a trained unit"
+)
+
 UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]
 
 
@@ -45,7 +51,26 @@ def unit_arguments(unit: Parameters) -> UnitArguments:
     )
 
 
-@torch.library.register_fake("pddm::mine")
+def _refuse_onnx() -> None:
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(NO_ONNX)
+
+
+def _shapes(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers what an operator's results look like, which ``torch.export`` asks for, also on behalf of ONNX."""
+
+    def register(fake: Callable[..., Any]) -> Any:
+        @functools.wraps(fake)
+        def traced(*arguments: Any) -> Any:
+            _refuse_onnx()
+            return fake(*arguments)
+
+        return torch.library.register_fake(f"pddm::{name}", traced)
+
+    return register
+
+
+@_shapes("mine")
 def _(feats: Tensor, labels: Tensor, *unit_and_mode: Any) -> tuple[Tensor, ...]:
     mode = unit_and_mode[-1]
     if mode == 0:
@@ -59,19 +84,19 @@ def _(feats: Tensor, labels: Tensor, *unit_and_mode: Any) -> tuple[Tensor, ...]:
     return (*scores, *indices, feats.new_empty(slots, dtype=torch.bool))
 
 
-@torch.library.register_fake("pddm::score_pairs")
+@_shapes("score_pairs")
 def _(feats: Tensor, i: Tensor, j: Tensor, *unit: Any) -> Tensor:
     return feats.new_empty(i.shape[0], dtype=score_dtype(feats))
 
 
-@torch.library.register_fake("pddm::score_matrix")
+@_shapes("score_matrix")
 def _(feats: Tensor, split: int, *unit: Any) -> Tensor:
     n = feats.shape[0]
     shape = (n, n) if split < 0 else (split, n - split)
     return feats.new_empty(shape, dtype=score_dtype(feats))
 
 
-@torch.library.register_fake("pddm::topk")
+@_shapes("topk")
 def _(queries: Tensor, gallery: Tensor, k: int, *unit: Any) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=score_dtype(queries)), queries.new_empty(shape, dtype=torch.int64)
@@ -81,12 +106,12 @@ def _gradients_like(feats: Tensor, unit: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (feats, *unit[:8]))
 
 
-@torch.library.register_fake("pddm::score_pairs_backward")
+@_shapes("score_pairs_backward")
 def _(weight: Tensor, feats: Tensor, i: Tensor, j: Tensor, *unit: Any) -> tuple[Tensor, ...]:
     return _gradients_like(feats, unit)
 
 
-@torch.library.register_fake("pddm::score_matrix_backward")
+@_shapes("score_matrix_backward")
 def _(weight: Tensor, feats: Tensor, split: int, *unit: Any) -> tuple[Tensor, ...]:
     return _gradients_like(feats, unit)
 
@@ -197,6 +222,8 @@ _TRANSFORMABLE = {name: _transformable(name, *gradient) for name, gradient in _G
 
 def call(name: str, *arguments: Any) -> Any:
     """``torch.ops.pddm.<name>``, also under the transforms of ``torch.func`` and within forward-mode levels."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        _refuse_onnx()  # of its exporter before torch.export
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _TRANSFORMABLE[name].apply(*arguments)
     return getattr(torch.ops.pddm, name)(*arguments)

@@ -197,6 +197,19 @@ def make_folder(root: Path, classes: int = 8, pictures: int = 3, side: str = "")
     return root
 
 
+def make_photographs(folder: Path) -> None:
+    """Sixteen things of five photographs each in FOLDER/photographs, a red kettle among them, and one more of that."""
+    random = np.random.default_rng(0)
+    views = ("front", "side", "above", "far", "near")
+    for thing in ("red-kettle", *(f"thing-{number:02}" for number in range(15))):
+        base = random.integers(0, 256, (6, 8, 3))
+        for view in (*views, *(["kettle"] if thing == "red-kettle" else [])):
+            noisy = (base + random.integers(-40, 41, base.shape)).clip(0, 255).astype(np.uint8)
+            picture = Image.fromarray(noisy).resize((120, 90), Image.Resampling.BICUBIC)
+            name = f"{view}.jpg" if view == "kettle" else f"photographs/{thing}/{view}.jpg"
+            scatter(folder, {name: encoded(picture)})
+
+
 def make_omniglot(path: Path, alphabets: int = 5, extra: Members | None = None) -> Path:
     """A small archive in the layout of the real one: 3 characters of 4 drawings for each alphabet, backwards."""
     random = np.random.default_rng(0)

@@ -213,6 +213,15 @@ def exported(asked: Asked, unit: nn.Module, strict: bool) -> Tensor:
     return graph.module()(rows(14))
 
 
+def onnx(asked: Asked, unit: nn.Module) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            Asker(asked, unit), (rows(),), dynamic_shapes=({0: Dim("n", min=4)},), dynamo=True, verbose=False
+        )
+    return program(rows(14))[0]
+
+
 def inferred(asked: Asked, unit: nn.Module) -> Tensor:
     with torch.inference_mode():
         return asked(unit, rows()).clone()
@@ -398,6 +407,7 @@ ROWS: dict[str, dict[str, Callable[[Asked, nn.Module], Any]]] = {
         "`torch.compile(fullgraph=True)`": compiled,
         "`torch.export`, rows dynamic": functools.partial(exported, strict=False),
         "`torch.export(strict=True)`, rows dynamic": functools.partial(exported, strict=True),
+        "`torch.onnx.export`, rows dynamic": onnx,
     },
     "Copies and processes": {
         "`copy.deepcopy`": copied,

@@ -1,4 +1,4 @@
-"""The command line: ``pddm-ext train``, ``eval``, ``compare``, ``embed``, ``search`` and ``info``."""
+"""The command line: ``pddm-ext train``, ``eval``, ``compare``, ``embed``, ``search``, ``export`` and ``info``."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def _main(argv: Sequence[str] | None) -> int:
             "compare": _compare,
             "embed": _embed,
             "search": _search,
+            "export": _export,
         }[arguments.command]
         return command(arguments)
     except ModuleNotFoundError as error:
@@ -197,14 +198,31 @@ def _parser() -> _Parser:
     )
     search.add_argument("--json", type=Path, help="write the matches to this file, too")
     search.add_argument("--page", type=Path, help="write a page of pictures to this file, too")
+
+    export = commands.add_parser(
+        "export",
+        help="write what was trained for programs without this package",
+        description="Write a checkpoint's embedder and, where it has one, its PDDM unit as graphs that take any number "
+        "of pictures or pairs, and preprocessing.json, which says how a picture is prepared.",
+        **exact,
+    )
+    _add_trained(export, computes=False)
+    export.add_argument("--out", type=Path, required=True, help="folder to make, or an empty one")
+    export.add_argument(
+        "--format",
+        nargs="+",
+        choices=("torch", "onnx"),
+        help="torch.export's and ONNX (default: both, where ONNX's packages are installed)",
+    )
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
 
 
-def _add_trained(parser: argparse.ArgumentParser) -> None:
+def _add_trained(parser: argparse.ArgumentParser, computes: bool = True) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run, or the run's folder")
-    parser.add_argument("--accelerator", default="auto", help="device kind to embed on (default: auto)")
+    if computes:
+        parser.add_argument("--accelerator", default="auto", help="device kind to embed on (default: auto)")
     parser.add_argument("--backbone", help="confirms a backbone MODULE:CALLABLE, whose code will run")
 
 
@@ -469,6 +487,20 @@ def _search(arguments: argparse.Namespace) -> int:
 def _file(name: str, path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"{name} is {path}; a file in a folder that is there is accepted")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from . import export, trained
+
+    without_onnx = "onnx" not in export.available()
+    if without_onnx and "onnx" in (arguments.format or ()):
+        raise ValueError(f"--format onnx needs packages that come with {bring('export')}")
+    embedder = trained.load(arguments.checkpoint, backbone=arguments.backbone)
+    for path in export.export(embedder, arguments.out, arguments.format):
+        print(path)
+    if without_onnx and arguments.format is None:
+        print(f"not written: ONNX, whose packages come with {bring('export')}")
+    return 0
 
 
 def _gpu() -> str:

@@ -61,7 +61,7 @@ class Features(nn.Module):
 
 
 class Trained:
-    """An embedder in evaluation mode that prepares its pictures itself; :func:`load` makes it.
+    """An embedder in evaluation mode that prepares its pictures itself; :func:`pddm_ext.load` makes it.
 
     Attributes:
         module: stored pictures (n, channels, stored, stored) uint8 to unit features (n, dim); :meth:`prepare` makes

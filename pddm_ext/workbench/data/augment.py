@@ -79,8 +79,10 @@ class Drawings:
         return seen
 
 
+#: The one view of drawings.
 DRAWINGS = Drawings()
 
+#: By which a photograph may be scaled.
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 
 
@@ -149,6 +151,7 @@ class Photographs:
         return (pictures - mean) / std if sign > 0 else (pictures * std + mean).clamp(0, 1)
 
 
+#: How most published backbones see photographs.
 PHOTOS = Photographs()
 
 
