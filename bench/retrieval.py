@@ -237,7 +237,7 @@ def draw() -> None:
     for name in ("omniglot", "glyphs"):
         grid = Grid(name)
         for against in ("step", "seconds"):
-            figure = figures.curves(grid.cells, "recall", against, grid.raw["recall"]["1"]["value"])
+            figure = figures.curves(grid.cells, "recall", against, {page.RAW: grid.raw["recall"]["1"]["value"]})
             write_bytes(PAGE.parent / f"results-{name}-{against}.svg", figures.svg(figure))
 
 

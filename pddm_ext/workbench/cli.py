@@ -311,7 +311,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
-    from . import backbones, checkpoint, loop, measuring, outcome
+    from . import backbones, checkpoint, loop, outcome
     from .data import scan
     from .report import page
 
@@ -352,10 +352,6 @@ def _train(arguments: argparse.Namespace) -> int:
             return 130
         outcome.write(folder, metrics)
     print(page.summary(metrics))
-    if run.chosen_step is not None:
-        print(f"of {run.taken} steps, step {run.chosen_step} was the best on validation pictures: figures are of that")
-    for line in measuring.below(metrics["results"]["distance"], run.baselines):
-        print(f"warning: {line}", file=sys.stderr)
     print(f"run: {folder}")
     return 0
 

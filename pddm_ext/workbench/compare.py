@@ -413,7 +413,8 @@ def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:
                 mined = run.learner.objective.mine(net(batch.to(weight)), labels.to(weight.device))
                 quadruplets = Quadruplets(*(field.cpu() for field in mined))
         shown[cell.label] = Shown(features, run.learner.unit, quadruplets)
-    return Examples(settings.seed, first.test, batch, shown), raw_pixels(first.test, settings.seed)
+    classes = [dataset.train.names[c] for c in labels.tolist()]
+    return Examples(settings.seed, first.test, batch, shown, classes), raw_pixels(first.test, settings.seed)
 
 
 def _safe(label: str) -> str:

@@ -123,28 +123,6 @@ def baselines(seen: Seen, test: TestSet, seed: int) -> dict[str, Any]:
     return {"backbone": found(seen.bare, test, seed), "untrained": found(seen.features, test, seed)}
 
 
-def below(figures: Mapping[str, Any], starts: Mapping[str, Any]) -> list[str]:
-    """A line for each baseline that a run's retrieval figures do not come up to, in Recall@1 or in MAP@R."""
-    lines = []
-    for name, called in (("backbone", "the backbone's bare features"), ("untrained", "the untrained embedding")):
-        if name not in starts:
-            continue
-        start = starts[name]
-        pairs = {
-            "Recall@1": (figures["recall"]["1"]["value"], start["recall"]["1"]["value"]),
-            "MAP@R": (figures["map_at_r"]["value"], start["map_at_r"]["value"]),
-        }
-        worse = [
-            f"{figure} {100 * now:.1f} % against {100 * was:.1f} %" for figure, (now, was) in pairs.items() if now < was
-        ]
-        if worse:
-            lines.append(
-                f"training has made it worse than {called}, by distance: {', '.join(worse)}; try a lower --lr, "
-                f"--backbone-lr-factor 0.1 or --freeze, or keep the best step by --patience"
-            )
-    return lines
-
-
 def point(seen: Seen, test: TestSet, settings: Settings) -> dict[str, float]:
     """The figures of a measurement: ``recall``, ``spread``, ``effective_rank``; ``map_at_r`` to choose a step by."""
     figures = {

@@ -39,7 +39,7 @@ def figures(run: Run, candidates: int = 100, *, progress: bool | None = False) -
     seen = run.look(progress=progress)
     told = {
         "settings": asdict(run.settings),
-        "data": _told(sides(run.dataset)),
+        "data": _told(sides(run.dataset), run.dataset),
         "curves": run.curves,
         "baselines": run.baselines,
         "thresholds": run.thresholds,
@@ -72,10 +72,14 @@ def again(
     with Progress("measuring", len(test), 0, "picture", progress) as bar:
         seen = look(trained.module.net, test, None, workers=workers, bar=bar)
     measured = {name: side for name, side in sides(dataset).items() if name in ("test", "gallery")}
+    # What training began with was measured on its own pictures: of others it says nothing.
+    same = all(measured.get(name) == state["data"].get(name) for name in ("test", "gallery"))
     told = {
         "settings": state["settings"],
-        "data": _told({"train": state["data"]["train"], **measured}),
-        **{name: state[name] for name in ("curves", "baselines", "thresholds")},
+        "data": _told({"train": state["data"]["train"], **measured}, dataset),
+        "curves": state["curves"],
+        "baselines": state["baselines"] if same else {},
+        "thresholds": state["thresholds"],
     }
     return _figures(told, seen, test, trained.unit, trained.device, seed, candidates)
 
@@ -123,7 +127,9 @@ def raw_pixels(test: TestSet, seed: int) -> dict[str, Any]:
     """
     parts = torch.split(torch.arange(len(test)), 256)
     pixels = torch.cat([F.adaptive_avg_pool2d(test[rows], 32).flatten(1) for rows in parts])
-    figures: dict[str, Any] = retrieval(F.normalize(pixels, dim=1), test.labels, None, seed, 1)["distance"]
+    figures: dict[str, Any] = retrieval(
+        F.normalize(pixels, dim=1), test.labels, None, seed, 1, queries=test.queries, gallery=test.gallery
+    )["distance"]
     return figures
 
 
@@ -152,6 +158,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not the figures of a finished run ({error}); delete it to train again") from error
 
 
-def _told(sides: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What each side consists of, for people."""
-    return {name: {key: side[key] for key in ("classes", "from", "pictures")} for name, side in sides.items()}
+def _told(sides: Mapping[str, Mapping[str, Any]], measured: Dataset) -> dict[str, Any]:
+    """What each side consists of, and what the classes measured are to training, for people."""
+    described = {name: {key: side[key] for key in ("classes", "from", "pictures")} for name, side in sides.items()}
+    return {"protocol": measured.protocol, **described}

@@ -23,6 +23,7 @@ Floats = NDArray[np.float64]
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1f2937")
 _DASHES = ("solid", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 POSITIVE, NEGATIVE = "#0072b2", "#d55e00"
+_LEVELS = (":", (0, (1, 3)), (0, (3, 2, 1, 2)))
 _INK, _GREY, _LINE = "#0f172a", "#475569", "#cbd5e1"
 
 #: What :func:`curves` draws: the title of each quantity's axis, and of each axis to draw it against.
@@ -75,9 +76,19 @@ def _axes(size: tuple[float, float], xlabel: str, ylabel: str = "") -> tuple[Fig
 
 
 def _over_seeds(seeds: Sequence[Mapping[str, Any]], quantity: str, against: str) -> tuple[Floats, Floats, Floats]:
-    """Places, means and standard deviations, where all seeds have values; between its points a seed is linear."""
-    places = [np.asarray(metrics["curves"][against], float) for metrics in seeds]
-    values = [np.asarray(metrics["curves"][quantity], float) for metrics in seeds]
+    """Places, means and standard deviations, where all seeds have values; between its points a seed is linear.
+
+    A point without a value, as of the loss before the first step, is none; of a seed without a point there is no curve.
+    """
+    curves = [metrics["curves"] for metrics in seeds]
+    points = [
+        np.array([point for point in zip(curve[against], curve[quantity], strict=True) if point[1] is not None], float)
+        for curve in curves
+    ]
+    points = [each for each in points if len(each)]
+    if not points:
+        return np.empty(0), np.empty(0), np.empty(0)
+    places, values = [each[:, 0] for each in points], [each[:, 1] for each in points]
     grid = places[0]
     if any(not np.array_equal(grid, other) for other in places[1:]):
         first, last = max(place[0] for place in places), min(place[-1] for place in places)
@@ -87,14 +98,16 @@ def _over_seeds(seeds: Sequence[Mapping[str, Any]], quantity: str, against: str)
     return grid, stacked.mean(0), deviation
 
 
-def curves(cells: Cells, quantity: str = "recall", against: str = "step", raw: float | None = None) -> Figure:
-    """A quantity on the test classes during training: a line per method, with a band of ± s.d. over its seeds.
+def curves(
+    cells: Cells, quantity: str = "recall", against: str = "step", levels: Mapping[str, float] | None = None
+) -> Figure:
+    """A quantity on the test pictures during training: a line per method, with a band of ± s.d. over its seeds.
 
     Args:
         cells: the metrics of each method's seeds.
         quantity: a key of :data:`QUANTITIES`.
         against: ``"step"`` or ``"seconds"``.
-        raw: the value of raw pixels, drawn as a level line.
+        levels: values by name, such as that of raw pixels, drawn as level lines.
     """
     with _style():
         figure, axes = _axes((6.0, 3.7), AGAINST[against], QUANTITIES[quantity])
@@ -102,6 +115,8 @@ def curves(cells: Cells, quantity: str = "recall", against: str = "step", raw: f
         for number, (label, seeds) in enumerate(cells.items()):
             colour, turn = _COLOURS[number % len(_COLOURS)], number // len(_COLOURS) % len(_DASHES)
             place, mean, deviation = _over_seeds(seeds, quantity, against)
+            if not len(place):
+                continue
             if deviation.any():
                 axes.fill_between(
                     place,
@@ -114,9 +129,10 @@ def curves(cells: Cells, quantity: str = "recall", against: str = "step", raw: f
             marker = "o" if len(place) == 1 else None
             axes.plot(place, mean, color=colour, lw=1.8, ls=_DASHES[turn], marker=marker, solid_capstyle="round")
             ends.append((label, place[-1], mean[-1], {"color": colour, "ls": _DASHES[turn]}))
-        if raw is not None:
-            axes.axhline(raw, color=_GREY, lw=1, ls=":")
-            ends.append(("raw pixels", np.inf, raw, {"color": _GREY, "ls": ":"}))
+        for number, (label, level) in enumerate((levels or {}).items()):
+            dash = _LEVELS[number % len(_LEVELS)]
+            axes.axhline(level, color=_GREY, lw=1, ls=dash)
+            ends.append((label, np.inf, level, {"color": _GREY, "ls": dash}))
         axes.grid(axis="y", color="#eef2f7")
         axes.set_axisbelow(True)
         axes.margins(x=0.02)
@@ -131,6 +147,8 @@ def curves(cells: Cells, quantity: str = "recall", against: str = "step", raw: f
 
 def _name_ends(axes: Axes, ends: list[tuple[str, float, float, Any]]) -> None:
     """Names at the right, each as near the height of its line's end as the others leave room for."""
+    if not ends:
+        return
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     axes.set_xlim(left, right)
     axes.set_ylim(low, high)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import pddm_ext
 from pddm_ext.quadruplets import Quadruplets
 
 from ..data.splits import TestSet
-from ..evaluation.retrieval import by_distance, by_score, relevant
+from ..evaluation.retrieval import answered, by_distance, by_score
 
 _MAP_CLASSES, _MAP_SAMPLES, _MAP_SIDE = 30, 8, 1000
 _QUERIES, _NEIGHBOURS, _QUADRUPLETS = 6, 10, 8
@@ -53,6 +54,7 @@ class Examples:
         test: the seed's test set.
         batch: (b, channels, size, size) float32, training pictures as a net sees them.
         shown: methods by label; the first one's errors choose the queries.
+        classes: the name of each training picture's class, if they are to be named.
 
     Raises:
         ValueError: nothing to show, or features that are not of the test set.
@@ -62,6 +64,7 @@ class Examples:
     test: TestSet
     batch: Tensor
     shown: Mapping[str, Shown]
+    classes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.shown:
@@ -69,14 +72,28 @@ class Examples:
         for label, shown in self.shown.items():
             if len(shown.features) != len(self.test):
                 raise ValueError(f"{label} has {len(shown.features)} features; the test set has {len(self.test)} rows")
+        if self.classes and len(self.classes) != len(self.batch):
+            raise ValueError(f"classes has length {len(self.classes)}; batch has {len(self.batch)} pictures")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the page: a data URI, and what it is in words."""
+    """A picture of the page: a data URI, what it is in words, the name of its class, and its file, if it has one."""
 
     source: str
     text: str
+    name: str = ""
+    file: str | None = None
+
+    def short(self, length: int) -> str:
+        """The file's own name in at most ``length`` letters: else without its kind, and rather its end, which tells it
+        from others."""
+        path = PurePosixPath((self.file or "").replace("\\", "/"))
+        name = path.name if len(path.name) <= length else path.stem
+        if len(name) <= length:
+            return name
+        first = (length - 1) // 3
+        return f"{name[:first]}…{name[len(name) - (length - 1 - first) :]}"
 
 
 @dataclass(frozen=True)
@@ -87,24 +104,24 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Query:
-    """A test sample, whether the first method's nearest is of its class, and neighbours by label and ranking."""
+    """A query, whether the first method's nearest is of its class, and neighbours by label and ranking."""
 
     picture: Picture
-    name: str
     right: bool
     answers: list[tuple[str, str, list[Neighbour]]]
 
 
 def queries(examples: Examples) -> list[Query]:
-    """A few test samples and what each method finds for them; up to half of them errors of the first method."""
+    """A few queries and what each method finds for them in the gallery, or among all others where there is none; up to
+    half of them errors of the first method."""
     test, first = examples.test, next(iter(examples.shown.values()))
-    rows = _choose(first.features, test.labels)
-    count = min(_NEIGHBOURS, len(test) - 1)
+    rows = _choose(first.features, test)
+    count = min(_NEIGHBOURS, len(test) - 1 if test.gallery is None else len(test.gallery))
     found: list[tuple[str, str, Tensor]] = []
     for label, shown in examples.shown.items():
-        found.append((label, "by distance", by_distance(shown.features, rows, count)))
+        found.append((label, "by distance", by_distance(shown.features, rows, count, test.gallery)))
         if shown.unit is not None:
-            found.append((label, "by score", by_score(shown.features, rows, count, shown.unit)))
+            found.append((label, "by score", by_score(shown.features, rows, count, shown.unit, test.gallery)))
     return [
         _query(test, row, [(label, ranking, ranked[q].tolist()) for label, ranking, ranked in found])
         for q, row in enumerate(rows.tolist())
@@ -116,27 +133,30 @@ def _query(test: TestSet, row: int, found: list[tuple[str, str, list[int]]]) -> 
     labels = dict(zip(rows, test.labels[rows].tolist(), strict=True))
     seen = _thumbnails(test.show(test[torch.tensor(rows)]), _PHOTO)
     sources = {other: _data_uri(pixels) for other, pixels in zip(rows, seen, strict=True)}
-    name = test.names[labels[row]]
+
+    def picture(other: int, what: str) -> Picture:
+        name = test.names[labels[other]]
+        return Picture(sources[other], f"{what}: class {name}", name, test.file(other))
 
     def neighbour(place: int, other: int) -> Neighbour:
         right = labels[other] == labels[row]
-        text = f"{place}, {'right' if right else 'wrong'}: class {test.names[labels[other]]}"
-        return Neighbour(Picture(sources[other], text), right)
+        return Neighbour(picture(other, f"{place}, {'right' if right else 'wrong'}"), right)
 
     answers = [
         (label, ranking, [neighbour(place, other) for place, other in enumerate(ranked, start=1)])
         for label, ranking, ranked in found
     ]
-    return Query(Picture(sources[row], f"query: class {name}"), name, answers[0][2][0].right, answers)
+    return Query(picture(row, "query"), answers[0][2][0].right, answers)
 
 
-def _choose(features: Tensor, labels: Tensor) -> Tensor:
-    """Rows (q,), errors before hits; the first that come in the test set's own, shuffled order."""
-    half = _QUERIES // 2
+def _choose(features: Tensor, test: TestSet) -> Tensor:
+    """Rows (q,) of queries with an answer, errors before hits; the first that come in the test set's own, shuffled
+    order."""
+    half, labels = _QUERIES // 2, test.labels
     wrong: list[int] = []
     right: list[int] = []
-    for part in torch.split(relevant(labels).nonzero().flatten(), 512):
-        hit = labels[by_distance(features, part, 1)[:, 0]] == labels[part]
+    for part in torch.split(answered(labels, test.queries, test.gallery), 512):
+        hit = labels[by_distance(features, part, 1, test.gallery)[:, 0]] == labels[part]
         wrong += part[~hit].tolist()
         right += part[hit].tolist()
         if len(wrong) >= half and len(right) >= _QUERIES - half:
@@ -159,7 +179,8 @@ def quadruplets(examples: Examples, label: str) -> list[list[tuple[str, Picture,
         return f"S {score:.3g}" if shown.unit is not None else f"D {-score:.3g}"
 
     def member(role: str, row: Tensor, text: str) -> tuple[str, Picture, str]:
-        return role, Picture(_data_uri(seen[int(row)]), role), text
+        name = examples.classes[int(row)] if examples.classes else ""
+        return role, Picture(_data_uri(seen[int(row)]), f"{role}: class {name}" if name else role, name), text
 
     return [
         [
@@ -175,8 +196,7 @@ def quadruplets(examples: Examples, label: str) -> list[list[tuple[str, Picture,
 def chart(examples: Examples, label: str) -> Picture:
     """t-SNE of some test classes: every sample's picture at its place, in its class's colour."""
     test, features = examples.test, examples.shown[label].features
-    generator = torch.Generator().manual_seed(examples.seed)
-    classes = torch.randperm(len(test.names), generator=generator)[:_MAP_CLASSES].tolist()
+    classes = _mapped(examples)
     rows = torch.cat([(test.labels == c).nonzero().flatten()[:_MAP_SAMPLES] for c in classes])
     places = _places(features[rows].double().numpy(), examples.seed)
     shown = test.show(test[rows])
@@ -188,9 +208,7 @@ def chart(examples: Examples, label: str) -> Picture:
     for (x, y), member, picture in zip(
         (places * (_MAP_SIDE - side)).astype(int), test.labels[rows].tolist(), seen, strict=True
     ):
-        order = classes.index(member)
-        # Neighbouring hues differ in brightness too.
-        colour = np.array(colorsys.hsv_to_rgb(order / len(classes), 0.9, 0.55 + 0.3 * (order % 2))) * 255
+        colour = _colour(classes.index(member), len(classes))
         window = canvas[y : y + side, x : x + side]
         if drawings:
             # Below a quarter it is the noise of the test sample, not its ink.
@@ -201,6 +219,29 @@ def chart(examples: Examples, label: str) -> Picture:
             window[3:-3, 3:-3] = picture
     text = f"t-SNE of {len(rows)} test samples of {len(classes)} classes by {label}"
     return Picture(_data_uri(canvas, photographs=not drawings), text)
+
+
+def legend(examples: Examples) -> list[tuple[str, str]]:
+    """The classes of every :func:`chart` by name, each with its colour as CSS has it."""
+    classes = _mapped(examples)
+    colours = [_colour(order, len(classes)).round().astype(int) for order in range(len(classes))]
+    return [
+        (examples.test.names[c], f"#{red:02x}{green:02x}{blue:02x}")
+        for c, (red, green, blue) in zip(classes, colours, strict=True)
+    ]
+
+
+def _mapped(examples: Examples) -> list[int]:
+    """Some classes of queries, drawn by the seed."""
+    test = examples.test
+    asked = set((test.labels if test.queries is None else test.labels[test.queries]).tolist())
+    drawn = torch.randperm(len(test.names), generator=torch.Generator().manual_seed(examples.seed)).tolist()
+    return [c for c in drawn if c in asked][:_MAP_CLASSES]
+
+
+def _colour(order: int, count: int) -> NDArray[np.float64]:
+    # Neighbouring hues differ in brightness too.
+    return np.array(colorsys.hsv_to_rgb(order / count, 0.9, 0.55 + 0.3 * (order % 2))) * 255
 
 
 def _places(features: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
