@@ -36,7 +36,9 @@ napoleon_custom_sections = ["Inputs", "Shape", ("Attributes", "params_style")]
 _OTHERS = "os|torch|numpy|collections|pathlib|PIL|pytorch_metric_learning|lightning|sentence_transformers|sklearn"
 nitpick_ignore_regex = [
     ("py:.*", rf"({_OTHERS})\..*"),
-    ("py:class", r"Module|Tensor|pddm_ext\..*\._\w+"),
+    # Private classes are in signatures of what the package itself makes; and of a dataclass whose default a factory
+    # makes Sphinx takes the commas within types for those between arguments.
+    ("py:class", r"Module|Tensor|pddm_ext\..*\._\w+|tuple\[str"),
     ("py:exc", "NotFittedError"),
 ]
 

@@ -115,7 +115,7 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether no step is left: all are taken, or ``patience`` is at its end."""
+        """Whether all steps are taken, or ``patience`` is at its end."""
         chosen = self.chosen_step
         waited = 0 if chosen is None else len(self.curves["step"]) - 1 - self.curves["step"].index(chosen)
         return self.taken >= self.settings.steps or 0 < self.settings.patience <= waited

@@ -30,7 +30,7 @@ def embed(net: nn.Module, test: TestSet, workers: int = 0, *, progress: bool | N
         net: pictures to embeddings, on any device.
         test: what to embed.
         workers: processes that read the pictures.
-        progress: over the pictures, as in :class:`..console.Progress`.
+        progress: over the pictures, as in :class:`.console.Progress`.
     """
     with Progress("embedding", len(test), 0, "picture", progress) as bar:
         (features,) = over(test, lambda pictures: (net(pictures),), net, workers, bar)
