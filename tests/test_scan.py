@@ -159,10 +159,10 @@ def test_a_picture_that_goes_bad_under_way_ends_a_run_in_one_line(
     root = scatter(place / "pictures", catalogue("abcdefgh"))
     introduce = scan.introduction
 
-    def damaging(dataset: Dataset) -> list[str]:  # after the look
+    def damaging(dataset: Dataset, **more: Any) -> list[str]:  # after the look
         for path in root.glob("[abcd]/*.png"):
             path.write_bytes(b"no picture")
-        return introduce(dataset)
+        return introduce(dataset, **more)
 
     monkeypatch.setattr(scan, "introduction", damaging)
     assert cli.main(["train", *options("--out", "out", "--workers", workers, "--no-progress")]) == 2
