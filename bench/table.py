@@ -25,7 +25,7 @@ README, GOALS = ROOT / "README.md", ROOT / "docs" / "performance.md"
 DEVICES = ("cpu", "cuda")
 PEERS = ("reference", "chunked", "compiled")
 NARROW = "\u202f"  # a narrow space, where no line breaks
-SHARES = {"peak": "of the peak", "matmul": "of torch.matmul"}
+SHARES = {"peak": "of the peak", "matmul": "of torch.matmul", "forward": "of the forward pass"}
 
 
 def read_run(device: str, path: Path) -> dict[str, Any]:
@@ -53,6 +53,8 @@ def text(name: str, value: float) -> str:
         return f"{value:.0%} of the multiply-add peak"
     if name == "matmul":
         return f"{value:.0%} of torch.matmul's rate"
+    if name == "forward":
+        return f"{value:.0%} of the forward pass's rate"
     if name == "MiB":
         return f"{value:.1f} MiB"
     if "÷" in name:

@@ -6,12 +6,18 @@ import statistics
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import faiss
+import numpy as np
 import pytest
 import torch
 
+import photographs
 from pddm_ext import _C, mine_and_score, reference
+from pddm_ext.workbench.catalogue import Catalogue
 from peers import chunked_mine, compiled_mine
 from races import Contender, batch, pair_operations, race, row, seconds, training_step
 
@@ -157,6 +163,51 @@ def test_memory(benchmark: Any) -> None:
     grown, native = map(float, result.stdout.split())
     benchmark.extra_info["native_mib"] = native
     row(benchmark, 'memory of a step `"anchor"`, n=4096, d=64, MiB', **{"MiB": (grown, -64)})
+
+
+@torch.no_grad()
+def test_embedding_a_folder(benchmark: Any, tmp_path: Path) -> None:
+    """A catalogue from its files on, decoding and writing included, over the backbone's forward passes alone."""
+    trained = photographs.embedder()
+    folder, out = tmp_path / "photographs", tmp_path / "catalogues"
+    folder.mkdir()
+    out.mkdir()
+    names = photographs.folder(folder, 256)
+    stored = torch.stack([trained.prepare(folder / name) for name in names])
+    seen = [trained.view.plain(part) for part in stored.split(32)]
+
+    def ours() -> None:
+        with TemporaryDirectory(dir=out) as fresh:
+            Catalogue.build(trained, folder, fresh, workers=2)
+
+    ratio = race(benchmark, ours, {"forward": lambda: [trained.module.net.backbone(part) for part in seen]}, rounds=7)
+    row(
+        benchmark,
+        "catalogue of 256 photographs, EfficientNet-Lite0, two workers",
+        forward=(ratio["forward"], 0.9),
+    )
+
+
+@torch.no_grad()
+def test_search(benchmark: Any, tmp_path: Path) -> None:
+    trained = photographs.embedder()
+    (name,) = photographs.folder(tmp_path, 1)
+    catalogue = photographs.opened(tmp_path, trained, 100_000)
+    index = faiss.IndexFlatL2(trained.dim)
+    index.add(np.array(catalogue.features))
+    stored = trained.prepare(tmp_path / name)[None]
+
+    def parts() -> None:
+        index.search(trained.module(stored).numpy(), 100)
+
+    ratio = race(
+        benchmark, lambda: catalogue.search(tmp_path / name, by="score", candidates=100), {"parts": parts}, rounds=31
+    )
+    row(
+        benchmark,
+        "search of a photograph among 100,000, d=128, 100 re-ranked by score, over faiss and a forward pass alone",
+        **{"search ÷ its parts": (1 / ratio["parts"], -1.5)},
+    )
 
 
 @torch.no_grad()
