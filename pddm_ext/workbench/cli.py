@@ -373,12 +373,13 @@ def _eval(arguments: argparse.Namespace) -> int:
     backbone = saved.get("backbone", Settings.backbone)
     if ":" in backbone and arguments.backbone != backbone:
         raise ValueError(f"{path} has a backbone whose code would run; confirm with --backbone {backbone}")
+    view = from_description(state["view"])
+    data = arguments.data or saved.get("data", Settings.data)
+    if isinstance(view, Photographs) == (data in DRAWINGS):
+        seen = "photographs" if isinstance(view, Photographs) else "drawings"
+        raise ValueError(f"--data is {data}; {path} was trained on {seen}, which are accepted")
     given = {name: getattr(arguments, name) for name in ("data", "root", "split", "gallery", "workers")}
     settings = Settings(**{**saved, **{name: v for name, v in given.items() if v is not None}, "download": False})
-    view = from_description(state["view"])
-    if isinstance(view, Photographs) == (settings.data in DRAWINGS):
-        seen = "photographs" if isinstance(view, Photographs) else "drawings"
-        raise ValueError(f"--data is {settings.data}; {path} was trained on {seen}, which are accepted")
     module = backbones.named(backbone, False, view.size) if ":" in backbone else None
     shown = view if isinstance(view, Photographs) else PHOTOS
     dataset = scan.ready(settings, shown, only="test", progress=arguments.progress)
