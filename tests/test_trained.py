@@ -238,8 +238,11 @@ def test_the_best_step_is_taken_where_one_was_chosen(tiny: Dataset, tmp_path: Pa
     assert embedder.threshold("distance", "eer") == 0.75
     assert embedder.threshold("distance", 1e-3) == 0.25
     assert embedder.threshold("score", 0.01) == 2.0
-    with pytest.raises(ValueError, match="no validation pictures to choose a threshold by score"):
+    with pytest.raises(ValueError, match=r"told no pairs apart by score at a rate of eer; 0\.01 are there"):
         embedder.threshold("score", "eer")
+    changed(tmp_path, lambda state: state["thresholds"].clear())
+    with pytest.raises(ValueError, match="no validation pictures to choose a threshold by score"):
+        pddm_ext.load(tmp_path).threshold("score")
     for wrong in (0.02, "0.01", True):
         with pytest.raises(ValueError, match=re.escape(f"fpr is {wrong!r}; 0.01, 0.001 and 'eer' are accepted")):
             embedder.threshold("distance", wrong)

@@ -198,10 +198,15 @@ class Trained:
             raise ValueError(f"fpr is {fpr!r}; 0.01, 0.001 and 'eer' are accepted, or a threshold= of your own")
         values = self.thresholds.get(by, {})
         key = fpr if isinstance(fpr, str) else f"{fpr:g}"
-        if key not in values:
+        if not values:
             raise ValueError(
                 f"the run had no validation pictures to choose a threshold by {by} on; train with a folder val/ or "
                 f"with --patience, or give threshold="
+            )
+        if key not in values:
+            raise ValueError(
+                f"the run's validation pictures told no pairs apart by {by} at a rate of {key}; "
+                f"{', '.join(sorted(values))} are there, or give threshold="
             )
         return values[key]
 
