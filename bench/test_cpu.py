@@ -172,7 +172,7 @@ def test_embedding_a_folder(benchmark: Any, tmp_path: Path) -> None:
     folder, out = tmp_path / "photographs", tmp_path / "catalogues"
     folder.mkdir()
     out.mkdir()
-    names = photographs.folder(folder, 256)
+    names = photographs.folder(folder, 128)
     stored = torch.stack([trained.prepare(folder / name) for name in names])
     seen = [trained.view.plain(part) for part in stored.split(32)]
 
@@ -180,10 +180,10 @@ def test_embedding_a_folder(benchmark: Any, tmp_path: Path) -> None:
         with TemporaryDirectory(dir=out) as fresh:
             Catalogue.build(trained, folder, fresh, workers=2)
 
-    ratio = race(benchmark, ours, {"forward": lambda: [trained.module.net.backbone(part) for part in seen]}, rounds=7)
+    ratio = race(benchmark, ours, {"forward": lambda: [trained.module.net.backbone(part) for part in seen]}, rounds=5)
     row(
         benchmark,
-        "catalogue of 256 photographs, EfficientNet-Lite0, two workers",
+        "catalogue of 128 photographs, EfficientNet-Lite0, two workers",
         forward=(ratio["forward"], 0.9),
     )
 

@@ -353,7 +353,7 @@ def test_a_bad_folder_or_index_fails_before_any_work(embedder: Trained, photos: 
     (tmp_path / "empty").mkdir()
     for folder, options, error in (
         (tmp_path / "nowhere", {}, "no such folder"),
-        (tmp_path / "empty", {}, "no readable pictures; .bmp, "),
+        (tmp_path / "empty", {}, "no readable pictures; ."),
         (photos, {"index": "tree"}, "index is 'tree'; auto, flat, hnsw, ivf-pq are accepted"),
         (photos, {"index": "ivf-pq"}, "has 12 of them. 'flat' is exact"),
         (photos, {"workers": -1}, "workers is -1"),

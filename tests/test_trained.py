@@ -272,8 +272,8 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no view": (lambda state: state["view"].clear(), "a view of the user's own"),
     "a view that is none": (lambda state: state["view"].update(kind="x"), "no description of a view"),
     "a view of another size": (lambda state: state["view"].update(size=3), "no description of a view"),
-    "names that are none": (lambda state: state["names"].append(3), "its class names or thresholds are none"),
-    "thresholds that are none": (lambda state: state["thresholds"].update(distance=3), "class names or thresholds"),
+    "names that are none": (lambda state: state["names"].append(3), "not a checkpoint of format"),
+    "thresholds that are none": (lambda state: state["thresholds"].update(distance=3), "its thresholds are none"),
     "no backbone": (lambda state: state["settings"].update(backbone="x"), "--backbone is 'x'"),
 }
 

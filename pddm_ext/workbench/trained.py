@@ -302,12 +302,12 @@ def load(
 def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trained:
     """What is in a checkpoint; a ValueError says what is not."""
     settings = Settings(**parse(state["settings"], "its settings"))
-    names, thresholds = state["names"], state["thresholds"]
-    if not all(type(name) is str for name in names) or not all(
+    thresholds = state["thresholds"]
+    if not all(
         isinstance(values, dict) and all(type(value) is float for value in values.values())
         for values in thresholds.values()
     ):
-        raise ValueError("damaged; its class names or thresholds are none")
+        raise ValueError("damaged; its thresholds are none")
     weights = state["best"] or state["learner"]
     if not all(type(name) is str and type(value) is Tensor for name, value in weights.items()):
         raise ValueError("damaged; its weights are no tensors by name")
@@ -344,7 +344,7 @@ def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trai
     if unit is not None:
         unit.eval().requires_grad_(False)
     facts = {"backbone": settings.backbone, "view": state["view"]}
-    return Trained(module, unit, view, tuple(names), settings, thresholds, checkpoint.digest(of_net, facts))
+    return Trained(module, unit, view, tuple(state["names"]), settings, thresholds, checkpoint.digest(of_net, facts))
 
 
 def _under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
