@@ -26,8 +26,8 @@ PAGE = ROOT / "docs" / "distributed.md"
 def page() -> dict[str, Any]:
     """The names that the page's blocks define, in the order of the page."""
     names: dict[str, Any] = {}
-    for run in blocks(PAGE):
-        run(names)
+    for code in blocks(PAGE):
+        exec(code, names)
     return names
 
 

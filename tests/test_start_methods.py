@@ -17,6 +17,7 @@ import torch
 import pddm_ext
 from pddm_ext.workbench import cli, compare, outcome
 from pddm_ext.workbench.data import photos
+from pddm_ext.workbench.data import scan
 from pddm_ext.workbench.data.augment import DRAWINGS, PHOTOS
 from pddm_ext.workbench.data.load import load
 from pddm_ext.workbench.data.splits import Dataset, TestSet
@@ -89,6 +90,8 @@ def test_a_picture_that_a_worker_cannot_read_is_named_in_a_line(
         "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.AvgPool2d(32), nn.Flatten())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    # As files that go bad after the look at all of them, which would have named them before.
+    monkeypatch.setattr(scan, "examined", lambda dataset, **_: (dataset, frozenset()))
     data = ["--data", "folder", "--root", str(root), "--backbone", "net_for_a_test:net", "--workers", "1"]
     assert cli.main(["train", *TINY_OPTIONS, *data, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err

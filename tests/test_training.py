@@ -163,7 +163,7 @@ def test_two_processes_train_one_net_and_continue(tmp_path: Path) -> None:
         done = on_two(tmp_path, name, "--steps", "4", *resume)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
-        assert done.stdout.count("MAP@R") == 1
+        assert done.stdout.count("R-prec.") == 1
         if not resume:
             (tmp_path / "parts").mkdir()
             shutil.copy(tmp_path / "whole" / "after-2.pt", tmp_path / "parts" / CHECKPOINT)
