@@ -8,14 +8,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pddm_ext
-from pddm_ext.workbench import cli, compare, outcome
+from pddm_ext.workbench import cli, outcome
 from pddm_ext.workbench.checkpoint import write_json
 from pddm_ext.workbench.console import Progress, lenient
 from pddm_ext.workbench.data import photos
@@ -77,15 +76,6 @@ def test_an_output_folder_that_tensorboard_cannot_write_to_is_refused(
     assert cli.main([command, *TINY_OPTIONS, "--out", str(out)]) == 2
     assert "which is no UTF-8 under this locale" in capsys.readouterr().err
     assert not out.exists()
-
-
-@pytest.fixture
-def here(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Cells run in this process, on the tiny data set."""
-    monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
-    compare._loaded.cache_clear()
-    yield
-    compare._loaded.cache_clear()
 
 
 def test_a_report_on_an_ascii_console(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pddm_ext.workbench import cli, compare, kept, outcome
+from pddm_ext.workbench import cli, kept, outcome
 from pddm_ext.workbench.data.splits import Dataset, Joined, Rows, TestSet
 from pddm_ext.workbench.interrupts import Interrupts
 from pddm_ext.workbench.kept import Kept
@@ -198,14 +197,6 @@ class Net(nn.Module):
             file.write(f"{len(pictures)}\\n")
         return self.layers(pictures)
 """
-
-
-@pytest.fixture
-def here(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
-    compare._loaded.cache_clear()
-    yield
-    compare._loaded.cache_clear()
 
 
 def test_the_cells_of_a_grid_share_their_features(

@@ -63,15 +63,6 @@ def hold(tmp_path: Path) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
         holder.communicate()
 
 
-@pytest.fixture
-def here(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Cells run in this process, on the tiny data set."""
-    monkeypatch.setattr(compare, "_each", lambda cells, *_: (compare.run_cell(cell, 1) or cell for cell in cells))
-    compare._loaded.cache_clear()
-    yield
-    compare._loaded.cache_clear()
-
-
 def commands(folder: Path) -> dict[str, list[str]]:
     """What would write into a folder or, for a comparison, has a cell there."""
     out = ["--out", str(folder)]
@@ -276,27 +267,10 @@ def test_ctrl_c_reaches_no_worker_that_reads_pictures(
 
 
 @pytest.fixture
-def grid(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+def grid(start: Callable[..., subprocess.Popen[str]]) -> Callable[[], subprocess.Popen[str]]:
     """A comparison that takes long, in a session of its own."""
-    make_archive(tmp_path / "small.zip")
-    data = ["--data", "omniglot", "--root", "small.zip", "--steps", "100000", "--every", "2", "--out", "grid"]
-    options = ["--methods", "contrastive", "n-pair", "--seeds", "1", "--jobs", "2"]
-    command = [sys.executable, "-m", "pddm_ext", "compare", *TINY_OPTIONS, *data, *options]
-    started = []
-
-    def start() -> subprocess.Popen[str]:
-        started.append(
-            subprocess.Popen(
-                command, cwd=tmp_path, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
-            )
-        )
-        return started[-1]
-
-    yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    options = ["--methods", "contrastive", "n-pair", "--seeds", "1", "--jobs", "2", "--every", "2", "--out", "grid"]
+    return lambda: start("compare", *options)
 
 
 def wait_for(true: Callable[[], Any], seconds: float = 120) -> None:

@@ -263,8 +263,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     settings = Settings(**{**given, **parse(options, "the command line")})
     if settings.backbone == "convnet" and settings.data not in DRAWINGS:
         raise ValueError(
-            f"--backbone convnet is for drawings ({', '.join(DRAWINGS)}); for --data {settings.data} choose timm/NAME, "
-            f"torchvision/NAME or MODULE:CALLABLE"
+            f"--backbone convnet is for drawings ({', '.join(DRAWINGS)}); for --data {settings.data} choose "
+            f"efficientnet-lite0, timm/NAME, torchvision/NAME or MODULE:CALLABLE"
         )
     return settings
 

@@ -44,7 +44,7 @@ class Embedder(nn.Module):
         except Exception as error:  # of code that is not ours
             raise ValueError(
                 f"{name}: {said(error)}; it does not take pictures of shape {picture}. convnet takes drawings, "
-                f"(1, 32, 32); for photographs choose --backbone timm/NAME or torchvision/NAME"
+                f"(1, 32, 32); for photographs choose efficientnet-lite0, timm/NAME or torchvision/NAME"
             ) from error
         backbone.train(was_training)
         if not isinstance(features, Tensor) or features.dim() != 2 or not features.is_floating_point():

@@ -100,3 +100,16 @@ def outside(names: Sequence[str]) -> str | None:
         if path.anchor or ".." in path.parts or ".." in PurePosixPath(name).parts:
             return name
     return None
+
+
+def listed(names: Sequence[str]) -> None:
+    """Refuse the pictures of an index where one leads out of its folder, or stands there twice.
+
+    Raises:
+        ValueError: it does; the message says which, or what.
+    """
+    astray = outside(names)
+    if astray is not None:
+        raise ValueError(f"{astray} leads out of its folder")
+    if len(set(names)) < len(names):
+        raise ValueError("it lists a picture twice")

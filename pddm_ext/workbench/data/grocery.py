@@ -131,12 +131,7 @@ def _listed(folder: Path | Archive, index: str, names: list[str]) -> photos.Clas
             if not 0 <= int(label) < len(names):
                 raise ValueError(f"class {label} is not in {CLASSES}")
             found.setdefault(int(label), []).append(path)
-        paths = [path for listed in found.values() for path in listed]
-        astray = files.outside(paths)
-        if astray is not None:
-            raise ValueError(f"{astray} leads out of its folder")
-        if len(set(paths)) < len(paths):
-            raise ValueError("it lists a picture twice")
+        files.listed([path for paths in found.values() for path in paths])
     except ValueError as error:
         raise ValueError(f"{folder}: the index {index} is damaged ({error}); {EXPECTED}") from error
     return [(names[label], paths) for label, paths in sorted(found.items())]

@@ -85,12 +85,7 @@ def _items(index: Path) -> dict[str, dict[str, list[str]]]:
             raise ValueError(f"a line has {' '.join(bad)!r}")
         if len(rows) != int(count):
             raise ValueError(f"it announces {int(count):,} pictures and lists {len(rows):,}")
-        names = [path for path, _, _ in rows]
-        astray = files.outside(names)
-        if astray is not None:
-            raise ValueError(f"{astray} leads out of its folder")
-        if len(set(names)) < len(names):
-            raise ValueError("it lists a picture twice")
+        files.listed([path for path, _, _ in rows])
     except ValueError as error:
         raise ValueError(f"{index} is damaged ({error}); {EXPECTED}") from error
     sides: dict[str, dict[str, list[str]]] = {side: {} for side in _STATUS}
