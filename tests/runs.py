@@ -16,10 +16,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+from pddm_ext import PDDM
+from pddm_ext.workbench.console import Progress
 from pddm_ext.workbench.data.augment import DRAWINGS
-from pddm_ext.workbench.data.splits import Dataset, Split, batches, in_memory
+from pddm_ext.workbench.data.splits import Dataset, Split, TestSet, batches, in_memory
+from pddm_ext.workbench.evaluation.evaluate import measure
 from pddm_ext.workbench.learner import Learner
 from pddm_ext.workbench.loop import CHECKPOINT, Run
+from pddm_ext.workbench.measuring import Seen, look
+from pddm_ext.workbench.model import Embedder
 from pddm_ext.workbench.settings import Settings
 
 TINY = {"steps": 6, "classes": 4, "samples": 3, "dim": 8, "every": 2, "accelerator": "cpu"}
@@ -109,6 +114,18 @@ def trained(dataset: Dataset, folder: Path | None = None, backbone: nn.Module | 
         run.resume()
     run.train(progress=False)
     return run
+
+
+def looked(net: Embedder, test: TestSet, workers: int = 0) -> Seen:
+    with Progress("", len(test), 0, "picture", False) as bar:
+        return look(net, test, None, workers=workers, bar=bar)
+
+
+def measured(net: Embedder, unit: PDDM | None, test: TestSet, seed: int = 0) -> dict[str, Any]:
+    """Every figure of a net on a test set, embedded anew."""
+    seen = looked(net, test)
+    rows = {"structure": seen.structure, "queries": test.queries, "gallery": test.gallery}
+    return measure(seen.features, test.labels, unit, seed=seed, **rows)
 
 
 def differences(one: Any, other: Any, at: str = "") -> list[str]:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from pddm_ext.workbench import cli, compare, outcome
 from pddm_ext.workbench.data.splits import Dataset
-from pddm_ext.workbench.evaluation.evaluate import embed
 from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.model import embedder
 from pddm_ext.workbench.settings import Settings
-from runs import TINY, TINY_OPTIONS, dropping, trained
+from runs import TINY, TINY_OPTIONS, dropping, looked, trained
 from small_data import make_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +27,7 @@ def test_a_backbone_of_ones_own_is_trained_and_measured_in_evaluation_mode(tiny:
     run = trained(tiny, backbone=backbone)
     for one, parameter in zip(before, backbone.parameters(), strict=True):
         assert not torch.equal(one, parameter)
-    assert torch.equal(embed(run.learner.net, run.test), embed(run.learner.net, run.test))
+    assert torch.equal(looked(run.learner.net, run.test).features, looked(run.learner.net, run.test).features)
     assert run.learner.net.training
 
 

@@ -14,11 +14,22 @@ import pddm_ext
 from pddm_ext.workbench import checkpoint, cli, measuring, outcome
 from pddm_ext.workbench.data import glyphs
 from pddm_ext.workbench.data.splits import Dataset, TestSet
-from pddm_ext.workbench.evaluation.evaluate import embed, evaluate, measure
 from pddm_ext.workbench.evaluation.retrieval import retrieval
 from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.settings import Settings
-from runs import TINY, TINY_OPTIONS, Counted, differences, interrupt_at, scalars, trained, untimed, with_gallery
+from runs import (
+    TINY,
+    TINY_OPTIONS,
+    Counted,
+    differences,
+    interrupt_at,
+    looked,
+    measured,
+    scalars,
+    trained,
+    untimed,
+    with_gallery,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -112,7 +123,7 @@ def test_a_run_stops_where_validation_has_waited_long_enough_and_keeps_the_best(
     # The figures are of the test pictures and the best weights; so is what is loaded to be used.
     used = pddm_ext.load(tmp_path / "run")
     dataset = tiny.hold_out(0)
-    again = evaluate(used.module.net, used.unit, TestSet(dataset, 0), seed=0)
+    again = measured(used.module.net, used.unit, TestSet(dataset, 0))
     assert again["results"] == metrics["results"]
     assert "validation/recall" in scalars(tmp_path / "run")
     assert cli.main(["eval", str(tmp_path / "run"), "--json", str(tmp_path / "again.json")]) == 0
@@ -134,7 +145,7 @@ def test_curves_are_of_the_validation_pictures(tiny: Dataset) -> None:
     assert run.dataset.train.names == tuple("abcde")
     run.learner.load_state_dict(run._best)
     test = TestSet(data, 0)
-    found = retrieval(embed(run.learner.net, test), test.labels, None, 0, 1)["distance"]
+    found = retrieval(looked(run.learner.net, test).features, test.labels, None, 0, 1)["distance"]
     at = run.curves["step"].index(run.chosen_step)
     assert run.curves["map_at_r"][at] == max(run.curves["map_at_r"]) == found["map_at_r"]["value"]
     assert run.curves["recall"][at] == found["recall"]["1"]["value"]
@@ -191,9 +202,7 @@ def test_thresholds_are_of_the_validation_pictures(
     assert selecting is not None
     used = pddm_ext.load(tmp_path)
     test = TestSet(selecting, 0)
-    pairs = measure(
-        embed(used.module.net, test), test.labels, used.unit, seed=0, queries=test.queries, gallery=test.gallery
-    )["pairs"]
+    pairs = measured(used.module.net, used.unit, test)["pairs"]
     expected = {
         kind: {rate: cut for rate, cut in pair["thresholds"].items() if cut is not None} for kind, pair in pairs.items()
     }
@@ -213,7 +222,7 @@ def test_the_last_measurement_is_that_of_the_end(tiny: Dataset, changed: dict[st
     before = backbone.pictures
     figures = outcome.figures(run)
     assert backbone.pictures == before
-    again = evaluate(run.learner.net, run.learner.unit, run.test, seed=0)
+    again = measured(run.learner.net, run.learner.unit, run.test)
     assert backbone.pictures > before
     for name, value in again.items():
         assert figures[name] == value, name

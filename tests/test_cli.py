@@ -41,6 +41,7 @@ def test_what_train_leaves_behind(tiny: Dataset, tmp_path: Path, capsys: pytest.
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
     assert metrics["data"] == {
         "protocol": "unseen",
+        "notes": [],
         "train": {"classes": 8, "from": ["one", "two"], "pictures": 32},
         "test": {"classes": 5, "from": ["three"], "pictures": 20},
     }

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from helpers import make_unit
 from pddm_ext import reference
+from pddm_ext.workbench.console import Progress
 from pddm_ext.workbench.evaluation import evaluate, probes, retrieval, separation
 from pddm_ext.workbench.model import Embedder
+from runs import looked, measured
 
 
 def noise(n: int, dim: int = 8, seed: int = 0) -> Tensor:
@@ -399,38 +401,40 @@ class Pictures:
         return self.seen[rows]
 
 
-def test_evaluate_measures_the_nets_features() -> None:
+def seen(net: nn.Module, test: Pictures, workers: int = 0) -> Tensor:
+    with Progress("", len(test), 0, "picture", False) as bar:
+        (features,) = evaluate.over(test, lambda part: (net(part),), net, workers, bar)  # type: ignore[arg-type]
+    return features
+
+
+def test_a_net_sees_all_pictures_in_evaluation_mode() -> None:
     test = Pictures(torch.randn(300, 1, 3, 3, generator=torch.Generator().manual_seed(0)), uneven(300))
-    net, unit = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(9), nn.Linear(9, 6)), make_unit(6, 17, 23)
-    features = evaluate.embed(net, test)
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(9), nn.Linear(9, 6))
+
+    features = seen(net, test)
     assert net.training
     assert net[1].num_batches_tracked == 0
-    torch.testing.assert_close(features, F.normalize(net.eval()(test.seen), dim=1))
-    assert not evaluate.embed(net, test).requires_grad
+    torch.testing.assert_close(features, net.eval()(test.seen))
+    assert not seen(net, test).requires_grad
     assert not net.training
-    assert evaluate.evaluate(net, unit, test, seed=3, candidates=9) == evaluate.measure(
-        features, test.labels, unit, seed=3, candidates=9
-    )
-    assert evaluate.embed(net.double(), test).dtype == torch.float32
 
 
-def test_evaluate_ranks_by_structure_where_the_net_has_a_head_for_it() -> None:
+def test_a_look_gives_structures_where_the_net_has_a_head_for_them() -> None:
     test = Pictures(torch.randn(60, 1, 3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 20)
     net = Embedder(nn.Sequential(nn.Flatten(), nn.Linear(9, 7)), 6, (1, 3, 3), structured=True)
     nn.init.normal_(net.structure.linear.weight, generator=torch.Generator().manual_seed(1))
-    features = evaluate.embed(net, test)
-    structure = net.structure(net.backbone(test.seen)).detach()
-    torch.testing.assert_close(features, F.normalize(net(test.seen), dim=1))
-    found = evaluate.evaluate(net, None, test, seed=0, candidates=9)
-    assert found == evaluate.measure(features, test.labels, None, seed=0, candidates=9, structure=structure)
-    assert found["results"]["structure"] != found["results"]["distance"]
+    found = looked(net, test)
+    torch.testing.assert_close(found.structure, net.structure(net.backbone(test.seen)).detach())
+    torch.testing.assert_close(found.features, F.normalize(net(test.seen), dim=1).detach())
+    figures = measured(net, None, test)
+    assert figures["results"]["structure"] != figures["results"]["distance"]
 
 
 def test_pictures_may_be_read_by_other_processes() -> None:
     test = Pictures(torch.randn(300, 1, 3, 3, generator=torch.Generator().manual_seed(0)), uneven(300))
     net = nn.Sequential(nn.Flatten(), nn.Linear(9, 6))
     state = torch.get_rng_state()
-    assert torch.equal(evaluate.embed(net, test, workers=2), evaluate.embed(net, test))
+    assert torch.equal(seen(net, test, workers=2), seen(net, test))
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -8,6 +8,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,12 @@ def test_known_classes_are_searched_for_among_the_training_pictures(tmp_path: Pa
     selecting = dataset.selecting()
     assert selecting is not None
     assert selecting.gallery is dataset.train
+    # As the test pictures are, so are the validation ones searched for among a gallery that has their classes.
+    shelf = dataset.train.some(torch.tensor([0, 3, 6, 9]))
+    for gallery, among in ((shelf, shelf), (dataset.test, dataset.train)):
+        other = replace(dataset, gallery=gallery).selecting()
+        assert other is not None
+        assert other.gallery is among
 
 
 @pytest.mark.parametrize(

@@ -529,6 +529,14 @@ def test_a_baseline_that_is_missing_is_left_out(tmp_path: Path) -> None:
     assert page.table({"m": [metrics], "n": [older]}).count("backbone") == 0
 
 
+def test_what_is_to_be_known_of_the_pictures_is_said_once(tmp_path: Path) -> None:
+    metrics = cell()
+    metrics["data"]["notes"] = ["2 of 16 test pictures look the same as <one>"]
+    text = Links(written_page(tmp_path, {"m": [metrics], "n": [metrics]})).text
+    assert text.count("Of the pictures: 2 of 16 test pictures look the same as <one>.") == 1
+    assert "Of the pictures" not in Links(written_page(tmp_path, {"m": [cell()]})).text
+
+
 # Protocols
 
 

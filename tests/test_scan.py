@@ -223,6 +223,13 @@ def test_copies_across_the_sides_are_counted_and_named(tmp_path: Path, kind: str
     assert measured.notes == ()
 
 
+def test_copies_of_training_pictures_to_choose_by_are_counted(tmp_path: Path) -> None:
+    root = scatter(tmp_path, catalogue("abcd", "train/") | catalogue("efgh", "test/") | catalogue("xyz", "val/"))
+    shutil.copy(root / "train/b/1.png", root / "val/x/9.png")
+    (note,) = scan.examined(photos.folder(root), progress=False)[0].notes
+    assert note.startswith("1 of 10 validation pictures look the same as one of the training pictures, such as val/x/9")
+
+
 def test_copies_within_the_test_side_are_counted_once_each(tmp_path: Path) -> None:
     root = scatter(tmp_path, catalogue("abcdefgh"))
     assert scan.examined(photos.folder(root), progress=False)[0].notes == ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,10 @@ from pddm_ext import StructureHead
 
 from .backbones import named, said
 from .settings import Settings
+
+#: Pixels of a channel that a CPU takes at once, two or three photographs. What a layer makes of more is so large that
+#: its memory comes from the system and goes back to it, page by page, at every layer: 32 at once take thrice the time.
+_PIXELS = 2**17
 
 
 class Embedder(nn.Module):
@@ -73,6 +79,14 @@ class Embedder(nn.Module):
     def project(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """:meth:`both` of pictures whose backbone features (n, f) are known."""
         return self.head(features), None if self.structure is None else self.structure(features)
+
+
+def pieces(pictures: Tensor) -> tuple[Tensor, ...]:
+    """Pictures (n, channels, height, width), or features (n, f), in parts that their device is quickest with."""
+    if pictures.device.type != "cpu":
+        return (pictures,)
+    at_once = max(1, _PIXELS // math.prod(pictures.shape[2:]))
+    return pictures.tensor_split(max(1, -(-len(pictures) // at_once)))
 
 
 def embedder(settings: Settings, picture: tuple[int, int, int], backbone: nn.Module | None = None) -> Embedder:

@@ -161,4 +161,4 @@ def read(folder: Path) -> dict[str, Any] | None:
 def _told(sides: Mapping[str, Mapping[str, Any]], measured: Dataset) -> dict[str, Any]:
     """What each side consists of, and what the classes measured are to training, for people."""
     described = {name: {key: side[key] for key in ("classes", "from", "pictures")} for name, side in sides.items()}
-    return {"protocol": measured.protocol, **described}
+    return {"protocol": measured.protocol, "notes": list(measured.notes), **described}

@@ -22,7 +22,7 @@ from pddm_ext.precision import no_autocast
 from . import checkpoint
 from .data.augment import View, from_description
 from .data.reading import pictured
-from .model import Embedder, embedder
+from .model import Embedder, embedder, pieces
 from .settings import Settings, parse
 
 Picture = str | os.PathLike[str] | Image.Image | Tensor
@@ -156,8 +156,8 @@ class Trained:
         self.module.eval()  # a part of it may have been set to training
         stored = stored.to(self.device)
         with no_autocast(stored):
-            feats, structure = self.module.both(stored)
-        return feats.float().cpu(), None if structure is None else structure.float().cpu()
+            feats, structures = zip(*map(self.module.both, pieces(stored)), strict=True)
+        return _whole(feats), _whole(structures) if self.structured else None
 
     @torch.no_grad()
     def score(self, a: Picture | Iterable[Picture], b: Picture | Iterable[Picture]) -> Tensor:
@@ -214,6 +214,10 @@ class Trained:
         if self.unit is None:
             raise ValueError(f"it was trained by {self.settings.method}, without a PDDM unit, and has no score")
         return self.unit
+
+
+def _whole(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat(list(parts)).float().cpu()
 
 
 def _each(pictures: Any) -> Iterator[Picture]:

@@ -129,20 +129,24 @@ def _rows(found: Scan, split: Split) -> Tensor:
 
 def duplicates(dataset: Dataset, found: Scan, only: Only | None = None) -> list[str]:
     """A warning for each pair of sides that pictures are on twice, near enough, with their number and an example."""
-    test, gallery = dataset.test, dataset.gallery
-    among = [("training", dataset.train)] if only is None and dataset.protocol != "seen" else []
+    test, gallery, val = dataset.test, dataset.gallery, dataset.val
+    apart = only is None and dataset.protocol != "seen"
+    among = [("test", test, "training", dataset.train)] if apart else []
     if gallery is None:
-        among.append(("other test", test))
+        among.append(("test", test, "other test", test))
     elif gallery is not dataset.train or only is not None:
-        among.append(("gallery", gallery))
+        among.append(("test", test, "gallery", gallery))
+    if val is not None and apart:
+        among.append(("validation", val, "training", dataset.train))
     lines = []
-    for name, split in among:
-        pairs = alike(found, test, split)
+    for queries, asked, name, split in among:
+        pairs = alike(found, asked, split)
         if pairs:
             one, other = map(legible, pairs[0])
             lines.append(
-                f"{len(pairs):,} of {len(test.labels):,} test pictures look the same as one of the {name} pictures, "
-                f"such as {one} and {other}: any embedding finds copies, which Recall@1 then counts for nothing"
+                f"{len(pairs):,} of {len(asked.labels):,} {queries} pictures look the same as one of the "
+                f"{name} pictures, such as {one} and {other}: any embedding finds copies, which Recall@1 then counts "
+                "for nothing"
             )
     return lines
 

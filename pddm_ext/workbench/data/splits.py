@@ -161,12 +161,14 @@ class Dataset:
         return sha.hexdigest()
 
     def selecting(self) -> Dataset | None:
-        """The data with the validation queries in the test queries' place, among the training pictures where their
-        classes are known, else among themselves; None without validation pictures."""
+        """The data with the validation queries in the test queries' place, where their classes are known among the same
+        gallery, or the training pictures if it lacks one of them, else among themselves; None without validation
+        pictures."""
         if self.val is None:
             return None
-        known = self.protocol == "known" and set(self.val.names) <= set(self.train.names)
-        gallery = self.train if known else None
+        sides = (self.gallery, self.train) if self.protocol == "known" else ()
+        names = set(self.val.names)
+        gallery = next((side for side in sides if side is not None and names <= set(side.names)), None)
         return replace(self, name=f"{self.name} (validation)", test=self.val, gallery=gallery, val=None)
 
     def hold_out(self, seed: int) -> Dataset:

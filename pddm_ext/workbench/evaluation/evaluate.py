@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -16,25 +15,11 @@ from pddm_ext import _checks, _numbers
 from ..console import Progress
 from ..data.splits import Pictures, TestSet
 from ..interrupts import uninterrupted
-from ..model import Embedder
+from ..model import pieces
 from . import inputs
 from .probes import clustering, transfer, zero_shot
 from .retrieval import answered, retrieval
 from .separation import effective_rank, separation, spread
-
-
-def embed(net: nn.Module, test: TestSet, workers: int = 0, *, progress: bool | None = False) -> Tensor:
-    """Unit features (n, dim) of the test set, float32 on the CPU, in evaluation mode; the net's mode is put back.
-
-    Args:
-        net: pictures to embeddings, on any device.
-        test: what to embed.
-        workers: processes that read the pictures.
-        progress: over the pictures, as in :class:`.console.Progress`.
-    """
-    with Progress("embedding", len(test), 0, "picture", progress) as bar:
-        (features,) = over(test, lambda pictures: (net(pictures),), net, workers, bar)
-    return F.normalize(features.float(), dim=1)
 
 
 def over(
@@ -70,7 +55,8 @@ def over(
             with uninterrupted():
                 drawn = iter(loader)
             for lot in drawn:
-                parts.append([rows.cpu() for rows in call(lot.to(weight))])
+                for piece in pieces(lot.to(weight)):
+                    parts.append([rows.cpu() for rows in call(piece)])
                 bar.update(len(lot))
     finally:
         net.train(was_training)
@@ -150,49 +136,3 @@ def measure(
         "spread": spread(used),
         "effective_rank": effective_rank(used),
     }
-
-
-def evaluate(
-    net: nn.Module,
-    unit: pddm_ext.PDDM | None,
-    test: TestSet,
-    *,
-    seed: int,
-    candidates: int = 100,
-    workers: int = 0,
-    features: Tensor | None = None,
-    progress: bool | None = False,
-) -> dict[str, Any]:
-    """:func:`measure` of the net's features, and structures if it has a head for them, on the test set.
-
-    Args:
-        net: as in :func:`embed`.
-        unit: as in :func:`measure`.
-        test: whose queries are searched for among its gallery.
-        seed: as in :func:`measure`.
-        candidates: as in :func:`measure`.
-        workers: as in :func:`embed`.
-        features: what :func:`embed` gave for the same net and test set, for it not to be done again; a net with a head
-            for structures embeds all the same.
-        progress: as in :func:`embed`.
-
-    Raises:
-        TypeError, ValueError, FloatingPointError: as :func:`measure` says.
-    """
-    structure = None
-    if isinstance(net, Embedder) and net.structure is not None:
-        with Progress("embedding", len(test), 0, "picture", progress) as bar:
-            features, structure = over(test, net.both, net, workers, bar)  # type: ignore[arg-type]
-        features, structure = F.normalize(features.float(), dim=1), structure.float()
-    elif features is None:
-        features = embed(net, test, workers, progress=progress)
-    return measure(
-        features,
-        test.labels,
-        unit,
-        seed=seed,
-        candidates=candidates,
-        structure=structure,
-        queries=test.queries,
-        gallery=test.gallery,
-    )

@@ -234,6 +234,7 @@ def write(path: Path, cells: Cells, raw: Metrics | None = None, examples: Exampl
         below=_below(cells),
         threshold=COLLAPSED,
         protocols=_distinct(metrics["data"].get("protocol", "unseen") for metrics in everything),
+        notes=_distinct(note for metrics in everything for note in metrics["data"].get("notes", ())),
         left_out=_left_out(everything),
         validated=_distinct(metrics.get("curves_of", "test") == "validation" for metrics in everything),
         chosen={
