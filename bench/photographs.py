@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from pddm_ext import PDDM
-from pddm_ext.workbench import backbones, catalogue, model
+from pddm_ext.workbench import backbones, catalogue, catalogue_files, model
 from pddm_ext.workbench.settings import Settings
 from pddm_ext.workbench.trained import Features, Trained
 
@@ -36,6 +36,6 @@ def opened(out: Path, trained: Trained, rows: int) -> catalogue.Catalogue:
     features = np.random.default_rng(0).standard_normal((rows, trained.dim)).astype(np.float32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     names, zeros = tuple(f"{row:06}.jpg" for row in range(rows)), (0,) * rows
-    content = catalogue._Content(trained.digest, "", "flat", names, zeros, zeros, features, None)
-    catalogue._write(out, content, catalogue._indexed("flat", features))
+    content = catalogue_files.Content(trained.digest, "", "flat", names, zeros, zeros, features, None)
+    catalogue_files.write(out, content, catalogue.indexed("flat", features))
     return catalogue.Catalogue.open(out, trained)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -21,8 +22,10 @@ from PIL import Image
 
 import pddm_ext
 from pddm_ext.workbench import catalogue as catalogues
-from pddm_ext.workbench import checkpoint, cli
-from pddm_ext.workbench.catalogue import FACTS, FEATURES, INDEX, STRUCTURES, Catalogue
+from pddm_ext.workbench import catalogue_files as stored
+from pddm_ext.workbench import checkpoint, cli, embedding
+from pddm_ext.workbench.catalogue import UNFINISHED, Catalogue
+from pddm_ext.workbench.catalogue_files import FACTS, FEATURES, INDEX, STRUCTURES
 from pddm_ext.workbench.loop import CHECKPOINT
 from pddm_ext.workbench.trained import Trained
 from runs import make_tiny, trained
@@ -69,7 +72,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
 
 
 def counted(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -231,6 +234,60 @@ def test_unreadable_pictures_end_it_all_listed_or_are_left_out(embedder: Trained
     assert Catalogue.build(embedder, photos, out).changes == catalogues.Changes(new=1, kept=11)
 
 
+# What was embedded before it was stopped
+
+
+def test_what_was_embedded_before_an_unreadable_picture_is_kept(
+    embedder: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "BATCH", 5)
+    (photos / "c" / "deep" / "9.png").write_bytes(b"no picture")  # the last
+    out, calls = tmp_path / "out", counted(embedder, monkeypatch)
+    with pytest.raises(ValueError, match="What was embedded is kept for the next time"):
+        Catalogue.build(embedder, photos, out)
+    assert calls == [5, 5]
+    with pytest.raises(FileNotFoundError, match="no catalogue"):
+        Catalogue.open(out, embedder)
+    (photos / "c" / "deep" / "9.png").unlink()
+    (photos / "a" / "0.png").unlink()
+    draw(photos / "b" / "0.png", 71)
+    made = Catalogue.build(embedder, photos, out)
+    assert calls[2:] == [3]  # those not reached, and the changed one
+    assert made.changes == catalogues.Changes(new=11)
+    assert not (out / UNFINISHED).exists()
+    expected, structures = embedder.both([photos / path for path in made.paths])
+    torch.testing.assert_close(torch.from_numpy(np.array(made.features)), expected)
+    torch.testing.assert_close(torch.from_numpy(np.array(made.structures)), structures)
+
+
+def test_ctrl_c_keeps_what_was_embedded_and_the_catalogue_that_is_there(
+    runs: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["embed", str(runs / "all"), str(photos), "--out", str(out), "--accelerator", "cpu"]
+    assert cli.main(command) == 0
+    before = files(out)
+    for place in range(9):
+        draw(photos / f"new{place}.png", 80 + place)
+    monkeypatch.setattr(embedding, "BATCH", 4)
+    embed, calls = Trained.embed, []
+
+    def stopping(trained: Trained, pictures: torch.Tensor) -> Any:
+        calls.append(len(pictures))
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return embed(trained, pictures)
+
+    monkeypatch.setattr(Trained, "embed", stopping)
+    capsys.readouterr()
+    assert cli.main(command) == 130
+    assert f"what was embedded is kept in {out}, and the same command goes on from there" in capsys.readouterr().err
+    assert files(out) == before
+    assert cli.main(command) == 0
+    assert calls == [4, 4, 1, 1]
+    assert "9 new, 0 changed, 0 gone, 12 kept" in capsys.readouterr().out
+
+
 # A catalogue that is not whole
 
 
@@ -314,7 +371,7 @@ def test_features_with_pickles_are_refused(embedder: Trained, photos: Path, tmp_
     out = tmp_path / "out"
     Catalogue.build(embedder, photos, out)
     np.save(out / FEATURES, np.array([{}], dtype=object), allow_pickle=True)
-    edited(out, lambda facts: facts["files"].update({FEATURES: catalogues._sha(out / FEATURES)}))
+    edited(out, lambda facts: facts["files"].update({FEATURES: stored._sha(out / FEATURES)}))
     with pytest.raises(ValueError, match="interrupted while being written"):
         Catalogue.open(out, embedder)
 
@@ -334,7 +391,7 @@ def test_one_process_writes_a_catalogue(embedder: Trained, photos: Path, tmp_pat
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "claimed\n"
-        with pytest.raises(ValueError, match="is in use by another run"):
+        with pytest.raises(ValueError, match="is in use by another process"):
             Catalogue.build(embedder, photos, tmp_path / "out")
         holder.communicate("")
     assert len(Catalogue.build(embedder, photos, tmp_path / "out")) == 12
@@ -372,9 +429,9 @@ class Synthetic:
     def __init__(self, trained: Trained, out: Path, features: np.ndarray, kind: str) -> None:
         names = tuple(f"{row:05}.png" for row in range(len(features)))
         zeros = tuple([0] * len(names))
-        content = catalogues._Content(trained.digest, "", kind, names, zeros, zeros, features, features + 1)
+        content = stored.Content(trained.digest, "", kind, names, zeros, zeros, features, features + 1)
         out.mkdir(exist_ok=True)
-        catalogues._write(out, content, catalogues._indexed(kind, features))
+        stored.write(out, content, catalogues.indexed(kind, features))
         self.opened = Catalogue.open(out, trained)
 
 
@@ -412,7 +469,7 @@ def test_an_index_that_finds_too_few_is_helped_out(embedder: Trained, photos: Pa
 def test_every_length_of_feature_has_every_index(dim: int) -> None:
     features = unit_rows(400, dim)
     for kind in ("flat", "hnsw", "ivf-pq"):
-        distances, rows = catalogues._indexed(kind, features).search(features[:1], 1)
+        distances, rows = catalogues.indexed(kind, features).search(features[:1], 1)
         assert rows.shape == (1, 1)
         assert distances[0, 0] < 0.5
 

@@ -96,7 +96,9 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is_until_its_process_is_gone(
     before = files(folder)
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error == f"pddm-ext: error: {folder} is in use by another run; wait for that one, or choose another --out\n"
+    assert (
+        error == f"pddm-ext: error: {folder} is in use by another process; wait for it, or choose another --out\n"
+    )
     assert files(folder) == before
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -133,7 +135,9 @@ def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path: Path) -> None:
     ends = [(process.communicate(timeout=300)[1], process.returncode) for process in both]
     assert sorted(status for _, status in ends) == [0, 2]
     (refused,) = [error for error, status in ends if status == 2]
-    assert "in use by another run" in refused or "holds a run" in refused  # the other had ended before this one began
+    assert (
+        "in use by another process" in refused or "holds a run" in refused
+    )  # the other had ended before this one began
     lr = 0.001 if ends[0][1] == 0 else 0.002
     metrics = outcome.read(tmp_path / "run")
     assert metrics is not None

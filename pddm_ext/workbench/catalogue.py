@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 import pddm_ext
 from pddm_ext import _numbers
 
+from . import catalogue_files as files
 from . import checkpoint
-from .console import Progress
-from .data.augment import View
-from .data.reading import extensions, read
-from .trained import BATCH, Picture, Trained
+from .catalogue_files import Content, Floats, label
+from .data.reading import extensions
+from .embedding import embed, walk
+from .trained import Picture, Trained
 
-#: Of ``catalogue.json``; a reader of it reads every earlier one that a release has written.
-FORMAT = 1
-FACTS, FEATURES, STRUCTURES, INDEX = "catalogue.json", "features.npy", "structures.npy", "index.faiss"
+#: What was embedded before :meth:`Catalogue.build` was stopped: a folder within the catalogue's, a catalogue itself.
+UNFINISHED = "unfinished"
 INDICES = ("auto", "flat", "hnsw", "ivf-pq")
 RANKINGS = ("distance", "score", "structure")
 
@@ -44,10 +42,7 @@ HNSW = 2_000_000
 #: Codes of ``ivf-pq`` are of a byte: as many centres are learned from the pictures.
 _CENTRES = 256
 
-_ANEW = "'pddm-ext embed' writes it anew"
-
 Rows = NDArray[np.int64]
-Floats = NDArray[np.float32]
 Index = Literal["auto", "flat", "hnsw", "ivf-pq"]
 Ranking = Literal["distance", "score", "structure"]
 
@@ -102,20 +97,6 @@ class Changes:
         return [*lines, f"{self.new} new, {self.changed} changed, {self.gone} gone, {self.kept} kept"]
 
 
-@dataclass(frozen=True)
-class _Content:
-    """What the files of a catalogue hold, but for the index."""
-
-    digest: str
-    folder: str
-    index: str
-    paths: tuple[str, ...]
-    sizes: tuple[int, ...]
-    mtimes: tuple[int, ...]
-    features: Floats
-    structures: Floats | None
-
-
 class Catalogue:
     """Pictures of a folder by their features. :meth:`build` makes or refreshes it, :meth:`open` opens it.
 
@@ -135,10 +116,10 @@ class Catalogue:
         changes: what :meth:`build` did.
     """
 
-    def __init__(self, trained: Trained, content: _Content, index: Any, changes: Changes) -> None:
+    def __init__(self, trained: Trained, content: Content, index: Any, changes: Changes) -> None:
         self.trained, self.changes = trained, changes
         self.folder, self.paths, self.index = Path(content.folder), content.paths, content.index
-        self.labels = tuple(map(_label, content.paths))
+        self.labels = tuple(map(label, content.paths))
         self.features, self.structures = content.features, content.structures
         self._index = index
         self._row = {path: row for row, path in enumerate(content.paths)}
@@ -162,7 +143,8 @@ class Catalogue:
 
         Pictures are what their extensions say (:func:`.data.reading.extensions`), in folders of any depth; files and
         folders whose names start with a dot are passed over. Of a catalogue of the same folder by the same embedder
-        only files whose size or time is another are embedded again. Until all is written the old catalogue stays.
+        only files whose size or time is another are embedded again. Until all is written the old catalogue stays; what
+        was embedded by then is kept for the next time.
 
         Args:
             trained: the embedder.
@@ -187,57 +169,43 @@ class Catalogue:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; a folder of pictures is expected")
         passed_over: Counter[str] = Counter()
-        found = dict(sorted(_walk(folder, "", passed_over, ())))
+        found = dict(sorted(walk(folder, "", passed_over, ())))
         _enough(folder, len(found), index)
         with checkpoint.claimed(out):
             before, anew = _before(out, trained, folder)
-            kept = {
-                path: row
-                for row, (path, *facts) in enumerate(zip(before.paths, before.sizes, before.mtimes, strict=True))
-                if found.get(path) == tuple(facts)
+            kept = before.unchanged(found)
+            embedded = {
+                path: rows
+                for path, rows in _before(out / UNFINISHED, trained, folder)[0].unchanged(found).items()
+                if path not in kept
             }
-            rest = [path for path in found if path not in kept]
-            embedded, unreadable = _embedded(trained, folder, rest, workers, skip_unreadable, progress)
-            paths = [path for path in found if path in kept or path in embedded]
-            _enough(folder, len(paths), index)
-            # A picture that was there and cannot be read any more is gone, too.
-            known, there = set(before.paths), set(paths)
-            changes = Changes(
-                new=sum(path not in known for path in embedded),
-                changed=sum(path in known for path in embedded),
-                gone=len(known - there),
-                kept=len(kept),
-                anew=anew,
-                unreadable=tuple(unreadable),
-                passed_over=dict(passed_over),
-            )
-            kind = _by_size(len(paths)) if index == "auto" else index
-            if anew or embedded or changes.gone or kind != before.index or not len(before.paths):
-                columns: list[list[Floats]] = [[], []] if trained.structured else [[]]
-                for path in paths:
-                    rows = (
-                        embedded[path]
-                        if path in embedded
-                        else [
-                            values[kept[path]] for values in (before.features, before.structures) if values is not None
-                        ]
-                    )
-                    for column, row in zip(columns, rows, strict=True):
-                        column.append(row)
-                features, *structures = (np.stack(column) for column in columns)
-                sizes, mtimes = zip(*(found[path] for path in paths), strict=True)
-                content = _Content(
-                    trained.digest,
-                    str(folder.resolve()),
-                    kind,
-                    tuple(paths),
-                    sizes,
-                    mtimes,
-                    features,
-                    structures[0] if structures else None,
+            rest = [path for path in found if path not in kept and path not in embedded]
+            try:
+                unreadable = embed(trained, folder, rest, workers, skip_unreadable, progress, embedded)
+                paths = [path for path in found if path in kept or path in embedded]
+                _enough(folder, len(paths), index)
+                # A picture that was there and cannot be read any more is gone, too.
+                known, there = set(before.paths), set(paths)
+                changes = Changes(
+                    new=sum(path not in known for path in embedded),
+                    changed=sum(path in known for path in embedded),
+                    gone=len(known - there),
+                    kept=len(kept),
+                    anew=anew,
+                    unreadable=tuple(unreadable),
+                    passed_over=dict(passed_over),
                 )
-                _write(out, content, _indexed(kind, features))
-            content, made = _read(out)
+                kind = _by_size(len(paths)) if index == "auto" else index
+                if anew or embedded or changes.gone or kind != before.index or not len(before.paths):
+                    rows = {path: embedded.get(path) or kept[path] for path in paths}
+                    _write(out, trained, folder, kind, found, rows)
+            except BaseException:
+                if embedded:
+                    with suppress(OSError):
+                        _write(out / UNFINISHED, trained, folder, "flat", found, embedded)
+                raise
+            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+            content, made = files.read(out)
         return cls(trained, content, made, changes)
 
     @classmethod
@@ -253,7 +221,7 @@ class Catalogue:
             ValueError: it is of another embedder, damaged, or was interrupted while being written.
         """
         out = Path(out)
-        content, index = _read(out, trained)
+        content, index = files.read(out, trained)
         return cls(trained, content, index, Changes(kept=len(content.paths)))
 
     def search(
@@ -393,37 +361,6 @@ def _distances(query: Floats, near: Floats) -> NDArray[np.float64]:
     return distances
 
 
-def _label(path: str) -> str | None:
-    return path.rpartition("/")[0] or None
-
-
-def _walk(
-    folder: Path, inside: str, passed_over: Counter[str], above: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Relative paths of pictures, with size and time; links are followed, but not around in a circle."""
-    known, status = extensions(), os.stat(folder / inside)
-    this = (status.st_dev, status.st_ino)
-    if this in above:
-        return
-    with os.scandir(folder / inside) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):  # archivers leave files like ._one.jpg beside the pictures
-                continue
-            path = f"{inside}/{entry.name}" if inside else entry.name
-            if entry.is_dir():
-                yield from _walk(folder, path, passed_over, (*above, this))
-                continue
-            kind = os.path.splitext(entry.name)[1].lower()
-            if kind not in known:
-                passed_over[kind or "no extension"] += 1
-                continue
-            try:
-                status = entry.stat()
-                yield path, (status.st_size, status.st_mtime_ns)
-            except OSError:  # a link to nowhere, which reading will name
-                yield path, (-1, 0)
-
-
 def _by_size(count: int) -> str:
     return "flat" if count <= FLAT else "hnsw" if count <= HNSW else "ivf-pq"
 
@@ -440,83 +377,7 @@ def _enough(folder: Path, count: int, index: str) -> None:
         )
 
 
-def _before(out: Path, trained: Trained, folder: Path) -> tuple[_Content, str]:
-    """The catalogue to go on from, which is empty where there is none to, and then why."""
-    none = np.empty((0, trained.dim), np.float32)
-    nothing = _Content(trained.digest, "", "", (), (), (), none, none if trained.structured else None)
-    try:
-        content, _ = _read(out)
-    except FileNotFoundError:
-        return nothing, ""
-    except _TornError as error:
-        return nothing, str(error)
-    if content.digest != trained.digest:
-        return nothing, f"{out} was embedded by another checkpoint"
-    if content.folder != str(folder.resolve()):
-        return nothing, f"{out} is of another folder, {content.folder}"
-    return content, ""
-
-
-class _Files:
-    """What is stored of the pictures in files, and which of them cannot be read."""
-
-    def __init__(self, folder: Path, paths: Sequence[str], view: View) -> None:
-        self.folder, self.paths, self.view = folder, paths, view
-
-    def __getitem__(self, rows: Sequence[int]) -> tuple[list[int], Tensor, list[str]]:
-        """The readable ones of these rows, what is stored of them, and errors at the others."""
-        readable, stored, errors = [], [], []
-        for row in rows:
-            path = self.folder / self.paths[row]
-            try:
-                stored.append(read(path, self.view))
-                readable.append(row)
-            except ValueError as error:
-                errors.append(str(error))
-            except OSError as error:
-                errors.append(f"{path}: not a readable picture ({error.strerror})")
-        return readable, torch.stack(stored) if stored else torch.empty(0, dtype=torch.uint8), errors
-
-
-def _embedded(
-    trained: Trained, folder: Path, paths: Sequence[str], workers: int, skip_unreadable: bool, progress: bool | None
-) -> tuple[dict[str, list[Floats]], list[str]]:
-    """The feature of each path, and its structure where the net has a head for it; and errors at unreadable pictures.
-
-    Where these are to end it nothing is embedded after the first one, and the others are looked for.
-    """
-    chunks = [list(range(start, min(start + BATCH, len(paths)))) for start in range(0, len(paths), BATCH)]
-    loader: Iterable[Any] = DataLoader(
-        _Files(folder, paths, trained.view),  # type: ignore[arg-type]
-        batch_size=None,
-        sampler=chunks,
-        num_workers=min(workers, len(chunks)),
-        generator=torch.Generator(),  # else it draws from torch's own
-    )
-    embedded: dict[str, list[Floats]] = {}
-    unreadable: list[str] = []
-    with Progress("embedding", len(paths), 0, "picture", progress if paths else False) as bar:
-        for chunk, (rows, stored, errors) in zip(chunks, loader, strict=True):
-            unreadable += errors
-            if rows and (skip_unreadable or not unreadable):
-                columns = [values.numpy() for values in trained.embed(stored) if values is not None]
-                for row, *values in zip(rows, *columns, strict=True):
-                    if not all(np.isfinite(value).all() for value in values):
-                        raise ValueError(f"{folder / paths[row]}: its feature is not finite")
-                    embedded[paths[row]] = values
-            for _ in chunk:
-                bar.update()
-            if chunk[-1] % (BATCH * 32) >= BATCH * 31 or chunk is chunks[-1]:
-                bar.report(f"{len(unreadable)} unreadable")
-    if unreadable and not skip_unreadable:
-        listed = "; ".join(unreadable)
-        raise ValueError(
-            f"{len(unreadable)} of {len(paths)} pictures cannot be read: {listed}; --skip-unreadable leaves them out"
-        )
-    return embedded, unreadable
-
-
-def _indexed(kind: str, features: Floats) -> Any:
+def indexed(kind: str, features: Floats) -> Any:
     count, dim = features.shape
     index: Any
     if kind == "flat":
@@ -538,106 +399,43 @@ def _indexed(kind: str, features: Floats) -> Any:
     return index
 
 
-def _write(out: Path, content: _Content, index: Any) -> None:
-    """All files under temporary names, then by their own; the one that says what the others are comes last."""
-    parts: dict[str, Callable[[BinaryIO], None]] = {
-        FEATURES: lambda file: np.save(file, content.features),
-        INDEX: lambda file: np.asarray(faiss.serialize_index(index)).tofile(file),
-    }
-    structures = content.structures
-    if structures is not None:
-        parts[STRUCTURES] = lambda file: np.save(file, structures)
-    digests: dict[str, str] = {}
-
-    def facts(file: BinaryIO) -> None:
-        values = {
-            "format": FORMAT,
-            "digest": content.digest,
-            "folder": content.folder,
-            "index": content.index,
-            "files": digests,
-            "paths": content.paths,
-            "labels": [_label(path) for path in content.paths],
-            "sizes": content.sizes,
-            "mtimes": content.mtimes,
-        }
-        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-        file.write(text.encode("utf-8", "backslashreplace"))
-
-    for name in (FEATURES, STRUCTURES, INDEX, FACTS):
-        for left in out.glob(f".{name}.*"):  # by a process that was killed
-            left.unlink()
-    temporary = {name: out / f".{name}.{os.getpid()}" for name in (*parts, FACTS)}
+def _before(out: Path, trained: Trained, folder: Path) -> tuple[Content, str]:
+    """The catalogue to go on from, which is empty where there is none to, and then why."""
+    none = np.empty((0, trained.dim), np.float32)
+    nothing = Content(trained.digest, "", "", (), (), (), none, none if trained.structured else None)
     try:
-        for name, write in (*parts.items(), (FACTS, facts)):
-            with open(temporary[name], "wb") as file:
-                write(file)
-            if name != FACTS:
-                digests[name] = _sha(temporary[name])
-        for name, path in temporary.items():
-            os.replace(path, out / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-    if structures is None:
-        (out / STRUCTURES).unlink(missing_ok=True)
+        content, _ = files.read(out)
+    except FileNotFoundError:
+        return nothing, ""
+    except files.TornError as error:
+        return nothing, str(error)
+    if content.digest != trained.digest:
+        return nothing, f"{out} was embedded by another checkpoint"
+    if content.folder != str(folder.resolve()):
+        return nothing, f"{out} is of another folder, {content.folder}"
+    return content, ""
 
 
-def _sha(path: Path) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            sha.update(part)
-    return sha.hexdigest()
-
-
-class _TornError(ValueError):
-    """Files that are not of one catalogue."""
-
-
-def _read(out: Path, trained: Trained | None = None) -> tuple[_Content, Any]:
-    """A catalogue's content, and its index; where an embedder is given, of that one."""
-    path = out / FACTS
-    torn = _TornError(f"{out} was interrupted while being written; {_ANEW}")
-    if not path.is_file():
-        if (out / FEATURES).exists():
-            raise torn
-        raise FileNotFoundError(f"{out}: no catalogue; 'pddm-ext embed' writes one")
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-        found = facts["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not of a catalogue; delete it, or choose another folder") from error
-    if found != FORMAT:
-        raise ValueError(
-            f"{path}: a catalogue of format {found!r}; pddm_ext {pddm_ext.__version__} reads {FORMAT}; "
-            f"a newer one reads it, or delete the catalogue"
-        )
-    if trained is not None and facts.get("digest") != trained.digest:
-        raise ValueError(f"{out} was embedded by another checkpoint; {_ANEW}")
-    try:
-        paths, sizes, mtimes = (tuple(facts[name]) for name in ("paths", "sizes", "mtimes"))
-        files = facts["files"]
-        if not {FEATURES, INDEX} <= files.keys() <= {FEATURES, INDEX, STRUCTURES}:
-            raise torn
-        if any(_sha(out / name) != digest for name, digest in files.items()):
-            raise torn
-        features, *structures = (
-            np.load(out / name, mmap_mode="r", allow_pickle=False) for name in (FEATURES, STRUCTURES) if name in files
-        )
-        index = faiss.deserialize_index(np.fromfile(out / INDEX, np.uint8))
-    except (KeyError, TypeError, AttributeError, ValueError, FileNotFoundError, RuntimeError) as error:
-        raise torn from error
-    if not len(paths) == len(sizes) == len(mtimes) == len(features) == index.ntotal:
-        raise torn
-    content = _Content(
-        facts["digest"],
-        facts["folder"],
-        facts["index"],
-        paths,
+def _write(
+    out: Path,
+    trained: Trained,
+    folder: Path,
+    kind: str,
+    found: Mapping[str, tuple[int, int]],
+    rows: Mapping[str, Sequence[Floats]],
+) -> None:
+    """A catalogue of pictures, with size and time, by their features and structures."""
+    features, *structures = (np.stack(column) for column in zip(*rows.values(), strict=True))
+    sizes, mtimes = zip(*(found[path] for path in rows), strict=True)
+    content = Content(
+        trained.digest,
+        str(folder.resolve()),
+        kind,
+        tuple(rows),
         sizes,
         mtimes,
         features,
         structures[0] if structures else None,
     )
-    return content, index
+    out.mkdir(exist_ok=True)
+    files.write(out, content, indexed(kind, features))

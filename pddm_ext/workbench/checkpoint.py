@@ -78,7 +78,7 @@ def claimed(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise ValueError(f"{folder} is in use by another run; wait for that one, or choose another --out") from error
+        raise ValueError(f"{folder} is in use by another process; wait for it, or choose another --out") from error
     except OSError as error:
         raise OSError(
             f"--out is {folder} ({error.strerror or error}); a folder that can be made and written to is accepted"

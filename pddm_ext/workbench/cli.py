@@ -435,15 +435,22 @@ def _embed(arguments: argparse.Namespace) -> int:
     embedder = trained.load(
         arguments.checkpoint, backbone=arguments.backbone, device=trained.accelerated(arguments.accelerator)
     )
-    catalogue = Catalogue.build(
-        embedder,
-        arguments.folder,
-        arguments.out,
-        index=arguments.index,
-        workers=arguments.workers,
-        skip_unreadable=arguments.skip_unreadable,
-        progress=arguments.progress,
-    )
+    try:
+        catalogue = Catalogue.build(
+            embedder,
+            arguments.folder,
+            arguments.out,
+            index=arguments.index,
+            workers=arguments.workers,
+            skip_unreadable=arguments.skip_unreadable,
+            progress=arguments.progress,
+        )
+    except KeyboardInterrupt:
+        print(
+            f"\nstopped; what was embedded is kept in {arguments.out}, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
     for line in catalogue.changes.said():
         print(line)
     print(f"catalogue: {arguments.out}, {len(catalogue)} pictures, {catalogue.index} index")
