@@ -311,7 +311,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
-    from . import backbones, checkpoint, loop, outcome
+    from . import backbones, checkpoint, loop, outcome, trained
     from .data import scan
     from .report import page
 
@@ -323,6 +323,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     look()
     leads = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if leads:
+        trained.accelerated(settings.accelerator)  # a look alone, before any picture is read
     dataset = scan.ready(settings, backbones.view(settings), progress=arguments.progress, leads=leads)
     run = loop.Run(settings, dataset, folder)
     # Of several processes the leading one writes, and it claims the folder before it starts the others.
