@@ -168,8 +168,9 @@ def test_only_what_changed_is_embedded_again(
     calls = counted(embedder, monkeypatch)
     before = files(out)
     assert Catalogue.build(embedder, photos, out).changes == catalogues.Changes(kept=12)
-    assert calls == []
+    assert calls == [2]  # whether they are what they were
     assert files(out) == before
+    calls.clear()
 
     (photos / "b" / "0.png").unlink()
     draw(photos / "new" / "0.png", 60)
@@ -177,7 +178,7 @@ def test_only_what_changed_is_embedded_again(
     os.utime(photos / "top.png", ns=(1, 1))  # the same content, of another time
     made = Catalogue.build(embedder, photos, out)
     assert made.changes == catalogues.Changes(new=1, changed=2, gone=1, kept=9)
-    assert calls == [3]
+    assert calls == [3, 3]
     assert "b/0.png" not in made.paths
     expected = embedder([photos / path for path in made.paths]).numpy()
     assert np.allclose(made.features, expected, atol=1e-6)
@@ -186,7 +187,7 @@ def test_only_what_changed_is_embedded_again(
 
     (photos / "new" / "0.png").unlink()
     assert Catalogue.build(embedder, photos, out).changes == catalogues.Changes(gone=1, kept=11)
-    assert calls[1:] == [12, 12, 1]
+    assert calls[2:] == [12, 12, 1, 3]
 
 
 def test_another_checkpoint_or_folder_embeds_everything_and_says_so(
@@ -252,7 +253,7 @@ def test_what_was_embedded_before_an_unreadable_picture_is_kept(
     (photos / "a" / "0.png").unlink()
     draw(photos / "b" / "0.png", 71)
     made = Catalogue.build(embedder, photos, out)
-    assert calls[2:] == [3]  # those not reached, and the changed one
+    assert calls[2:] == [2, 3]  # those to see whether they are what they were; those not reached, and the changed one
     assert made.changes == catalogues.Changes(new=11)
     assert not (out / UNFINISHED).exists()
     expected, structures = embedder.both([photos / path for path in made.paths])
@@ -274,7 +275,7 @@ def test_ctrl_c_keeps_what_was_embedded_and_the_catalogue_that_is_there(
 
     def stopping(trained: Trained, pictures: torch.Tensor) -> Any:
         calls.append(len(pictures))
-        if len(calls) == 3:
+        if len(calls) == 3:  # after the look at kept ones and the first new ones
             signal.raise_signal(signal.SIGINT)
         return embed(trained, pictures)
 
@@ -284,7 +285,7 @@ def test_ctrl_c_keeps_what_was_embedded_and_the_catalogue_that_is_there(
     assert f"what was embedded is kept in {out}, and the same command goes on from there" in capsys.readouterr().err
     assert files(out) == before
     assert cli.main(command) == 0
-    assert calls == [4, 4, 1, 1]
+    assert calls == [2, 4, 4, 2, 4, 1]
     assert "9 new, 0 changed, 0 gone, 12 kept" in capsys.readouterr().out
 
 
@@ -311,7 +312,7 @@ def test_a_write_that_ends_between_two_files_is_known_and_written_anew(
         with pytest.raises(KeyboardInterrupt):
             Catalogue.build(embedder, photos, out)
     assert FACTS not in done
-    message = re.escape(f"{out} was interrupted while being written; 'pddm-ext embed' writes it anew")
+    message = re.escape(f"{out} is damaged, or was interrupted while being written; 'pddm-ext embed' writes it anew")
     with pytest.raises(ValueError, match=message):
         Catalogue.open(out, embedder)
     made = Catalogue.build(embedder, photos, out)
@@ -320,13 +321,64 @@ def test_a_write_that_ends_between_two_files_is_known_and_written_anew(
     assert Catalogue.open(out, embedder).paths == made.paths
 
 
-def test_a_first_write_that_ends_between_two_files_is_known(embedder: Trained, photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    Catalogue.build(embedder, photos, out)
-    (out / FACTS).unlink()
+def test_a_first_write_that_ends_between_two_files_is_known(
+    embedder: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, replace = tmp_path / "out", os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Catalogue.build(embedder, photos, out)
     with pytest.raises(ValueError, match="was interrupted while being written"):
         Catalogue.open(out, embedder)
     assert Catalogue.build(embedder, photos, out).changes.new == 12
+
+
+@pytest.mark.parametrize("name", [FEATURES, INDEX, STRUCTURES])
+def test_somebodys_own_files_are_left_alone(runs: Path, photos: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(b"mine")
+    plain = pddm_ext.load(runs / "plain")
+    for call in (lambda: Catalogue.build(plain, photos, out), lambda: Catalogue.open(out, plain)):
+        with pytest.raises(ValueError, match=rf"{name}: not of a catalogue; delete it, or choose another folder"):
+            call()
+    assert files(out) == {name: b"mine"}
+
+
+def test_a_file_beside_a_catalogue_is_left_alone(runs: Path, photos: Path, tmp_path: Path) -> None:
+    plain = pddm_ext.load(runs / "plain")
+    Catalogue.build(plain, photos, tmp_path / "out")
+    (tmp_path / "out" / STRUCTURES).write_bytes(b"mine")
+    draw(photos / "new.png", 70)
+    assert Catalogue.build(plain, photos, tmp_path / "out").changes.new == 1
+    assert (tmp_path / "out" / STRUCTURES).read_bytes() == b"mine"
+
+
+def test_code_that_has_changed_embeds_everything(
+    embedder: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Catalogue.build(embedder, photos, tmp_path / "out")
+    draw(photos / "new.png", 70)
+    backbone = embedder.module.net.backbone
+    monkeypatch.setattr(backbone, "forward", lambda pictures: type(backbone).forward(backbone, pictures).square())
+    made = Catalogue.build(embedder, photos, tmp_path / "out")
+    assert made.changes == catalogues.Changes(
+        new=1, changed=12, anew="the same pictures have other features now; the backbone's code has changed"
+    )
+    expected = embedder([photos / path for path in made.paths])
+    torch.testing.assert_close(torch.from_numpy(np.array(made.features)), expected)
+
+
+def test_a_pipe_is_no_picture(embedder: Trained, photos: Path, tmp_path: Path) -> None:
+    os.mkfifo(photos / "pipe.png")
+    made = Catalogue.build(embedder, photos, tmp_path / "out")
+    assert made.changes == catalogues.Changes(new=12, passed_over={"no file": 1})
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -335,7 +387,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the index": (lambda out: flip(out / INDEX), "interrupted while being written"),
     "a file short": (lambda out: (out / INDEX).unlink(), "interrupted while being written"),
     "a path short": (lambda out: edited(out, lambda facts: facts["paths"].pop()), "interrupted while being written"),
-    "no paths": (lambda out: edited(out, lambda facts: facts.pop("paths")), "interrupted while being written"),
+    "another path": (lambda out: edited(out, lambda facts: facts["paths"].reverse()), "is damaged, or was interrupted"),
+    "no paths": (lambda out: edited(out, lambda facts: facts.pop("paths")), "not of a catalogue"),
+    "no folder": (lambda out: edited(out, lambda facts: facts.pop("folder")), "is damaged"),
+    "no digest": (lambda out: edited(out, lambda facts: facts.pop("digest")), "is damaged"),
     "other files": (lambda out: edited(out, lambda facts: facts["files"].update({"../x": ""})), "interrupted while"),
     "another format": (lambda out: edited(out, lambda facts: facts.update(format=2)), "a catalogue of format 2"),
     "no JSON": (lambda out: (out / FACTS).write_bytes(b"{"), "not of a catalogue"),
@@ -372,6 +427,7 @@ def test_features_with_pickles_are_refused(embedder: Trained, photos: Path, tmp_
     Catalogue.build(embedder, photos, out)
     np.save(out / FEATURES, np.array([{}], dtype=object), allow_pickle=True)
     edited(out, lambda facts: facts["files"].update({FEATURES: stored._sha(out / FEATURES)}))
+    (out / FACTS).write_text(json.dumps(stored.sealed(json.loads((out / FACTS).read_text("utf-8")))), "utf-8")
     with pytest.raises(ValueError, match="interrupted while being written"):
         Catalogue.open(out, embedder)
 
@@ -597,7 +653,7 @@ def test_embed_and_search_from_the_command_line(
     (photos / "notes.txt").write_text("no picture")
     assert cli.main([*embed, "--workers", "1"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "passed over 1 files that are no pictures by name: .txt 1",
+        "passed over 1 file that is no picture by name: .txt 1",
         "12 new, 0 changed, 0 gone, 0 kept",
         f"catalogue: {out}, 12 pictures, flat index",
     ]

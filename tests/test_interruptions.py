@@ -96,9 +96,7 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is_until_its_process_is_gone(
     before = files(folder)
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
-    assert (
-        error == f"pddm-ext: error: {folder} is in use by another process; wait for it, or choose another --out\n"
-    )
+    assert error == f"pddm-ext: error: {folder} is in use by another process; wait for it, or choose another --out\n"
     assert files(folder) == before
     holder.send_signal(signal.SIGKILL)
     holder.wait()

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +92,9 @@ class Changes:
         lines = [f"left out: {reason}" for reason in self.unreadable]
         if self.passed_over:
             kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.passed_over.items()))
-            lines.append(f"passed over {sum(self.passed_over.values())} files that are no pictures by name: {kinds}")
+            count = sum(self.passed_over.values())
+            what = "files that are no pictures" if count > 1 else "file that is no picture"
+            lines.append(f"passed over {count} {what} by name: {kinds}")
         if self.anew:
             lines.append(f"all embedded: {self.anew}")
         return [*lines, f"{self.new} new, {self.changed} changed, {self.gone} gone, {self.kept} kept"]
@@ -179,6 +182,9 @@ class Catalogue:
                 for path, rows in _before(out / UNFINISHED, trained, folder)[0].unchanged(found).items()
                 if path not in kept
             }
+            if _differs(trained, folder, {**kept, **embedded}):
+                kept, embedded = {}, {}
+                anew = "the same pictures have other features now; the backbone's code has changed"
             rest = [path for path in found if path not in kept and path not in embedded]
             try:
                 unreadable = embed(trained, folder, rest, workers, skip_unreadable, progress, embedded)
@@ -282,7 +288,7 @@ class Catalogue:
             threshold = self.trained.threshold(by, 0.01 if fpr is None else fpr)
         elif fpr is not None:
             raise ValueError(f"fpr is {fpr} and threshold {threshold}; one of them is accepted")
-        elif isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
+        elif isinstance(threshold, bool) or not isinstance(threshold, Real) or not math.isfinite(threshold):
             raise ValueError(f"threshold is {threshold!r}; a finite number is accepted")
         (x, structure), (y, _) = self._known(a), self._known(b)
         value = self._values(x, structure, y[None], by)[0]
@@ -414,6 +420,18 @@ def _before(out: Path, trained: Trained, folder: Path) -> tuple[Content, str]:
     if content.folder != str(folder.resolve()):
         return nothing, f"{out} is of another folder, {content.folder}"
     return content, ""
+
+
+def _differs(trained: Trained, folder: Path, kept: Mapping[str, Sequence[Floats]]) -> bool:
+    """Whether features are others than those kept, by a few: weights say nothing of the code that uses them."""
+    asked = list(kept)[:: max(1, len(kept) // 2)]
+    now: dict[str, list[Floats]] = {}
+    embed(trained, folder, asked, 0, True, False, now)
+    return any(
+        not np.allclose(old, new, rtol=1e-2, atol=1e-2 * float(np.abs(new).mean()))
+        for path, rows in now.items()
+        for old, new in zip(kept[path], rows, strict=True)
+    )
 
 
 def _write(

@@ -21,6 +21,8 @@ from .trained import Trained
 #: Of ``catalogue.json``; a reader of it reads every earlier one that a release has written.
 FORMAT = 1
 FACTS, FEATURES, STRUCTURES, INDEX = "catalogue.json", "features.npy", "structures.npy", "index.faiss"
+#: Is there while the others get their names: what is then left of some of them is of a catalogue, and not somebody's.
+_WRITING = ".writing"
 
 _ANEW = "'pddm-ext embed' writes it anew"
 
@@ -78,7 +80,7 @@ def write(out: Path, content: Content, index: Any) -> None:
             "sizes": content.sizes,
             "mtimes": content.mtimes,
         }
-        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(sealed(values), indent=1, ensure_ascii=False) + "\n"
         file.write(text.encode("utf-8", "backslashreplace"))
 
     for name in (FEATURES, STRUCTURES, INDEX, FACTS):
@@ -91,13 +93,30 @@ def write(out: Path, content: Content, index: Any) -> None:
                 write(file)
             if name != FACTS:
                 digests[name] = _sha(temporary[name])
+        before = _listed(out)
+        (out / _WRITING).touch()
         for name, path in temporary.items():
             os.replace(path, out / name)
+        if structures is None and STRUCTURES in before:
+            (out / STRUCTURES).unlink(missing_ok=True)
+        (out / _WRITING).unlink()
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-    if structures is None:
-        (out / STRUCTURES).unlink(missing_ok=True)
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts with their own SHA-256."""
+    rest = {name: value for name, value in values.items() if name != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def _listed(out: Path) -> set[str]:
+    """The files that the catalogue in a folder says it has."""
+    try:
+        return set(json.loads((out / FACTS).read_text("utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _sha(path: Path) -> str:
@@ -113,16 +132,26 @@ class TornError(ValueError):
 
 
 def read(out: Path, trained: Trained | None = None) -> tuple[Content, Any]:
-    """A catalogue's content, and its index; where an embedder is given, of that one."""
+    """A catalogue's content, and its index; where an embedder is given, of that one.
+
+    Raises:
+        FileNotFoundError: there is none.
+        TornError: files are missing, or not of one another.
+        ValueError: it is of another embedder or format, or files of these names are no catalogue's.
+    """
     path = out / FACTS
-    torn = TornError(f"{out} was interrupted while being written; {_ANEW}")
+    torn = TornError(f"{out} is damaged, or was interrupted while being written; {_ANEW}")
     if not path.is_file():
-        if (out / FEATURES).exists():
+        if (out / _WRITING).exists():
             raise torn
+        for name in (FEATURES, STRUCTURES, INDEX):
+            if (out / name).exists():
+                raise ValueError(f"{out / name}: not of a catalogue; delete it, or choose another folder")
         raise FileNotFoundError(f"{out}: no catalogue; 'pddm-ext embed' writes one")
     try:
         facts = json.loads(path.read_text("utf-8"))
         found = facts["format"]
+        facts["files"], facts["paths"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not of a catalogue; delete it, or choose another folder") from error
     if found != FORMAT:
@@ -130,30 +159,27 @@ def read(out: Path, trained: Trained | None = None) -> tuple[Content, Any]:
             f"{path}: a catalogue of format {found!r}; pddm_ext {pddm_ext.__version__} reads {FORMAT}; "
             f"a newer one reads it, or delete the catalogue"
         )
-    if trained is not None and facts.get("digest") != trained.digest:
+    if facts != sealed(facts):
+        raise torn
+    if trained is not None and facts["digest"] != trained.digest:
         raise ValueError(f"{out} was embedded by another checkpoint; {_ANEW}")
+    files = facts["files"]
     try:
-        paths, sizes, mtimes = (tuple(facts[name]) for name in ("paths", "sizes", "mtimes"))
-        files = facts["files"]
-        if not {FEATURES, INDEX} <= files.keys() <= {FEATURES, INDEX, STRUCTURES}:
-            raise torn
         if any(_sha(out / name) != digest for name, digest in files.items()):
             raise torn
         features, *structures = (
             np.load(out / name, mmap_mode="r", allow_pickle=False) for name in (FEATURES, STRUCTURES) if name in files
         )
         index = faiss.deserialize_index(np.fromfile(out / INDEX, np.uint8))
-    except (KeyError, TypeError, AttributeError, ValueError, FileNotFoundError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise torn from error
-    if not len(paths) == len(sizes) == len(mtimes) == len(features) == index.ntotal:
-        raise torn
     content = Content(
         facts["digest"],
         facts["folder"],
         facts["index"],
-        paths,
-        sizes,
-        mtimes,
+        tuple(facts["paths"]),
+        tuple(facts["sizes"]),
+        tuple(facts["mtimes"]),
         features,
         structures[0] if structures else None,
     )

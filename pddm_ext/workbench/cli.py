@@ -432,7 +432,7 @@ def _embed(arguments: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{arguments.folder}: no such folder; a folder of pictures is expected")
 
     from . import trained
-    from .catalogue import Catalogue
+    from .catalogue import UNFINISHED, Catalogue
 
     embedder = trained.load(
         arguments.checkpoint, backbone=arguments.backbone, device=trained.accelerated(arguments.accelerator)
@@ -448,14 +448,14 @@ def _embed(arguments: argparse.Namespace) -> int:
             progress=arguments.progress,
         )
     except KeyboardInterrupt:
-        print(
-            f"\nstopped; what was embedded is kept in {arguments.out}, and the same command goes on from there",
-            file=sys.stderr,
-        )
+        kept = f"what was embedded is kept in {arguments.out}, and the same command goes on from there"
+        hint = kept if (arguments.out / UNFINISHED).exists() else "nothing was embedded yet"
+        print(f"\nstopped; {hint}", file=sys.stderr)
         return 130
     for line in catalogue.changes.said():
         print(line)
-    print(f"catalogue: {arguments.out}, {len(catalogue)} pictures, {catalogue.index} index")
+    pictures = f"{len(catalogue)} picture{'' if len(catalogue) == 1 else 's'}"
+    print(f"catalogue: {arguments.out}, {pictures}, {catalogue.index} index")
     return 0
 
 

@@ -41,11 +41,13 @@ def walk(
             if kind not in known:
                 passed_over[kind or "no extension"] += 1
                 continue
-            try:
+            if entry.is_file():
                 status = entry.stat()
                 yield path, (status.st_size, status.st_mtime_ns)
-            except OSError:  # a link to nowhere, which reading will name
+            elif entry.is_symlink():  # to nowhere, which reading will name
                 yield path, (-1, 0)
+            else:
+                passed_over["no file"] += 1  # a pipe, say, which reading would wait for
 
 
 class _Files:

@@ -57,7 +57,7 @@ def over(
             for lot in drawn:
                 for piece in pieces(lot.to(weight)):
                     parts.append([rows.cpu() for rows in call(piece)])
-                bar.update(len(lot))
+                    bar.update(len(piece))
     finally:
         net.train(was_training)
     return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
