@@ -20,7 +20,7 @@ from pddm_ext import PDDM
 from pddm_ext.workbench.console import Progress
 from pddm_ext.workbench.data.augment import DRAWINGS
 from pddm_ext.workbench.data.splits import Dataset, Split, TestSet, batches, in_memory
-from pddm_ext.workbench.evaluation.evaluate import measure
+from pddm_ext.workbench.evaluation.evaluate import measure, over
 from pddm_ext.workbench.learner import Learner
 from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.measuring import Seen, look
@@ -114,6 +114,13 @@ def trained(dataset: Dataset, folder: Path | None = None, backbone: nn.Module | 
         run.resume()
     run.train(progress=False)
     return run
+
+
+def seen_by(net: nn.Module, test: Any, workers: int = 0, progress: bool = False) -> Tensor:
+    """What any net makes of a test set, or of what stands for one."""
+    with Progress("embedding", len(test), 0, "picture", progress) as bar:
+        (rows,) = over(test, lambda part: (net(part),), net, workers, bar)
+    return rows
 
 
 def looked(net: Embedder, test: TestSet, workers: int = 0) -> Seen:

@@ -375,6 +375,20 @@ def test_code_that_has_changed_embeds_everything(
     torch.testing.assert_close(torch.from_numpy(np.array(made.features)), expected)
 
 
+def test_a_name_is_printed_in_one_line(
+    runs: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(photos / "a\n\x1b[31m" / "ü 1.png", 70)
+    run, out = str(runs / "all"), str(tmp_path / "out")
+    assert cli.main(["embed", run, str(photos), "--out", out, "--accelerator", "cpu"]) == 0
+    command = ["search", run, out, str(photos / "a\n\x1b[31m" / "ü 1.png"), "-k", "1", "--accelerator", "cpu"]
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "a\\n\\x1b[31m/ü 1.png" in lines[2]
+
+
 def test_a_pipe_is_no_picture(embedder: Trained, photos: Path, tmp_path: Path) -> None:
     os.mkfifo(photos / "pipe.png")
     made = Catalogue.build(embedder, photos, tmp_path / "out")
@@ -628,7 +642,7 @@ def test_same_or_not_by_a_threshold_of_the_validation_pictures(runs: Path, photo
     for arguments, message in (
         (
             {},
-            r"no validation pictures to choose a threshold by distance on; .* val/ or with --patience, or give thresh",
+            r"no threshold by distance: .* val/ or with --patience, or give thresh",
         ),
         ({"by": "structure"}, "by is 'structure'; 'distance' and 'score' have thresholds of a run"),
         ({"fpr": 0.01, "threshold": 1.0}, r"fpr is 0.01 and threshold 1.0; one of them"),

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from helpers import make_unit
 from pddm_ext import reference
-from pddm_ext.workbench.console import Progress
 from pddm_ext.workbench.evaluation import evaluate, probes, retrieval, separation
 from pddm_ext.workbench.model import Embedder
-from runs import looked, measured
+from runs import looked, measured, seen_by
 
 
 def noise(n: int, dim: int = 8, seed: int = 0) -> Tensor:
@@ -401,21 +400,15 @@ class Pictures:
         return self.seen[rows]
 
 
-def seen(net: nn.Module, test: Pictures, workers: int = 0) -> Tensor:
-    with Progress("", len(test), 0, "picture", False) as bar:
-        (features,) = evaluate.over(test, lambda part: (net(part),), net, workers, bar)  # type: ignore[arg-type]
-    return features
-
-
 def test_a_net_sees_all_pictures_in_evaluation_mode() -> None:
     test = Pictures(torch.randn(300, 1, 3, 3, generator=torch.Generator().manual_seed(0)), uneven(300))
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(9), nn.Linear(9, 6))
 
-    features = seen(net, test)
+    features = seen_by(net, test)
     assert net.training
     assert net[1].num_batches_tracked == 0
     torch.testing.assert_close(features, net.eval()(test.seen))
-    assert not seen(net, test).requires_grad
+    assert not seen_by(net, test).requires_grad
     assert not net.training
 
 
@@ -434,7 +427,7 @@ def test_pictures_may_be_read_by_other_processes() -> None:
     test = Pictures(torch.randn(300, 1, 3, 3, generator=torch.Generator().manual_seed(0)), uneven(300))
     net = nn.Sequential(nn.Flatten(), nn.Linear(9, 6))
     state = torch.get_rng_state()
-    assert torch.equal(seen(net, test, workers=2), seen(net, test))
+    assert torch.equal(seen_by(net, test, workers=2), seen_by(net, test))
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -386,6 +386,17 @@ def test_an_interrupt_leaves_nothing(small: Trained, tmp_path: Path, monkeypatch
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+@pytest.mark.parametrize("name", ["empty", "link"])
+def test_an_empty_folder_by_any_name_is_taken(
+    small: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / name)
+    export.export(small, Path() if name == "empty" else tmp_path / name, ["torch"])
+    assert (tmp_path / name / "preprocessing.json").is_file()
+
+
 def test_an_embedder_is_as_it_was_after_an_export(small: Trained, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in small.module.state_dict().items()}
     export.export(small, tmp_path / "out", ["torch"])

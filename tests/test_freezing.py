@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from pddm_ext.workbench import cli, kept, outcome
+from pddm_ext.workbench.data import photos
+from pddm_ext.workbench.data.augment import Photographs
 from pddm_ext.workbench.data.splits import Dataset, Joined, Rows, TestSet
 from pddm_ext.workbench.interrupts import Interrupts
 from pddm_ext.workbench.kept import Kept
@@ -19,6 +23,7 @@ from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.model import embedder
 from pddm_ext.workbench.settings import Settings
 from runs import TINY, TINY_OPTIONS, Counted, differences, interrupt_at, make_tiny, trained, untimed, with_gallery
+from small_data import make_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,6 +160,33 @@ def test_features_are_computed_anew_where_anything_that_they_depend_on_has_chang
     torch.testing.assert_close(
         found.of(tiny.train.pictures), backbone(tiny.view.plain(tiny.train.pictures[torch.arange(32)]))
     )
+
+
+def test_features_of_files_that_were_written_again_are_computed_anew(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pictures", 6, 3)
+    for path in root.rglob("*.jpg"):
+        Image.open(path).resize((40, 40)).save(path.with_suffix(".bmp"))
+        path.unlink()
+    view = Photographs(32, 32)
+    settings = Settings(data="folder", root=str(root), backbone="mine:net", method="contrastive", freeze=True, dim=8)
+
+    def seen() -> int:
+        backbone = nn.Sequential(nn.Flatten(), nn.Linear(3072, 5))
+        for parameter in backbone.parameters():
+            nn.init.ones_(parameter)
+        net, counts = embedder(settings, (3, 32, 32), backbone), []
+        backbone.register_forward_hook(lambda _, given, __: counts.append(len(given[0])))
+        Kept(net, photos.folder(root, view), tmp_path / "features")
+        return sum(counts)
+
+    assert seen() == 18
+    assert seen() == 2 * kept._PROBED
+    last = sorted(root.rglob("*.bmp"))[-1]
+    size, time = last.stat().st_size, last.stat().st_mtime_ns
+    Image.new("RGB", (40, 40), "red").save(last)
+    os.utime(last, ns=(time + 1, time + 1))
+    assert last.stat().st_size == size
+    assert seen() == kept._PROBED + 9  # it is on the test side
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])

@@ -16,7 +16,7 @@ from helpers import make_unit
 from pddm_ext import reference
 from pddm_ext.workbench.evaluation import evaluate, probes, retrieval, separation
 from pddm_ext.workbench.evaluation.evaluate import measure
-from pddm_ext.workbench.model import Embedder
+from runs import seen_by
 
 N, D = 60, 6
 
@@ -300,44 +300,20 @@ class Pictures:
         return self.seen[rows]
 
 
-def test_evaluate_searches_the_test_sets_gallery() -> None:
-    test, net = Pictures(), nn.Sequential(nn.Flatten(), nn.Linear(9, 6))
-    expected = measure(evaluate.embed(net, test), test.labels, None, seed=3, queries=test.queries, gallery=test.gallery)
-    assert evaluate.evaluate(net, None, test, seed=3) == expected
-    assert expected["results"] != measure(evaluate.embed(net, test), test.labels, None, seed=3)["results"]
-
-
-def test_features_that_are_there_are_not_computed_again() -> None:
-    test, net = Pictures(), nn.Sequential(nn.Flatten(), nn.Linear(9, 6))
-    features = evaluate.embed(net, test)
-    expected = evaluate.evaluate(net, None, test, seed=3)
-    test.read = 0
-    assert evaluate.evaluate(net, None, test, seed=3, features=features) == expected
-    assert test.read == 0
-    structured = Embedder(nn.Sequential(nn.Flatten(), nn.Linear(9, 7)), 6, (1, 3, 3), structured=True)
-    features = evaluate.embed(structured, test)
-    found = evaluate.evaluate(structured, None, test, seed=3, features=features)
-    assert found == evaluate.evaluate(structured, None, test, seed=3)
-    assert "structure" in found["results"]
-
-
 def test_embedding_shows_its_pictures_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
     test, net = Pictures(), nn.Sequential(nn.Flatten(), nn.Linear(9, 6))
-    evaluate.embed(net, test)
-    evaluate.evaluate(net, None, test, seed=0)
+    seen_by(net, test)
     assert capsys.readouterr().err == ""
-    evaluate.embed(net, test, progress=True)
+    seen_by(net, test, progress=True)
     shown = capsys.readouterr().err
     assert "embedding: 100%" in shown
     assert "120/120" in shown
-    evaluate.evaluate(net, None, test, seed=0, progress=True)
-    assert "120/120" in capsys.readouterr().err
 
 
 def test_a_net_that_fails_is_put_back_into_its_mode() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(8, 6))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        evaluate.embed(net, Pictures())
+        seen_by(net, Pictures())
     assert net.training
 
 

@@ -248,7 +248,23 @@ def test_a_split_is_by_name_by_seed_or_none_and_says_which(tmp_path: Path) -> No
         (*"abcdefgh",),
     )
     assert everything.train.digest == everything.test.digest
-    assert everything.test.groups == ("a to h, the very pictures trained on: nothing is held out",)
+    assert everything.test.groups == ("a to h, the very pictures to train on: none are held out for a test",)
+
+
+def test_where_all_classes_train_those_held_out_are_searched_for_among_them(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, 4, 6)
+    dataset = photos.folder(root, split="none").hold_out(0)
+    selecting = dataset.selecting()
+    assert selecting is not None
+    assert selecting.gallery is dataset.train
+    assert (len(dataset.train.labels), len(selecting.test.labels)) == (20, 4)
+
+
+def test_what_is_held_out_is_said_to_be_a_part(tmp_path: Path) -> None:
+    dataset = photos.folder(make_folder(tmp_path, 16)).hold_out(0)
+    assert dataset.train.groups == ("some of a to h, the first half of the classes by name",)
+    assert dataset.val is not None
+    assert dataset.val.groups == dataset.train.groups
 
 
 @pytest.mark.parametrize("split", ["random", "none"])

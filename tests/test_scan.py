@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -187,7 +188,60 @@ def test_what_was_passed_over_and_the_split_are_told_when_a_run_begins(
     told = capsys.readouterr()
     assert "warning: passed over: 1 folder in class folders, such as a/more, with 1 picture" in told.err
     assert "warning: passed over: 1 file without an extension, such as b/IMG_1" in told.err
-    assert "search among 8 classes, 24 pictures: a to h, the very pictures trained on: nothing is held out" in told.out
+    assert (
+        "search among 8 classes, 24 pictures: a to h, the very pictures to train on: none are held out for a test"
+        in told.out
+    )
+
+
+def test_eval_says_what_is_measured_and_what_of_it_was_trained_on(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scatter(place / "pictures", catalogue("abcdefgh"))
+    assert cli.main(["train", *options("--out", "out", "--split", "none")]) == 0
+    evaluate = ["eval", "out", "--backbone", "mine:net", "--json", "again.json", "--root"]
+
+    def told(*more: str) -> tuple[str, dict[str, Any]]:
+        capsys.readouterr()
+        assert cli.main([*evaluate, *more]) == 0
+        return capsys.readouterr().out, json.loads(Path("again.json").read_text())["data"]
+
+    out, data = told("pictures")
+    assert "search among 8 classes, 24 pictures: a to h, all that are there\n" in out
+    assert "\n8 of the 8 classes searched for were trained on\n" in out
+    out, data = told("pictures", "--split", "half")
+    assert "search among 4 classes, 12 pictures: e to h, the second half of the classes by name\n" in out
+    assert (data["protocol"], data["notes"]) == ("known", [])
+    scatter(place / "others", catalogue("ghijklmn"))
+    out, data = told("others")
+    assert "\n2 of the 8 classes searched for were trained on\n" in out
+    assert data["protocol"] == "known"
+    assert data["notes"] == ["2 of the 8 classes searched for were trained on"]
+    out, data = told("others", "--split", "half")
+    assert "\nnone of the 4 classes searched for was trained on\n" in out
+    assert data["protocol"] == "unseen"
+    (place / "others" / "k" / "bad.png").write_bytes(b"")
+    assert cli.main([*evaluate, "others"]) == 2
+    assert "--skip-unreadable leaves them out" in capsys.readouterr().err
+    out, data = told("others", "--skip-unreadable")
+    assert data["test"]["pictures"] == 24
+
+
+@pytest.mark.parametrize("out", ["pictures", "pictures/run", "pictures/a/run", "default"])
+def test_a_run_among_the_pictures_is_refused_before_any_work(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    scatter(place / "pictures", catalogue("abcdefgh"))
+    given = ["--out", out] if out != "default" else []
+    if out == "default":
+        monkeypatch.chdir(place / "pictures")
+        given = ["--root", "."]
+    before = sorted(place.rglob("*"))
+    for command in (["train"], ["compare", "--methods", "contrastive"]):
+        words = [word for word in options(*given) if command == ["train"] or word not in ("--method", "contrastive")]
+        assert cli.main([*command, *words]) == 2
+        assert "where it would be taken for a class of pictures; choose a folder outside" in capsys.readouterr().err
+    assert sorted(place.rglob("*")) == before
 
 
 def test_drawings_are_not_looked_at(tiny: Dataset) -> None:
@@ -228,6 +282,9 @@ def test_copies_of_training_pictures_to_choose_by_are_counted(tmp_path: Path) ->
     shutil.copy(root / "train/b/1.png", root / "val/x/9.png")
     (note,) = scan.examined(photos.folder(root), progress=False)[0].notes
     assert note.startswith("1 of 10 validation pictures look the same as one of the training pictures, such as val/x/9")
+    shutil.copy(root / "test/e/0.png", root / "val/x/9.png")
+    (note,) = scan.examined(photos.folder(root), progress=False)[0].notes
+    assert note.startswith("1 of 10 validation pictures look the same as one of the test pictures, such as val/x/9")
 
 
 def test_copies_within_the_test_side_are_counted_once_each(tmp_path: Path) -> None:

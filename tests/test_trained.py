@@ -20,10 +20,9 @@ from pddm_ext.workbench import checkpoint
 from pddm_ext.workbench.data.augment import Photographs
 from pddm_ext.workbench.data.photos import folder as photo_folder
 from pddm_ext.workbench.data.splits import Dataset
-from pddm_ext.workbench.evaluation.evaluate import embed
 from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.settings import Settings
-from runs import TINY, dropping, trained
+from runs import TINY, dropping, looked, trained
 from small_data import make_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,7 +84,7 @@ def test_photographs_are_prepared_as_for_the_run(tmp_path: Path) -> None:
     run = photographs(tmp_path)
     embedder = pddm_ext.load(tmp_path / "run" / CHECKPOINT, backbone=Colours())
     assert embedder.view == VIEW
-    features = embed(run.learner.net, run.test)
+    features = looked(run.learner.net, run.test).features
     paths = [tmp_path / "photos" / str(run.test.file(row)) for row in range(len(run.test))]
     assert torch.allclose(embedder(paths), features, atol=1e-6)
 
@@ -238,10 +237,10 @@ def test_the_best_step_is_taken_where_one_was_chosen(tiny: Dataset, tmp_path: Pa
     assert embedder.threshold("distance", "eer") == 0.75
     assert embedder.threshold("distance", 1e-3) == 0.25
     assert embedder.threshold("score", 0.01) == 2.0
-    with pytest.raises(ValueError, match=r"told no pairs apart by score at a rate of eer; 0\.01 are there"):
+    with pytest.raises(ValueError, match=r"apart by score at a rate of eer, or all alike; 0\.01 are there"):
         embedder.threshold("score", "eer")
     changed(tmp_path, lambda state: state["thresholds"].clear())
-    with pytest.raises(ValueError, match="no validation pictures to choose a threshold by score"):
+    with pytest.raises(ValueError, match="no threshold by score: a run chooses it on validation pictures, at its end"):
         pddm_ext.load(tmp_path).threshold("score")
     for wrong in (0.02, "0.01", True):
         with pytest.raises(ValueError, match=re.escape(f"fpr is {wrong!r}; 0.01, 0.001 and 'eer' are accepted")):

@@ -126,6 +126,11 @@ def _parser() -> _Parser:
         evaluate.add_argument(
             option(name), choices=setting.metadata["choices"], help=f"{setting.metadata['help']} (default: the run's)"
         )
+    evaluate.add_argument(
+        "--skip-unreadable",
+        action=argparse.BooleanOptionalAction,
+        help="leave out pictures that cannot be read (default: the run's)",
+    )
     evaluate.add_argument("--accelerator", help="device kind to measure on (default: the run's)")
     evaluate.add_argument("--workers", type=int, help="processes that read pictures (default: the run's)")
     evaluate.add_argument("--backbone", help="confirms a backbone MODULE:CALLABLE, whose code will run")
@@ -269,12 +274,21 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     return settings
 
 
-def _out(folder: Path) -> Path:
-    """The folder, of a name that TensorBoard can write to."""
+def _out(folder: Path, settings: Settings) -> Path:
+    """The folder, of a name that TensorBoard can write to, and not among the pictures.
+
+    Raises:
+        ValueError: it is neither.
+    """
     try:
         str(folder).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"--out is {folder}, which is no UTF-8 under this locale; such a name is accepted") from error
+    if settings.data == "folder" and folder.resolve().is_relative_to(Path(settings.root).resolve()):
+        raise ValueError(
+            f"--out is {folder}, inside {settings.root}, where it would be taken for a class of pictures; choose a "
+            f"folder outside"
+        )
     return folder
 
 
@@ -289,7 +303,8 @@ def _resumed(arguments: argparse.Namespace) -> tuple[Settings, Path]:
     config = folder / "config.json"
     if arguments.resume and arguments.config is None and config.is_file():
         arguments.config = config
-    return _settings(arguments), _out(folder)
+    settings = _settings(arguments)
+    return settings, _out(folder, settings)
 
 
 def _refuse_another(folder: Path, settings: Settings) -> None:
@@ -361,8 +376,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.candidates < 1:
         raise ValueError(f"--candidates is {arguments.candidates}; at least 1 is accepted")
-    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
-        raise ValueError(f"--json is {arguments.json}; a file in a folder that is there is accepted")
+    _file("--json", arguments.json)
 
     from . import backbones, checkpoint, devices, outcome, trained
     from .data import scan
@@ -380,12 +394,16 @@ def _eval(arguments: argparse.Namespace) -> int:
     if isinstance(view, Photographs) == (data in DRAWINGS):
         seen = "photographs" if isinstance(view, Photographs) else "drawings"
         raise ValueError(f"--data is {data}; {path} was trained on {seen}, which are accepted")
-    given = {name: getattr(arguments, name) for name in ("data", "root", "split", "gallery", "workers")}
+    names = ("data", "root", "split", "gallery", "skip_unreadable", "workers")
+    given = {name: getattr(arguments, name) for name in names}
     settings = Settings(**{**saved, **{name: v for name, v in given.items() if v is not None}, "download": False})
     module = backbones.named(backbone, False, view.size) if ":" in backbone else None
     shown = view if isinstance(view, Photographs) else PHOTOS
     dataset = scan.ready(settings, shown, only="test", progress=arguments.progress)
+    for line in scan.introduction(dataset, only="test"):
+        print(line)
     used = trained.load(path, backbone=module)
+    print(outcome.familiar(used.names, dataset))
     kind = arguments.accelerator or settings.accelerator
     used.to(devices.fabric(settings, kind, 1, used.unit is not None).device)
     metrics = outcome.again(
@@ -399,7 +417,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     common = _settings(arguments)
-    folder = _out(arguments.out or Path("runs") / common.data)
+    folder = _out(arguments.out or Path("runs") / common.data, common)
     for name in ("seeds", "jobs"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1 is accepted")
@@ -467,6 +485,8 @@ def _search(arguments: argparse.Namespace) -> int:
             )
     for name in ("json", "page"):
         _file(option(name), getattr(arguments, name))
+    if arguments.json and arguments.page and arguments.json.resolve() == arguments.page.resolve():
+        raise ValueError(f"--json and --page are both {arguments.page}; two files are accepted")
     missing = [str(photo) for photo in arguments.photos if not photo.is_file()]
     if missing:
         raise FileNotFoundError(f"no such photo: {', '.join(missing)}")

@@ -182,6 +182,7 @@ def _missing() -> str:
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, which gets its name when all is written."""
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = folder.with_name(f".{folder.name}.{os.getpid()}")
     made.mkdir()

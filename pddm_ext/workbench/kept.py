@@ -15,6 +15,7 @@ from torch import Tensor
 from .checkpoint import digest, write_bytes
 from .console import Progress
 from .data.augment import described
+from .data.photos import Photos
 from .data.splits import Dataset, Joined, Pictures, Rows, TestSet
 from .evaluation.evaluate import over
 from .model import Embedder
@@ -26,9 +27,9 @@ _PROBED = 8
 class Kept:
     """Features (n, f) of a data set's pictures, plain, by a backbone that does not change.
 
-    Those of a file are of the same pictures, backbone, weights, view and precision: its name is their digest. So runs
-    that share a folder and a backbone share them. Where pictures are seen by a view of the user's own, which has no
-    digest, they are in memory alone.
+    Those of a file are of the same pictures, backbone, weights, view and precision: its name is their digest, with
+    the times of photographs' files. So runs that share a folder and a backbone share them. Where pictures are seen by a
+    view of the user's own, which has no digest, they are in memory alone.
 
     Args:
         net: whose backbone makes them, in evaluation mode, on its device.
@@ -63,7 +64,8 @@ class Kept:
                 names.add(side.digest.partition(":")[0])
         for number, (base, lots, names) in used.items():
             distinct: Tensor = torch.unique(torch.cat(lots))
-            features = self._features(Rows(base, distinct), [*sorted(names), _hash(distinct)], seen=False)
+            state = [base.state()] if isinstance(base, Photos) else []
+            features = self._features(Rows(base, distinct), [*sorted(names), *state, _hash(distinct)], seen=False)
             self._bases[number] = base, distinct, features
 
     def of(self, pictures: Pictures) -> Tensor:

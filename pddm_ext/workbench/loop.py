@@ -176,7 +176,7 @@ class Run:
         if self.leads:
             try:
                 work()
-            except (FloatingPointError, OSError) as error:
+            except Exception as error:
                 failure = error
             except KeyboardInterrupt as error:
                 failure = error

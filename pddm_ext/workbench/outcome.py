@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pddm_ext import _C
 
 from .checkpoint import write_json
 from .console import Progress
-from .data.splits import Dataset, TestSet
+from .data.splits import Dataset, TestClasses, TestSet
 from .evaluation.evaluate import measure
 from .evaluation.retrieval import retrieval
 from .loop import Run
@@ -74,6 +74,11 @@ def again(
     measured = {name: side for name, side in sides(dataset).items() if name in ("test", "gallery")}
     # What training began with was measured on its own pictures: of others it says nothing.
     same = all(measured.get(name) == state["data"].get(name) for name in ("test", "gallery"))
+    if not same:  # the folder's own protocol knows nothing of what this checkpoint was trained on
+        known = _known(trained.names, dataset)
+        protocol: TestClasses = "known" if known else "unseen"
+        notes = (familiar(trained.names, dataset),) if 0 < known < len(dataset.test.names) else ()
+        dataset = replace(dataset, protocol=protocol, notes=(*dataset.notes, *notes))
     told = {
         "settings": state["settings"],
         "data": _told({"train": state["data"]["train"], **measured}, dataset),
@@ -82,6 +87,16 @@ def again(
         "thresholds": state["thresholds"],
     }
     return _figures(told, seen, test, trained.unit, trained.device, seed, candidates)
+
+
+def familiar(names: Sequence[str], dataset: Dataset) -> str:
+    """How many of the classes searched for are among those trained on, in words."""
+    known, count = _known(names, dataset), len(dataset.test.names)
+    return f"{known or 'none'} of the {count} classes searched for {'was' if known < 2 else 'were'} trained on"
+
+
+def _known(names: Sequence[str], dataset: Dataset) -> int:
+    return len(set(names) & set(dataset.test.names))
 
 
 def _figures(

@@ -20,6 +20,7 @@ from pddm_ext import _C
 from pddm_ext.precision import no_autocast
 
 from . import checkpoint
+from .backbones import said
 from .data.augment import View, from_description
 from .data.reading import pictured
 from .model import Embedder, embedder, pieces
@@ -200,13 +201,13 @@ class Trained:
         key = fpr if isinstance(fpr, str) else f"{fpr:g}"
         if not values:
             raise ValueError(
-                f"the run had no validation pictures to choose a threshold by {by} on; train with a folder val/ or "
-                f"with --patience, or give threshold="
+                f"the checkpoint has no threshold by {by}: a run chooses it on validation pictures, at its end; train "
+                f"with a folder val/ or with --patience, or give threshold="
             )
         if key not in values:
             raise ValueError(
-                f"the run's validation pictures told no pairs apart by {by} at a rate of {key}; "
-                f"{', '.join(sorted(values))} are there, or give threshold="
+                f"the run's validation pictures are too few to tell pairs apart by {by} at a rate of {key}, or all "
+                f"alike; {', '.join(sorted(values))} are there, or give threshold="
             )
         return values[key]
 
@@ -288,7 +289,8 @@ def load(
     Raises:
         FileNotFoundError: there is no checkpoint.
         TypeError: ``backbone`` is neither.
-        ValueError: the file is damaged or no checkpoint, or its backbone is the user's and not given, or does not fit.
+        ValueError: the file is damaged or no checkpoint, or its backbone is the user's and not given, or does not fit,
+            or there is no such device.
         ModuleNotFoundError: the package of its backbone is not installed.
     """
     path = Path(path)
@@ -300,7 +302,10 @@ def load(
         trained = _trained(state, backbone)
     except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    return trained.to(device)
+    try:
+        return trained.to(device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"device is {str(device)!r}, which is not to be had here; {said(error)}") from error
 
 
 def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trained:

@@ -59,6 +59,17 @@ class Photos:
                 raise ValueError(f"{error}; {self.expected}") from error
         return photos
 
+    def state(self) -> str:
+        """Identifies the files as they are now, by their sizes and times; the archive's own, if they are in one."""
+        sha = hashlib.sha256()
+        for path in [self.folder.path] if isinstance(self.folder, Archive) else map(self.folder.joinpath, self.paths):
+            try:
+                status = os.stat(path)
+                sha.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+            except OSError:  # which reading will name
+                sha.update(b"lost\n")
+        return sha.hexdigest()
+
     def read(self, row: int, view: Photographs) -> Tensor:
         """The middle square of a row as another view stores it: (3, stored, stored) uint8.
 
@@ -407,7 +418,8 @@ def _of_classes(listing: _Listing, split: str, seed: int, only: Only | None) -> 
     if only != "train":
         listing.refuse_empty(test)
     if split == "none":
-        words = {"train": "all that are there", "test": "the very pictures trained on: nothing is held out"}
+        what = "all that are there" if only == "test" else "the very pictures to train on: none are held out for a test"
+        words = {"train": "all that are there", "test": what}
         return {"train": train, "test": test, "protocol": "seen", "words": words}
     words = {"train": "the first half of the classes by name", "test": "the second half of the classes by name"}
     if split == "random":

@@ -137,7 +137,7 @@ def duplicates(dataset: Dataset, found: Scan, only: Only | None = None) -> list[
     elif gallery is not dataset.train or only is not None:
         among.append(("test", test, "gallery", gallery))
     if val is not None and apart:
-        among.append(("validation", val, "training", dataset.train))
+        among += [("validation", val, "training", dataset.train), ("validation", val, "test", test)]
     lines = []
     for queries, asked, name, split in among:
         pairs = alike(found, asked, split)
@@ -215,19 +215,19 @@ def tell(dataset: Dataset) -> None:
     _print(f"pddm-ext: warning: {note}" for note in dataset.notes)
 
 
-def introduction(dataset: Dataset, held_out: bool = False) -> list[str]:
+def introduction(dataset: Dataset, held_out: bool = False, only: Only | None = None) -> list[str]:
     """What is trained on, and what is searched for among what: a line for each side.
 
-    ``held_out`` says that the validation pictures are of those to train on.
+    ``held_out`` says that the validation pictures are of those to train on. With ``only="test"`` nothing is trained on.
     """
-    sides = [("train on", dataset.train)]
-    if dataset.val is not None:
+    sides = [] if only == "test" else [("train on", dataset.train)]
+    if dataset.val is not None and only != "test":
         sides.append(("of those to train on, hold out to choose by" if held_out else "choose by", dataset.val))
     if dataset.gallery is None:
         sides.append(("search among", dataset.test))
     else:
         sides.append(("search for", dataset.test))
-        if dataset.gallery is not dataset.train:
+        if dataset.gallery is not dataset.train or only == "test":
             sides.append(("search among", dataset.gallery))
     return [
         f"{verb} {len(split.names)} classes, {len(split.labels)} pictures: {', '.join(split.groups)}"

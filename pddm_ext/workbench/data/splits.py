@@ -57,12 +57,13 @@ class Split:
         new[chosen] = torch.arange(len(chosen))
         names = tuple(self.names[c] for c in chosen.tolist())
         group_of = [self.group_of[c] for c in chosen.tolist()] if self.group_of else []
-        groups = sorted(set(group_of)) or range(len(self.groups))
+        groups = sorted(set(group_of))
+        few = "some of " if len(names) < len(self.names) else ""
         return Split(
             Rows(self.pictures, rows),
             new[self.labels[rows]],
             names,
-            tuple(self.groups[g] for g in groups),
+            tuple(self.groups[g] for g in groups) or tuple(few + group for group in self.groups),
             f"{self.digest}:{hashlib.sha256(chosen.numpy().tobytes()).hexdigest()}",
             tuple(groups.index(g) for g in group_of),
         )
@@ -121,6 +122,11 @@ def legible(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def printable(name: str) -> str:
+    """A name for a terminal, in one line: what would move its cursor is written out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in legible(name))
+
+
 TestClasses = Literal["unseen", "known", "seen"]
 
 
@@ -161,12 +167,12 @@ class Dataset:
         return sha.hexdigest()
 
     def selecting(self) -> Dataset | None:
-        """The data with the validation queries in the test queries' place, where their classes are known among the same
-        gallery, or the training pictures if it lacks one of them, else among themselves; None without validation
+        """The data with the validation queries in the test queries' place, where their classes are trained on among the
+        same gallery, or the training pictures if it lacks one of them, else among themselves; None without validation
         pictures."""
         if self.val is None:
             return None
-        sides = (self.gallery, self.train) if self.protocol == "known" else ()
+        sides = () if self.protocol == "unseen" else (self.gallery, self.train)
         names = set(self.val.names)
         gallery = next((side for side in sides if side is not None and names <= set(side.names)), None)
         return replace(self, name=f"{self.name} (validation)", test=self.val, gallery=gallery, val=None)
@@ -192,7 +198,10 @@ class Dataset:
             kept.append(rows[held_out:])
             out.append(rows[:held_out])
         if sum(map(len, out)) < 2:
-            raise ValueError(f"{self.name} has too few pictures a class to hold some out for validation; at least 5")
+            raise ValueError(
+                f"{self.name} has too few pictures a class to hold some out for validation; at least 5 of two classes, "
+                f"or a folder val/, are accepted"
+            )
         train = self.train.some(torch.cat(kept).sort().values)
         gallery = train if self.gallery is self.train else self.gallery
         return replace(self, train=train, val=self.train.some(torch.cat(out).sort().values), gallery=gallery)

@@ -12,6 +12,7 @@ import torch
 
 from ..catalogue import Catalogue, Match
 from ..checkpoint import write_bytes
+from ..data.splits import printable
 from ..trained import Trained
 from .page import RANKINGS, _aligned
 from .pictures import Picture, _data_uri, _thumbnails
@@ -42,11 +43,11 @@ def table(photos: Sequence[Path], found: Sequence[Sequence[Match]]) -> str:
         }
         shown = {name: values for name, values in numbers.items() if any(value is not None for value in values)}
         head = ["", "file", "class", *shown]
-        lines = [
-            [str(place), match.path, match.label or "", *(_number(values[place - 1]) for values in shown.values())]
-            for place, match in enumerate(matches, start=1)
-        ]
-        blocks.append("\n".join([str(photo), *("  " + line for line in _aligned([head, *lines], "<"))]))
+        lines = []
+        for place, match in enumerate(matches):
+            names = [printable(match.path), printable(match.label or "")]
+            lines.append([str(place + 1), *names, *(_number(values[place]) for values in shown.values())])
+        blocks.append("\n".join([printable(str(photo)), *("  " + line for line in _aligned([head, *lines], "<"))]))
     return "\n\n".join(blocks)
 
 
