@@ -109,10 +109,13 @@ cuda: $(VENV)/nvcc ## compile the CUDA kernels for every architecture: registers
 	$(BIN)/cmake --build build/cuda --target cuda_shapes $(ARITHMETICS)
 	$(BIN)/python tests/cuda/resources.py report build/cuda build/cuda/tests/emulation/cuda_shapes
 
-bench: $(VENV)/bench ## benchmark the CPU's kernels; STORE=--store writes the results and the README's table, too
+bench: $(VENV)/bench ## benchmark the CPU's kernels and the search; STORE=--store writes the results and the pages, too
 	@mkdir -p build
-	$(BIN)/python -m pytest bench/test_cpu.py --benchmark-json=build/bench-cpu.json --benchmark-quiet -p no:cacheprovider
-	$(BIN)/python bench/table.py cpu build/bench-cpu.json $(STORE)
+	for subject in cpu search; do \
+	  $(BIN)/python -m pytest bench/test_$$subject.py --benchmark-json=build/bench-$$subject.json --benchmark-quiet \
+	    -p no:cacheprovider && \
+	  $(BIN)/python bench/table.py $$subject build/bench-$$subject.json $(STORE) || exit 1; \
+	done
 
 # On a machine with a GPU and a CUDA build of torch, in whatever Python has them: make test-cuda PYTHON=python3
 # Another Python, another of its packages, another compiler or place: another folder.

@@ -1,7 +1,8 @@
-"""From pytest-benchmark's JSON to two tables: a reader's in the README, and the project's goals in docs/performance.md.
+"""From pytest-benchmark's JSON to tables: of kernels a reader's in the README, and the project's goals in
+docs/performance.md; of searching photographs one in docs/photographs.md.
 
-python bench/table.py cpu build/bench-cpu.json             print them
-python bench/table.py cpu build/bench-cpu.json --store     and keep the run in bench/results/, and write both pages
+python bench/table.py cpu build/bench-cpu.json             print them; cuda and search likewise
+python bench/table.py cpu build/bench-cpu.json --store     and keep the run in bench/results/, and write the pages
 python bench/table.py --check                              fail if a page's table is not that of its stored run
 """
 
@@ -21,14 +22,13 @@ from pddm_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-README, GOALS = ROOT / "README.md", ROOT / "docs" / "performance.md"
-DEVICES = ("cpu", "cuda")
+README, GOALS, PHOTOGRAPHS = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "photographs.md"
 PEERS = ("reference", "chunked", "compiled")
 NARROW = "\u202f"  # a narrow space, where no line breaks
-SHARES = {"peak": "of the peak", "matmul": "of torch.matmul", "forward": "of the forward pass"}
+SHARES = {"peak": "of the peak", "matmul": "of torch.matmul"}
 
 
-def read_run(device: str, path: Path) -> dict[str, Any]:
+def read_run(subject: str, path: Path) -> dict[str, Any]:
     """What is worth keeping of a run; nothing that names the machine beyond its processor."""
     raw = json.loads(path.read_text("utf-8"))
     run = {
@@ -38,7 +38,7 @@ def read_run(device: str, path: Path) -> dict[str, Any]:
         "compiler": _C.build_info()["compiler"],
         "rows": [b["extra_info"] for b in raw["benchmarks"]],
     }
-    if device == "cuda":
+    if subject == "cuda":
         return run | {"processor": torch.cuda.get_device_name(), "cuda": _C.build_info()["cuda"]}
     return run | {
         "processor": raw["machine_info"]["cpu"].get("brand_raw", "unknown"),
@@ -53,8 +53,6 @@ def text(name: str, value: float) -> str:
         return f"{value:.0%} of the multiply-add peak"
     if name == "matmul":
         return f"{value:.0%} of torch.matmul's rate"
-    if name == "forward":
-        return f"{value:.0%} of the forward pass's rate"
     if name == "MiB":
         return f"{value:.1f} MiB"
     if "÷" in name:
@@ -161,46 +159,60 @@ def replace(path: Path, content: str) -> None:
     os.replace(temporary, path)
 
 
-TABLES = {README: reader_table, GOALS: goals_table}
+def search_table(run: dict[str, Any]) -> str:
+    lines = ["| what | takes | compared with | | goal |", "|---|---|---|---|---|"]
+    for r in run["rows"]:
+        what, ours = r["what"], milliseconds(r["milliseconds"]["ours"])
+        for name, (value, target) in r["figures"].items():
+            kind, met = ("time", value <= -target) if target < 0 else ("rate", value >= target)
+            goal = f"{'≤' if target < 0 else '≥'} {abs(target)}" if target else ""
+            lines.append(f"| {what} | {ours} | {name} | {value:.2f} × its {kind}{'' if met else ' ✗'} | {goal} |")
+            what = ours = ""
+    built = f"torch {run['torch']}, {run['date']}."
+    return "\n".join([*lines, "", f"{run['processor']}, {run['threads']} threads, {built}"])
 
 
-def page_with(page: Path, device: str, run: dict[str, Any]) -> str:
+_KERNELS = {README: reader_table, GOALS: goals_table}
+TABLES = {"cpu": _KERNELS, "cuda": _KERNELS, "search": {PHOTOGRAPHS: search_table}}
+
+
+def page_with(page: Path, subject: str, run: dict[str, Any]) -> str:
     """The page, with the run's table between its marks."""
-    begin, end = (f"<!-- bench/results/{device}.json: {which} -->" for which in ("begin", "end"))
+    begin, end = (f"<!-- bench/results/{subject}.json: {which} -->" for which in ("begin", "end"))
     before, _, rest = page.read_text("utf-8").partition(begin)
     _, found, after = rest.partition(end)
     if not found:
         sys.exit(f"{page.name} has no '{begin}' … '{end}'")
-    return f"{before}{begin}\n{TABLES[page](run)}\n{end}{after}"
+    return f"{before}{begin}\n{TABLES[subject][page](run)}\n{end}{after}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=DEVICES, nargs="?")
+    parser.add_argument("subject", choices=TABLES, nargs="?")
     parser.add_argument("run", type=Path, nargs="?", help="pytest-benchmark's JSON")
     parser.add_argument("--store", action="store_true", help="keep the run and write its tables into the pages")
     parser.add_argument("--check", action="store_true", help="compare the pages' tables with the stored runs")
     arguments = parser.parse_args()
     if arguments.check:
-        stored = {device: RESULTS / f"{device}.json" for device in DEVICES}
-        runs = {device: json.loads(path.read_text("utf-8")) for device, path in stored.items() if path.exists()}
+        stored = {subject: RESULTS / f"{subject}.json" for subject in TABLES}
+        runs = {subject: json.loads(path.read_text("utf-8")) for subject, path in stored.items() if path.exists()}
         stale = [
-            (page, device)
-            for device, run in runs.items()
-            for page in TABLES
-            if page.read_text("utf-8") != page_with(page, device, run)
+            (page, subject)
+            for subject, run in runs.items()
+            for page in TABLES[subject]
+            if page.read_text("utf-8") != page_with(page, subject, run)
         ]
-        for page, device in stale:
-            print(f"{page.name}'s table is not that of bench/results/{device}.json", file=sys.stderr)
+        for page, subject in stale:
+            print(f"{page.name}'s table is not that of bench/results/{subject}.json", file=sys.stderr)
         return bool(stale)
     if arguments.run is None:
-        parser.error("a device and pytest-benchmark's JSON are needed")
-    run = read_run(arguments.device, arguments.run)
-    print("\n\n".join(table(run) for table in TABLES.values()))
+        parser.error("a subject and pytest-benchmark's JSON are needed")
+    run = read_run(arguments.subject, arguments.run)
+    print("\n\n".join(table(run) for table in TABLES[arguments.subject].values()))
     if arguments.store:
-        replace(RESULTS / f"{arguments.device}.json", json.dumps(run, indent=1, ensure_ascii=False) + "\n")
-        for page in TABLES:
-            replace(page, page_with(page, arguments.device, run))
+        replace(RESULTS / f"{arguments.subject}.json", json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+        for page in TABLES[arguments.subject]:
+            replace(page, page_with(page, arguments.subject, run))
     return 0
 
 

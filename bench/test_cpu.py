@@ -6,19 +6,12 @@ import statistics
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import faiss
-import numpy as np
 import pytest
 import torch
 
-import photographs
 from pddm_ext import _C, mine_and_score, reference
-from pddm_ext.workbench.catalogue import Catalogue
-from pddm_ext.workbench.model import pieces
 from peers import chunked_mine, compiled_mine
 from races import Contender, batch, pair_operations, race, row, seconds, training_step
 
@@ -164,72 +157,6 @@ def test_memory(benchmark: Any) -> None:
     grown, native = map(float, result.stdout.split())
     benchmark.extra_info["native_mib"] = native
     row(benchmark, 'memory of a step `"anchor"`, n=4096, d=64, MiB', **{"MiB": (grown, -64)})
-
-
-@torch.no_grad()
-def test_embedding_a_folder(benchmark: Any, tmp_path: Path) -> None:
-    """A catalogue from its files on, decoding and writing included, over the backbone's forward passes alone.
-
-    These are of 32 photographs, as a loop over a loader makes them, and of the two at a time that ours makes: on both
-    cores, where decoding takes its time from them, and on one, where the other is left to decoding.
-    """
-    trained = photographs.embedder()
-    folder, out = tmp_path / "photographs", tmp_path / "catalogues"
-    folder.mkdir()
-    out.mkdir()
-    names = photographs.folder(folder, 256)
-    stored = torch.stack([trained.prepare(folder / name) for name in names])
-    seen = [trained.view.plain(part) for part in torch.split(stored, 32)]
-
-    def ours() -> None:
-        with TemporaryDirectory(dir=out) as fresh:
-            Catalogue.build(trained, folder, fresh, workers=2)
-
-    backbone = trained.module.net.backbone
-
-    def few() -> None:
-        for part in seen:
-            for piece in pieces(part):
-                backbone(piece)
-
-    both = race(benchmark, ours, {"forward": lambda: [backbone(part) for part in seen], "few": few}, rounds=5)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        own, alone = (statistics.median(seconds(run) for _ in range(3)) for run in (ours, few))
-    finally:
-        torch.set_num_threads(threads)
-    row(
-        benchmark,
-        "catalogue of 256 photographs, EfficientNet-Lite0, two workers, and the backbone's forward pass alone",
-        **{
-            "of 32": (both["forward"], 0.9),
-            "of 2": (both["few"], 0.9),
-            "of 2, one thread": (alone / own, 0.9),
-        },
-    )
-
-
-@torch.no_grad()
-def test_search(benchmark: Any, tmp_path: Path) -> None:
-    trained = photographs.embedder()
-    (name,) = photographs.folder(tmp_path, 1)
-    catalogue = photographs.opened(tmp_path, trained, 100_000)
-    index = faiss.IndexFlatL2(trained.dim)
-    index.add(np.array(catalogue.features))
-    stored = trained.prepare(tmp_path / name)[None]
-
-    def parts() -> None:
-        index.search(trained.module(stored).numpy(), 100)
-
-    ratio = race(
-        benchmark, lambda: catalogue.search(tmp_path / name, by="score", candidates=100), {"parts": parts}, rounds=31
-    )
-    row(
-        benchmark,
-        "search of a photograph among 100,000, d=128, 100 re-ranked by score, over faiss and a forward pass alone",
-        **{"search ÷ its parts": (1 / ratio["parts"], -1.5)},
-    )
 
 
 @torch.no_grad()

@@ -164,7 +164,7 @@ def test_features_are_computed_anew_where_anything_that_they_depend_on_has_chang
 
 def test_features_of_files_that_were_written_again_are_computed_anew(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "pictures", 6, 3)
-    for path in root.rglob("*.jpg"):
+    for path in root.rglob("*.png"):
         Image.open(path).resize((40, 40)).save(path.with_suffix(".bmp"))
         path.unlink()
     view = Photographs(32, 32)
