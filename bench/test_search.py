@@ -1,5 +1,7 @@
-"""Photographs embedded and searched for, over what the libraries underneath take alone: EfficientNet-Lite0 at 224 pixels,
-features of 128 numbers."""
+"""Photographs embedded and searched for, over what the libraries underneath take alone.
+
+EfficientNet-Lite0 at 224 pixels, features of 128 numbers.
+"""
 
 from __future__ import annotations
 
