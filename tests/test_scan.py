@@ -133,6 +133,9 @@ def test_a_comparison_looks_once_and_its_runs_leave_out_the_same(
         metrics = (place / "out" / "cells" / "contrastive" / f"seed-{seed}" / "metrics.json").read_text("utf-8")
         assert '"pictures": 10' in metrics
         assert '"pictures": 11' in metrics
+        assert json.loads(metrics)["data"]["notes"] == [
+            "3 of 24 pictures cannot be read and are left out (--skip-unreadable)"
+        ]
 
 
 def test_measuring_looks_at_the_measured_half_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,8 +224,10 @@ class Grid:
         first = next(iter(self.methods.values()))
         # Fetched and looked at once, and refused before any run if it is no good.
         _LEFT_OUT.clear()
+        _TOLD.clear()
         dataset, lost = scan.examined(_dataset(first), skip=first.skip_unreadable, progress=progress)
         _LEFT_OUT.update(lost)
+        _TOLD.extend(dataset.notes)
         scan.tell(dataset)
         if lost:
             self.check()  # of what is left
@@ -273,11 +275,15 @@ def _dataset(settings: Settings) -> Dataset:
     """The settings' data, loaded once for all runs that see them alike."""
     own = {name: getattr(settings, name) for name in _OF_DATA}
     seed = settings.seed if settings.split == "random" else 0
-    return _loaded(Settings(seed=seed, **own), backbones.view(settings), frozenset(_LEFT_OUT))
+    dataset = _loaded(Settings(seed=seed, **own), backbones.view(settings), frozenset(_LEFT_OUT))
+    # Another seed's half of the classes was not looked at.
+    return dataset if settings.split == "random" else replace(dataset, notes=tuple(_TOLD) or dataset.notes)
 
 
-#: Pictures that cannot be read, which the grid was told of when it began; the processes of its runs are told in turn.
+#: Pictures that cannot be read, and what is to be known of the others: the grid was told when it began, and the processes
+#: of its runs are told in turn.
 _LEFT_OUT: set[str] = set()
+_TOLD: list[str] = []
 
 
 @functools.lru_cache(4)
@@ -334,7 +340,7 @@ def _each(cells: list[Cell], jobs: int, threads: int) -> Iterator[Cell]:
         jobs,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin,
-        initargs=(multiprocessing.get_start_method(), frozenset(_LEFT_OUT)),
+        initargs=(multiprocessing.get_start_method(), frozenset(_LEFT_OUT), tuple(_TOLD)),
     )
     others = multiprocessing.active_children()
     try:
@@ -362,9 +368,10 @@ def _each(cells: list[Cell], jobs: int, threads: int) -> Iterator[Cell]:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(start: str, lost: frozenset[str] = frozenset()) -> None:
+def _begin(start: str, lost: frozenset[str] = frozenset(), told: tuple[str, ...] = ()) -> None:
     """What a process of the grid does first."""
     _LEFT_OUT.update(lost)
+    _TOLD.extend(told)
     # Loaders start their workers as they do in a run by itself; spawned ones would take seconds each time.
     multiprocessing.set_start_method(start, force=True)
     signal.signal(signal.SIGTERM, _end)
