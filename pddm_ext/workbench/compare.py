@@ -280,8 +280,8 @@ def _dataset(settings: Settings) -> Dataset:
     return dataset if settings.split == "random" else replace(dataset, notes=tuple(_TOLD) or dataset.notes)
 
 
-#: Pictures that cannot be read, and what is to be known of the others: the grid was told when it began, and the processes
-#: of its runs are told in turn.
+#: Pictures that cannot be read, and what is to be known of the others: the grid was told when it began, and the
+#: processes of its runs are told in turn.
 _LEFT_OUT: set[str] = set()
 _TOLD: list[str] = []
 
