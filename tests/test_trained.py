@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -354,3 +355,13 @@ def test_it_is_there_without_being_imported_with_the_package() -> None:
     assert "load" in dir(pddm_ext)
     with pytest.raises(AttributeError, match="no attribute 'unload'"):
         _ = pddm_ext.unload
+
+
+def test_using_what_was_trained_loads_no_library_of_training(tmp_path: Path) -> None:
+    """Which would take seconds, once for each command and each process that reads pictures."""
+    libraries = "lightning_fabric", "pytorch_metric_learning", "torchmetrics", "sklearn", "scipy", "matplotlib"
+    code = "import sys, pddm_ext.workbench.catalogue, pddm_ext.workbench.data.photos\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "pddm_ext.workbench.trained" in loaded
+    assert loaded.isdisjoint(libraries)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from PIL import Image
 from torch import Tensor, nn
 
@@ -366,6 +365,8 @@ def accelerated(accelerator: str) -> torch.device:
     Raises:
         ValueError: there is none.
     """
+    from lightning_fabric import Fabric  # which takes seconds, and which nobody needs who names a device of torch's
+
     try:
         return Fabric(accelerator=accelerator, devices=1).device
     except (RuntimeError, ImportError, ValueError) as error:

@@ -10,8 +10,6 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from pytorch_metric_learning.samplers import MPerClassSampler
-from pytorch_metric_learning.utils import common_functions
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -284,6 +282,10 @@ def batches(
 
     The seed decides them; the first ``skip`` are left out. A class with fewer pictures than ``samples`` repeats some.
     """
+    # Here, for a process that only reads pictures would take seconds longer to start.
+    from pytorch_metric_learning.samplers import MPerClassSampler
+    from pytorch_metric_learning.utils import common_functions
+
     size = classes * samples
     before, common_functions.NUMPY_RANDOM = common_functions.NUMPY_RANDOM, np.random.RandomState(seed)
     try:
