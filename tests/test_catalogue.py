@@ -360,6 +360,17 @@ def test_a_file_beside_a_catalogue_is_left_alone(runs: Path, photos: Path, tmp_p
     assert (tmp_path / "out" / STRUCTURES).read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("name", ["unfinished", UNFINISHED])
+def test_somebodys_own_folder_beside_a_catalogue_is_left_alone(
+    runs: Path, photos: Path, tmp_path: Path, name: str
+) -> None:
+    plain, mine = pddm_ext.load(runs / "plain"), tmp_path / "out" / name / "chapter.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    Catalogue.build(plain, photos, tmp_path / "out")
+    assert mine.read_text() == "mine"
+
+
 def test_code_that_has_changed_embeds_everything(
     embedder: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +380,9 @@ def test_code_that_has_changed_embeds_everything(
     monkeypatch.setattr(backbone, "forward", lambda pictures: type(backbone).forward(backbone, pictures).square())
     made = Catalogue.build(embedder, photos, tmp_path / "out")
     assert made.changes == catalogues.Changes(
-        new=1, changed=12, anew="the same pictures have other features now; the backbone's code has changed"
+        new=1,
+        changed=12,
+        anew="the same pictures have other features now; the backbone's code or arithmetic has changed",
     )
     expected = embedder([photos / path for path in made.paths])
     torch.testing.assert_close(torch.from_numpy(np.array(made.features)), expected)

@@ -290,6 +290,15 @@ def test_copies_of_training_pictures_to_choose_by_are_counted(tmp_path: Path) ->
     assert note.startswith("1 of 10 validation pictures look the same as one of the test pictures, such as val/x/9")
 
 
+def test_copies_to_choose_by_in_the_gallery_are_counted(tmp_path: Path) -> None:
+    sides = [catalogue("abc", "train/"), *(catalogue("xyz", f"{side}/") for side in ("val", "query", "gallery"))]
+    root = scatter(tmp_path, {path: content for side in sides for path, content in side.items()})
+    assert not [note for note in scan.examined(photos.folder(root), progress=False)[0].notes if "validation" in note]
+    shutil.copy(root / "gallery/x/0.png", root / "val/x/9.png")
+    notes = scan.examined(photos.folder(root), progress=False)[0].notes
+    assert any(note.startswith("1 of 10 validation pictures look the same as one of the gallery") for note in notes)
+
+
 def test_copies_within_the_test_side_are_counted_once_each(tmp_path: Path) -> None:
     root = scatter(tmp_path, catalogue("abcdefgh"))
     assert scan.examined(photos.folder(root), progress=False)[0].notes == ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from .embedding import embed, walk
 from .trained import Picture, Trained
 
 #: What was embedded before :meth:`Catalogue.build` was stopped: a folder within the catalogue's, a catalogue itself.
-UNFINISHED = "unfinished"
+UNFINISHED = ".unfinished"
 INDICES = ("auto", "flat", "hnsw", "ivf-pq")
 RANKINGS = ("distance", "score", "structure")
 
@@ -184,7 +183,7 @@ class Catalogue:
             }
             if _differs(trained, folder, {**kept, **embedded}):
                 kept, embedded = {}, {}
-                anew = "the same pictures have other features now; the backbone's code has changed"
+                anew = "the same pictures have other features now; the backbone's code or arithmetic has changed"
             rest = [path for path in found if path not in kept and path not in embedded]
             try:
                 unreadable = embed(trained, folder, rest, workers, skip_unreadable, progress, embedded)
@@ -210,7 +209,7 @@ class Catalogue:
                     with suppress(OSError):
                         _write(out / UNFINISHED, trained, folder, "flat", found, embedded)
                 raise
-            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+            files.remove(out / UNFINISHED)
             content, made = files.read(out)
         return cls(trained, content, made, changes)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -103,6 +104,16 @@ def write(out: Path, content: Content, index: Any) -> None:
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def remove(out: Path) -> None:
+    """The catalogue in a folder, and the folder if nothing else is in it; nothing where there is no catalogue."""
+    if not _listed(out) and not (out / _WRITING).exists():
+        return
+    for name in (FEATURES, STRUCTURES, INDEX, FACTS, _WRITING):
+        (out / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        out.rmdir()
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,8 +105,7 @@ def embed(
                     if not all(np.isfinite(value).all() for value in values):
                         raise ValueError(f"{folder / paths[row]}: its feature is not finite")
                     embedded[paths[row]] = values
-            for _ in chunk:
-                bar.update()
+            bar.update(len(chunk))
             if chunk[-1] % (BATCH * 32) >= BATCH * 31 or chunk is chunks[-1]:
                 bar.report(f"{len(unreadable)} unreadable")
     if unreadable and not skip_unreadable:

@@ -136,6 +136,8 @@ def duplicates(dataset: Dataset, found: Scan, only: Only | None = None) -> list[
         among.append(("test", test, "other test", test))
     elif gallery is not dataset.train or only is not None:
         among.append(("test", test, "gallery", gallery))
+        if val is not None and apart:
+            among.append(("validation", val, "gallery", gallery))
     if val is not None and apart:
         among += [("validation", val, "training", dataset.train), ("validation", val, "test", test)]
     lines = []
