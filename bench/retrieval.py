@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ RUNS = ROOT / "runs/results"
 
 SEEDS, STEPS, LRS = 5, 400, (3e-4, 1e-3, 3e-3, 1e-2)
 METHODS = (
-    "recommended",
+    "joint",
     "pddm-anchor",
     "pddm-pair",
     "pddm-batch",
@@ -45,7 +46,7 @@ METHODS = (
     "multi-similarity-mined",
 )
 #: pytorch-metric-learning's, as they come but for a margin; the rest is a paper's, or ours.
-BASELINES = tuple(name for name in METHODS if not name.startswith(("recommended", "pddm", "euclidean")))
+BASELINES = tuple(name for name in METHODS if not name.startswith(("joint", "pddm", "euclidean")))
 #: What might explain how PDDM mining does: one change at a time, at one learning rate.
 CAUSES = (
     "pddm-pair",
@@ -67,45 +68,117 @@ SIBLINGS = {
         "triplet-semihard": TERMS,
         "pddm-pair": TERMS,
         "multi-similarity": TERMS[:3],
-        "recommended": TERMS[:3],
+        "joint": TERMS[:3],
     }.items()
 }
 #: Whether the order of the best is another where they have time to converge.
-LONG = ("recommended", "pddm-pair", "multi-similarity")
+LONG = ("joint", "pddm-pair", "multi-similarity")
 #: The two that lie closest, with as many seeds as it takes to tell whether either is ahead.
-CLOSEST, MANY = ("recommended", "multi-similarity"), 4 * SEEDS
-#: Each grid's data set, whether it is augmented, its methods, the learning rates they choose from, steps and seeds.
+CLOSEST, MANY = ("joint", "multi-similarity"), 4 * SEEDS
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Methods, each at the learning rate that does best on validation, on one data set.
+
+    Attributes:
+        methods: as ``pddm-ext compare --methods`` takes them.
+        common: settings that they share; ``every`` is of the curves.
+        lrs: learning rates to choose from; a single one is not chosen.
+        seeds: how many.
+    """
+
+    methods: tuple[str, ...]
+    common: dict[str, Any]
+    lrs: tuple[float, ...] = LRS
+    seeds: int = SEEDS
+
+
+def _drawings(data: str, methods: tuple[str, ...], steps: int = STEPS, augment: bool = True, **more: Any) -> Experiment:
+    return Experiment(methods, {"data": data, "steps": steps, "every": steps // 16, "augment": augment}, **more)
+
+
+def _known(data: str, methods: tuple[str, ...]) -> Experiment:
+    return Experiment(methods, {"data": data, "split": "known", "steps": 600, "every": 300}, LRS[1:])
+
+
+def _photographs(methods: tuple[str, ...], *, unseen: bool = False, **more: Any) -> Experiment:
+    common = {
+        "data": "grocery",
+        "split": "unseen" if unseen else "half",
+        "backbone": "efficientnet-lite0",
+        "picture": 160,
+        "freeze": True,
+        "augment": False,
+        "dim": 128,
+        "steps": 800,
+        "every": 400,
+    }
+    return Experiment(methods, common, **more)
+
+
+#: What PDDM's score is held against where classes are known: the best losses, each by distance.
+STRONGEST = ("multi-similarity", "proxy-anchor", "norm-softmax", "sub-center-arcface", "sup-con")
+SCORING = ("recommended", "joint", "pddm-pair")
+#: What the second stage consists of, one change at a time.
+STAGE = (
+    "recommended",
+    "recommended:unit_distance=0",
+    "recommended:unit_start=random",
+    "recommended:unit_start=random,unit_distance=0",
+    "recommended:unit_start=distance",
+    "recommended:unit_noise=0",
+    "recommended:unit_noise=0.035",
+    "recommended:unit_noise=0.14",
+    "recommended:unit_steps=500",
+    "recommended:unit_steps=4500",
+    "recommended:unit_width=100",
+    "recommended:unit_width=256",
+    "recommended:alpha=0.2",
+    "recommended:alpha=1",
+)
+#: The two-stage method on another loss's embedding.
+OTHERS = tuple(f"{name}:unit_steps=1500" for name in STRONGEST[1:])
+#: Wrong labels, and few of them.
+SPOILT = tuple(
+    f"{name}:{spoilt}"
+    for name in ("multi-similarity", "recommended", "joint", "pddm-pair", "triplet-semihard", "norm-softmax", "sup-con")
+    for spoilt in ("label_noise=0.2", "label_noise=0.4", "train_share=0.25")
+)
+#: PDDM's siblings on photographs.
+SIBLINGS_SEEN = ("multi-similarity", *(f"multi-similarity:{term}" for term in ("density=0.03", "structure=0.3")))
 GRIDS = {
-    "omniglot": ("omniglot", True, METHODS, LRS, STEPS, SEEDS),
-    "glyphs": ("glyphs", True, METHODS, LRS, STEPS, SEEDS),
-    "omniglot-plain": ("omniglot", False, METHODS, LRS, STEPS, SEEDS),
-    "glyphs-plain": ("glyphs", False, METHODS, LRS, STEPS, SEEDS),
-    "omniglot-causes": ("omniglot", True, CAUSES, LRS[1:2], STEPS, SEEDS),
-    "glyphs-causes": ("glyphs", True, CAUSES, LRS[1:2], STEPS, SEEDS),
-    "omniglot-siblings": ("omniglot", True, sum(SIBLINGS.values(), ()), LRS, STEPS, SEEDS),
-    "glyphs-siblings": ("glyphs", True, sum(SIBLINGS.values(), ()), LRS, STEPS, SEEDS),
-    "omniglot-long": ("omniglot", True, LONG, LRS[1:], 3 * STEPS, SEEDS),
-    "glyphs-long": ("glyphs", True, LONG, LRS[1:], 3 * STEPS, SEEDS),
-    "omniglot-closest": ("omniglot", True, CLOSEST, LRS, STEPS, MANY),
-    "glyphs-closest": ("glyphs", True, CLOSEST, LRS, STEPS, MANY),
+    "grocery-known": _photographs((*SCORING, *STRONGEST)),
+    "grocery-unseen": _photographs((*SCORING, *STRONGEST), unseen=True),
+    "grocery-stage": _photographs((*STAGE, *OTHERS), lrs=LRS[1:2]),
+    "grocery-stage-unseen": _photographs((*STAGE, *OTHERS), unseen=True, lrs=LRS[1:2]),
+    "grocery-spoilt": _photographs(SPOILT, lrs=LRS[1:2]),
+    "grocery-siblings": _photographs(SIBLINGS_SEEN, lrs=LRS[1:2]),
+    "omniglot-known": _known("omniglot", (*SCORING, *STRONGEST)),
+    "glyphs-known": _known("glyphs", (*SCORING, *STRONGEST)),
+    "omniglot": _drawings("omniglot", METHODS),
+    "glyphs": _drawings("glyphs", METHODS),
+    "omniglot-plain": _drawings("omniglot", METHODS, augment=False),
+    "glyphs-plain": _drawings("glyphs", METHODS, augment=False),
+    "omniglot-causes": _drawings("omniglot", CAUSES, lrs=LRS[1:2]),
+    "glyphs-causes": _drawings("glyphs", CAUSES, lrs=LRS[1:2]),
+    "omniglot-siblings": _drawings("omniglot", sum(SIBLINGS.values(), ())),
+    "glyphs-siblings": _drawings("glyphs", sum(SIBLINGS.values(), ())),
+    "omniglot-long": _drawings("omniglot", LONG, 3 * STEPS, lrs=LRS[1:]),
+    "glyphs-long": _drawings("glyphs", LONG, 3 * STEPS, lrs=LRS[1:]),
+    "omniglot-closest": _drawings("omniglot", CLOSEST, seeds=MANY),
+    "glyphs-closest": _drawings("glyphs", CLOSEST, seeds=MANY),
 }
 
 Cells = dict[str, list[dict[str, Any]]]
 
 
-def run(name: str, omniglot: str, jobs: int) -> None:
+def run(name: str, roots: dict[str, str], jobs: int) -> None:
     """Run a grid, write its HTML report beside the runs, and store its figures."""
-    data, augment, methods, lrs, steps, seeds = GRIDS[name]
-    common = Settings(
-        data=data,
-        root=omniglot if data == "omniglot" else "",
-        augment=augment,
-        steps=steps,
-        schedule="cosine",
-        accelerator="cpu",
-        every=steps // 16,
-    )
-    grid = compare.Grid(common, methods, range(seeds), RUNS / name, lrs=lrs)
+    experiment = GRIDS[name]
+    root = roots.get(experiment.common["data"], "")
+    common = Settings(**experiment.common, root=root, schedule="cosine", accelerator="cpu")
+    grid = compare.Grid(common, experiment.methods, range(experiment.seeds), RUNS / name, lrs=experiment.lrs)
     grid.folder.mkdir(parents=True, exist_ok=True)
     cells = grid.run(jobs)
     examples, raw = compare.examples(grid)
@@ -118,7 +191,8 @@ def run(name: str, omniglot: str, jobs: int) -> None:
 def _kept(metrics: dict[str, Any]) -> dict[str, Any]:
     """Metrics without histograms and without what the machine's folders are called, in four digits."""
     kept = {**metrics, "settings": {**metrics["settings"], "root": ""}}
-    kept["pairs"] = {kind: {key: pair[key] for key in ("overlap", "auc")} for kind, pair in metrics["pairs"].items()}
+    figures = ("overlap", "auc", "tpr", "eer")
+    kept["pairs"] = {kind: {key: pair[key] for key in figures} for kind, pair in metrics["pairs"].items()}
     return _rounded(kept)
 
 
@@ -243,7 +317,8 @@ def draw() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--omniglot", help="folder of images_background_small1.zip; run the grids")
+    parser.add_argument("--omniglot", help="folder of images_background_small1.zip; run the grids of drawings")
+    parser.add_argument("--grocery", help="zip or folder of the Grocery Store Dataset; run the grids of photographs")
     parser.add_argument("--only", nargs="+", choices=GRIDS, default=list(GRIDS), help="of the grids")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--check", action="store_true", help="fail where the page is not what is stored")
@@ -253,9 +328,11 @@ def main() -> int:
         if stale:
             print(f"{', '.join(stale)}: not what is stored; run {sys.argv[0]}", file=sys.stderr)
         return len(stale)
-    if arguments.omniglot:
-        for name in arguments.only:
-            run(name, arguments.omniglot, arguments.jobs)
+    given = {"omniglot": arguments.omniglot, "grocery": arguments.grocery, "glyphs": arguments.omniglot and ""}
+    roots = {data: root for data, root in given.items() if root is not None}
+    for name in arguments.only:
+        if GRIDS[name].common["data"] in roots:
+            run(name, roots, arguments.jobs)
     PAGE.parent.mkdir(exist_ok=True)
     draw()
     write_bytes(PAGE, results())

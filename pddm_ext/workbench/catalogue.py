@@ -353,11 +353,10 @@ class Catalogue:
             weights = torch.from_numpy(structure[None].astype(np.float64))
             values = pddm_ext.adaptive_distance(x.double(), weights, y.double())[0]
         else:
-            unit = self.trained.unit
-            assert unit is not None
-            rows = torch.cat([x, y]).to(unit.u.weight.device)
-            j = torch.arange(1, len(rows), device=rows.device)
-            values = pddm_ext.score_pairs(rows, torch.zeros_like(j), j, unit)
+            similarity = self.trained.similarity
+            assert similarity is not None
+            j = torch.arange(1, len(near) + 1)
+            values = similarity.pairs(torch.cat([x, y]), torch.zeros_like(j), j)
         return values.double().cpu().numpy()
 
 

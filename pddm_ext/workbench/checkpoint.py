@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .. import __version__
 
-#: A reader of FORMAT also reads every earlier one that a release has written; the first release writes 3.
-FORMAT = 3
+#: A reader of FORMAT also reads every earlier one that a release has written; the first release writes 4.
+FORMAT = 4
 #: What a state consists of. ``best`` is the learner of the best step where validation pictures choose one, else empty;
 #: ``view`` how pictures are seen, empty if it is the user's own; ``names`` the classes trained on; ``data`` what each
 #: side of the data consists of; ``losses`` those since the last point of the curves.
@@ -38,6 +38,7 @@ KEYS: dict[str, type] = {
     "names": list,
     "baselines": dict,
     "thresholds": dict,
+    "fitted": bool,
     "optimizer": dict,
     "scheduler": dict,
     "precision": dict,

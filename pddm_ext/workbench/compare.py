@@ -35,7 +35,7 @@ from .methods import Quadruplet, objective
 from .model import embedder
 from .outcome import raw_pixels
 from .report.pictures import Examples, Shown
-from .settings import METHODS, Settings, difference, parse, read, unused, written
+from .settings import FITTED, METHODS, Settings, difference, parse, read, scores, unused, written
 
 #: The sweep's runs have seeds of their own, so that no final run was looked at before.
 _SWEEP_SEED = 1000
@@ -87,6 +87,9 @@ def method(text: str, common: Settings) -> Settings:
     for key, term in (("density_ratio", "density"), ("clusters", "structure")):
         if key in given and not getattr(settings, term):
             raise ValueError(f"--methods {text}: {key} does nothing without {term}")
+    idle = sorted(given.keys() & FITTED)
+    if idle and not (settings.unit_updates or scores(name)):
+        raise ValueError(f"--methods {text}: {idle[0]} does nothing without unit_steps")
     if "backbone_lr_factor" in given and settings.freeze:
         raise ValueError(f"--methods {text}: backbone_lr_factor does nothing with freeze")
     return settings
@@ -197,13 +200,13 @@ class Grid:
             folds = (_SWEEP_SEED + attempt for attempt in range(self.tries if tuning else 0))
             for dataset in (whole, *(_dataset(replace(settings, seed=f)).validation(f - _SWEEP_SEED) for f in folds)):
                 train = prepared(settings, dataset).train
-                scores = objective(settings, len(train.names)).unit is not None
+                scored = settings.unit_updates > 0 or objective(settings, len(train.names)).unit is not None
             view = whole.view
             net = (settings.backbone, settings.pretrained, view.size, settings.dim, settings.structure > 0)
             if net not in built:
                 embedder(settings, (view.channels, view.size, view.size))
                 built.add(net)
-            devices.fabric(settings, settings.accelerator, 1, scores)
+            devices.fabric(settings, settings.accelerator, 1, scored)
 
     def _folder(self, text: str, seed: int) -> Path:
         return self.folder / "cells" / _safe(text) / f"seed-{seed}"
@@ -419,7 +422,7 @@ def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:
                 weight = next(net.parameters())
                 mined = run.learner.objective.mine(net(batch.to(weight)), labels.to(weight.device))
                 quadruplets = Quadruplets(*(field.cpu() for field in mined))
-        shown[cell.label] = Shown(features, run.learner.unit, quadruplets)
+        shown[cell.label] = Shown(features, run.learner.similarity, quadruplets)
     classes = [dataset.train.names[c] for c in labels.tolist()]
     return Examples(settings.seed, first.test, batch, shown, classes), raw_pixels(first.test, settings.seed)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -50,6 +51,19 @@ class _Both(nn.Module):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.features.both(pictures)
+
+
+class _Score(nn.Module):
+    """:class:`.similarity.Similarity` in plain operators."""
+
+    def __init__(self, unit: reference.PDDM, cosine: float) -> None:
+        super().__init__()
+        self.unit, self.cosine = unit, cosine
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        alike = (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1)
+        scores: Tensor = self.unit(x, y) + self.cosine * alike
+        return scores
 
 
 def available() -> tuple[str, ...]:
@@ -107,12 +121,13 @@ def preprocessing(trained: Trained) -> dict[str, Any]:
         }
     }
     if trained.unit is not None:
+        beside = [f"{trained.cosine:.6g} times the cosine of the rows is added to it"] if trained.cosine else []
         graphs["unit"] = {
             "input": {"x": ["n", dim], "y": ["n", dim]},
             "input dtype": "float32",
             "output": {"scores": ["n"]},
             "output dtype": "float32",
-            "inside": ["the score of each pair of rows; a larger one is more alike"],
+            "inside": ["the score of each pair of rows; a larger one is more alike", *beside],
         }
     return {
         "preparation": _preparation(view),
@@ -212,7 +227,8 @@ def _unit(trained: Trained) -> _Graph:
     unit = reference.PDDM(fused.dim, fused.hidden, fused.combined, normalize_input=fused.normalize_input)
     unit.load_state_dict(fused.state_dict())
     rows = torch.zeros(2, fused.dim)
-    return _traced(unit.eval().requires_grad_(False), rows, rows.clone()), ("x", "y"), ("scores",)
+    module = _Score(unit, trained.cosine) if trained.cosine else unit
+    return _traced(module.eval().requires_grad_(False), rows, rows.clone()), ("x", "y"), ("scores",)
 
 
 def _traced(module: nn.Module, *example: Tensor) -> ExportedProgram:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 import pddm_ext
 from pddm_ext.precision import unmasked
 
+from .fitting import FittedUnit
 from .methods import PairLoss, Quadruplet
 from .model import Embedder
 from .settings import PROXIES, Settings
+from .similarity import Similarity
 
 
 class Learner(nn.Module):
@@ -21,17 +23,26 @@ class Learner(nn.Module):
 
     Attributes:
         known: whether it is given backbone features in the pictures' place.
+        fitted: the unit that is trained when the net no longer is, if one is to be.
     """
 
-    def __init__(self, net: Embedder, objective: Quadruplet | PairLoss, settings: Settings) -> None:
+    def __init__(
+        self, net: Embedder, objective: Quadruplet | PairLoss, settings: Settings, fitted: FittedUnit | None = None
+    ) -> None:
         super().__init__()
         self.net, self.objective, self.settings, self.known = net, objective, settings, False
         self.density = pddm_ext.DensityRegularizer(settings.density_ratio) if settings.density else None
         self.ranking = pddm_ext.MultiClusterRankingLoss(settings.clusters) if settings.structure else None
+        self.fitted = fitted
 
     @property
     def unit(self) -> pddm_ext.PDDM | None:
-        return self.objective.unit
+        return self.objective.unit if self.fitted is None else self.fitted.unit
+
+    @property
+    def similarity(self) -> Similarity | None:
+        """What ranks by score, where there is a unit."""
+        return Similarity.of(self.objective.unit) if self.fitted is None else self.fitted.similarity
 
     def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
         # Losses are sums of small differences: of float32 even where the net runs in less.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.logger import Logger
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
@@ -20,6 +21,8 @@ from . import checkpoint, devices, measuring
 from .console import Progress
 from .data.augment import described
 from .data.splits import Dataset, Split, TestSet, batches
+from .evaluation.evaluate import over
+from .fitting import FittedUnit, fit
 from .interrupts import Interrupts
 from .kept import Kept
 from .learner import Learner, schedule
@@ -60,6 +63,7 @@ class Run:
         validation: the one that a step and thresholds are chosen by, if there is one.
         taken: steps so far.
         saved: the step of the checkpoint in the folder, if one was written or read.
+        fitted: whether the unit that is trained afterwards has been.
         leads: whether this is the process that measures and writes, of several.
         curves: lists of ``step``, ``seconds`` (of training), ``loss`` (mean since the point before; None at step 0),
             ``recall`` (Recall@1), ``spread`` and ``effective_rank``; with ``patience`` ``map_at_r``, too, and all of
@@ -85,7 +89,9 @@ class Run:
         self.settings, self.dataset, self.folder = settings, dataset, folder
         view = dataset.view
         net = embedder(settings, (view.channels, view.size, view.size), backbone)
-        self.learner = Learner(net, objective(settings, len(dataset.train.names)), settings)
+        classes = len(dataset.train.names)
+        unit = FittedUnit(settings, classes) if settings.unit_updates else None
+        self.learner = Learner(net, objective(settings, classes), settings, unit)
         if settings.precision == "64-true":
             self.learner.double()  # before a checkpoint is loaded, which float32 would round
         self.optimizer = self.learner.optimizer()
@@ -93,7 +99,7 @@ class Run:
         self.test = TestSet(dataset, settings.seed)
         selecting = dataset.selecting()
         self.validation = None if selecting is None else TestSet(selecting, settings.seed)
-        self.taken, self.seconds, self.leads = 0, 0.0, True
+        self.taken, self.seconds, self.leads, self.fitted = 0, 0.0, True, False
         self.saved: int | None = None
         names = ["step", "seconds", "loss", "recall", "spread", "effective_rank"]
         self.curves: dict[str, list[Any]] = {name: [] for name in names + ["map_at_r"] * (settings.patience > 0)}
@@ -326,7 +332,12 @@ class Run:
         bar.report(f"{kind} R@1 {figures['recall']:.1%}{said}".strip())
 
     def _finish(self, fabric: Fabric, ctrl_c: Interrupts, bar: Progress) -> None:
-        """Choose thresholds by the validation pictures, where there are some, and put the best step's weights in."""
+        """Put the best step's weights in, train a unit on what they make, if one is to be, and choose thresholds by the
+        validation pictures, where there are some."""
+        if self.learner.fitted is not None and not self.fitted:
+            with ctrl_c.at_once():
+                self._fit(self.learner.fitted, bar)
+            self._save(fabric)
         if self.validation is not None and not self.thresholds:
             with ctrl_c.at_once(), self._chosen():
                 self.thresholds = measuring.thresholds(
@@ -334,6 +345,26 @@ class Run:
                 )
             self._save(fabric)
         self.choose()
+
+    def _fit(self, fitted: FittedUnit, bar: Progress) -> None:
+        settings, train = self.settings, self._train
+        net, known = self.learner.net, train is not self.dataset.train
+
+        def call(lot: Tensor) -> list[Tensor]:
+            return [F.normalize(net.project(lot)[0] if known else net(self.dataset.view.plain(lot).to(lot)), dim=1)]
+
+        with self._chosen(), bar.aside("embedding", len(train.labels), "picture") as shown:
+            (features,) = over(train.pictures, call, net, 0 if known else settings.workers, shown)
+        features = (features if features.dtype == torch.float64 else features.float()).to(fitted.cosine.device)
+        rows = replace(train, pictures=torch.arange(len(train.labels)))
+        steps = settings.unit_updates
+        drawn = batches(rows, settings.classes, settings.samples, steps, seed=(settings.seed * 7919 + 7) % 2**32)
+        with bar.aside("training the unit", steps, "step") as shown:
+            for _ in fit(fitted, features, train.labels.to(features.device), drawn, settings):
+                shown.update()
+        self.fitted = True
+        own = {name: value for name, value in self.learner.state_dict().items() if name.startswith("fitted.")}
+        self._best |= {name: value.detach().cpu().clone() for name, value in own.items()} if self._best else {}
 
     @contextmanager
     def _chosen(self) -> Iterator[None]:
@@ -372,6 +403,7 @@ class Run:
                 "names": list(self.dataset.train.names),
                 "baselines": self.baselines,
                 "thresholds": self.thresholds,
+                "fitted": self.fitted,
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "precision": fabric.strategy.precision.state_dict(),
@@ -417,8 +449,9 @@ class Run:
             state["losses"],
             state["best"],
         )
-        # Of a run that goes on they are chosen anew.
-        self.thresholds = state["thresholds"] if self.over and not changed else {}
+        # Of a run that goes on both are made anew.
+        ended = self.over and not changed
+        self.thresholds, self.fitted = state["thresholds"] if ended else {}, state["fitted"] and ended
         self._restored = state
         self._seen.clear()
         return changed

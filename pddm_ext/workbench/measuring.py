@@ -33,7 +33,8 @@ class CollapseWarning(UserWarning):
 
 
 def prepared(settings: Settings, dataset: Dataset) -> Dataset:
-    """The data as a run trains on it: with pictures held out, where a step is to be chosen by them.
+    """The data as a run trains on it: with pictures held out, where a step is to be chosen by them, and with what
+    ``train_share`` and ``label_noise`` leave of the others.
 
     Raises:
         ValueError: settings that cannot be trained, or pictures that cannot be measured; the message names the option.
@@ -47,7 +48,9 @@ def prepared(settings: Settings, dataset: Dataset) -> Dataset:
     for kind, data in (("test", dataset), ("validation", dataset.selecting())):
         if data is not None:
             _measurable(kind, dataset.name, data)
-    return dataset
+    # What is searched among keeps its pictures and labels.
+    train = dataset.train.thinned(settings.train_share, settings.seed).mislabelled(settings.label_noise, settings.seed)
+    return replace(dataset, train=train)
 
 
 def _measurable(kind: str, name: str, data: Dataset) -> None:
@@ -144,7 +147,12 @@ def chosen(curves: Mapping[str, list[Any]]) -> int | None:
 def thresholds(seen: Seen, test: TestSet, learner: Learner) -> dict[str, dict[str, float]]:
     """By ``"distance"`` and, with a unit, ``"score"``: what parts same from different, by rate of false positives."""
     pairs = separation(
-        seen.features, test.labels, learner.unit, learner.settings.seed, queries=test.queries, gallery=test.gallery
+        seen.features,
+        test.labels,
+        learner.similarity,
+        learner.settings.seed,
+        queries=test.queries,
+        gallery=test.gallery,
     )
     return {
         kind: {rate: cut for rate, cut in of["thresholds"].items() if cut is not None} for kind, of in pairs.items()
@@ -186,7 +194,7 @@ def refuse_divergence(learner: Learner, features: Tensor, losses: Tensor, taken:
             of_unit = name.startswith("objective.unit.")
             called = name.replace("objective.unit.", "the PDDM unit's ") if of_unit else f"the parameter {name}"
             raise FloatingPointError(f"{called} is not finite {after}; {rates if of_unit else 'lower --lr'}")
-    unit = learner.unit
+    unit = learner.objective.unit
     if unit is not None:
         with torch.no_grad():
             rows = features.to(unit.u.weight.device)

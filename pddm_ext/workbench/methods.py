@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import pddm_ext
 from pddm_ext.quadruplets import Mode, Quadruplets
 
-from .settings import Settings
+from .settings import Settings, scores
 
 
 class Quadruplet(nn.Module):
@@ -58,7 +58,7 @@ class Quadruplet(nn.Module):
         return quads._replace(s_ij=s_ij, s_ik=s_ik, s_jl=s_jl)
 
 
-class Recommended(Quadruplet):
+class Joint(Quadruplet):
     """The score loss on every positive pair's quadruplet, beside the multi-similarity loss on all pairs.
 
     The hard quadruplets train the unit and, through it, the embedding; what they leave out (the pairs that are not the
@@ -106,7 +106,7 @@ def mine_by_distance(feats: Tensor, labels: Tensor, mode: Mode) -> Quadruplets:
 
 
 @torch.no_grad()
-def _rank_by_distance(unit: pddm_ext.PDDM) -> None:
+def rank_by_distance(unit: pddm_ext.PDDM) -> None:
     """Initial weights whose score falls with the distance, whatever the place.
 
     A few entries of u' are constant, the others are u's own, so that the direction of u' turns away from the constant
@@ -135,13 +135,13 @@ def objective(settings: Settings, classes: int) -> Quadruplet | PairLoss:
     family, _, mode = settings.method.rpartition("-")
     if family == "euclidean":
         return Quadruplet(settings, mode, None)  # type: ignore[arg-type]
-    if settings.method == "recommended" or family == "pddm":
+    if scores(settings.method):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             unit = pddm_ext.PDDM(settings.dim)
-            if settings.unit_start == "distance" or settings.method == "recommended":
-                _rank_by_distance(unit)
-        return Recommended(settings, unit) if family != "pddm" else Quadruplet(settings, mode, unit)  # type: ignore[arg-type]
+            if settings.unit_start == "distance" or settings.method == "joint":
+                rank_by_distance(unit)
+        return Joint(settings, unit) if family != "pddm" else Quadruplet(settings, mode, unit)  # type: ignore[arg-type]
     triplet = losses.TripletMarginLoss
     proxies = {"num_classes": classes, "embedding_size": settings.dim}
     with torch.random.fork_rng(devices=[]):
@@ -155,6 +155,8 @@ def objective(settings: Settings, classes: int) -> Quadruplet | PairLoss:
             "triplet-all": lambda: (triplet(settings.margin), None),
             "n-pair": lambda: (losses.NPairsLoss(), None),
             "contrastive": lambda: (losses.ContrastiveLoss(), None),
+            # The first of its two stages; the second is fitting.py.
+            "recommended": lambda: (losses.MultiSimilarityLoss(), None),
             "multi-similarity": lambda: (losses.MultiSimilarityLoss(), None),
             "multi-similarity-mined": lambda: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
             "sup-con": lambda: (losses.SupConLoss(), None),

@@ -23,6 +23,7 @@ from .evaluation.retrieval import retrieval
 from .loop import Run
 from .measuring import COLLAPSED, Seen, chosen, look, sides
 from .settings import Settings
+from .similarity import Similarity
 from .trained import Trained
 
 METRICS = "metrics.json"
@@ -45,7 +46,7 @@ def figures(run: Run, candidates: int = 100, *, progress: bool | None = False) -
         "thresholds": run.thresholds,
     }
     device = next(run.learner.parameters()).device
-    return _figures(told, seen, run.test, run.learner.unit, device, run.settings.seed, candidates)
+    return _figures(told, seen, run.test, run.learner.similarity, device, run.settings.seed, candidates)
 
 
 def again(
@@ -86,7 +87,7 @@ def again(
         "baselines": state["baselines"] if same else {},
         "thresholds": state["thresholds"],
     }
-    return _figures(told, seen, test, trained.unit, trained.device, seed, candidates)
+    return _figures(told, seen, test, trained.similarity, trained.device, seed, candidates)
 
 
 def familiar(names: Sequence[str], dataset: Dataset) -> str:
@@ -103,7 +104,7 @@ def _figures(
     told: dict[str, Any],
     seen: Seen,
     test: TestSet,
-    unit: pddm_ext.PDDM | None,
+    unit: Similarity | None,
     device: torch.device,
     seed: int,
     candidates: int,

@@ -13,10 +13,11 @@ from pddm_ext.quadruplets import MODES
 
 DRAWINGS = ("glyphs", "omniglot")
 DATA = (*DRAWINGS, "cub200", "cars196", "sop", "in-shop", "grocery", "folder")
-SPLITS = ("half", "random", "none")
+SPLITS = ("half", "random", "none", "known", "unseen")
 GALLERIES = ("train", "catalogue")
 METHODS = (
     "recommended",
+    "joint",
     *(f"pddm-{mode}" for mode in MODES),
     *(f"euclidean-{mode}" for mode in MODES),
     "triplet-hard",
@@ -33,7 +34,7 @@ METHODS = (
 )
 #: Methods whose classes have proxies, parameters of their own.
 PROXIES = ("proxy-anchor", "norm-softmax", "sub-center-arcface")
-STARTS = ("random", "distance")
+STARTS = ("own", "random", "distance", "classes")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -57,7 +58,9 @@ class Settings:
     root: str = _setting("", "folder or archive of the data; glyphs have none")
     split: str = _setting(
         "half",
-        "of a folder without test: half of the classes by name, half of them drawn by the seed, or none held out",
+        "of a folder without test: half of the classes by name, half of them drawn by the seed, or none held out; "
+        "of one, and of drawings, known: the last fifth of each class's pictures; of grocery, unseen: every second "
+        "class",
         SPLITS,
     )
     gallery: str = _setting("train", "grocery: what test photographs are searched among", GALLERIES)
@@ -68,6 +71,8 @@ class Settings:
     classes: int = _setting(16, "classes in a batch")
     samples: int = _setting(4, "samples of a class in a batch")
     accumulate: int = _setting(1, "batches per update; each mines for itself")
+    train_share: float = _setting(1.0, "share of each class's training pictures that is trained on, and two at least")
+    label_noise: float = _setting(0.0, "share of the training pictures that is trained on under another class")
     augment: bool = _setting(True, "distort the training pictures")
     backbone: str = _setting(
         "convnet", "convnet, efficientnet-lite0, timm/NAME, torchvision/NAME, or MODULE:CALLABLE of yours"
@@ -86,7 +91,20 @@ class Settings:
     schedule: str = _setting("constant", "of the learning rate over --steps", SCHEDULES)
     warmup: int = _setting(0, "updates over which the learning rate rises to its value, in equal parts")
     unit_start: str = _setting(
-        "random", "the PDDM unit's initial weights: its own, or such that it ranks by distance", STARTS
+        "own",
+        "the PDDM unit's initial weights: random, such that it ranks by distance, or such that it knows the classes "
+        "(recommended and --unit-steps, whose own they are; those of pddm are random)",
+        STARTS,
+    )
+    unit_steps: int = _setting(
+        0,
+        "updates that train a PDDM unit afterwards, on the frozen embedding, for a method without one; 0 is 1500 for "
+        "recommended, and no unit for others",
+    )
+    unit_width: int = _setting(0, "with --unit-steps: length of the unit's layers; 0 has room for each class")
+    unit_noise: float = _setting(0.07, "with --unit-steps: standard deviation of what is added to each coordinate")
+    unit_distance: float = _setting(
+        2.0, "with --unit-steps: weight of the cosine beside the score, in standard deviations; 0 ranks by score alone"
     )
     unit_gradient: bool = _setting(True, "PDDM: let the score loss train the embedding, too")
     distance_steps: int = _setting(0, "PDDM: first updates whose quadruplets are mined by distance")
@@ -119,7 +137,7 @@ class Settings:
             if choices and value not in choices:
                 raise ValueError(f"{option(setting.name)} is {value!r}; {', '.join(choices)} are accepted")
         least = {
-            0: ("picture", "warmup", "distance_steps", "workers", "seed", "patience"),
+            0: ("picture", "warmup", "distance_steps", "unit_steps", "unit_width", "workers", "seed", "patience"),
             1: ("steps", "accumulate", "dim", "devices", "every"),
             2: ("classes", "samples", "clusters"),
         }
@@ -140,10 +158,22 @@ class Settings:
         for name, rate in ((name, self.lr * (1 if name == "lr" else getattr(self, name))) for name in used):
             if rate > _LARGEST_RATE:
                 raise ValueError(f"{option(name)} makes a learning rate of {rate}; at most {_LARGEST_RATE} is accepted")
-        for name in ("weight_decay", "alpha", "beta", "weight", "margin", "density", "structure"):
+        nonnegative = ("weight_decay", "alpha", "beta", "weight", "margin", "density", "structure")
+        for name in (*nonnegative, "unit_noise", "unit_distance", "label_noise"):
             number(option(name), getattr(self, name), "a finite number from 0")
         if self.weight_decay > _LARGEST_RATE:
             raise ValueError(f"--weight-decay is {self.weight_decay}; at most {_LARGEST_RATE} is accepted")
+        if not 0 < self.train_share <= 1:
+            raise ValueError(f"--train-share is {self.train_share}; above 0, and at most 1, is accepted")
+        if self.label_noise >= 1:
+            raise ValueError(f"--label-noise is {self.label_noise}; from 0 to below 1 is accepted")
+        if self.unit_steps and scores(self.method):
+            raise ValueError(
+                f"--unit-steps is {self.unit_steps}; {self.method} trains a unit with the embedding, and another one "
+                f"afterwards is for methods that have none"
+            )
+        if self.unit_start == "classes" and not self.unit_updates:
+            raise ValueError("--unit-start classes is for --method recommended, and for others with --unit-steps")
         if self.pretrained and not self.backbone.startswith(("timm/", "torchvision/", "efficientnet-lite0")):
             raise ValueError(
                 f"--pretrained is for backbones with published weights (timm, torchvision, efficientnet-lite0); "
@@ -154,6 +184,16 @@ class Settings:
         if (self.root == "") != (self.data == "glyphs"):
             raise ValueError(f"--data {self.data} {'has no' if self.root else 'needs'} --root, where its files are")
 
+    @property
+    def unit_updates(self) -> int:
+        """How many updates train a unit on the frozen embedding; 0 where none is trained afterwards."""
+        return self.unit_steps or 1500 * (self.method == "recommended")
+
+
+def scores(method: str) -> bool:
+    """Whether a method trains a PDDM unit together with the embedding."""
+    return method == "joint" or method.startswith("pddm")
+
 
 def option(name: str) -> str:
     """The command-line spelling of a setting."""
@@ -161,20 +201,25 @@ def option(name: str) -> str:
 
 
 _SCORED = {"unit_lr_factor", "unit_gradient", "distance_steps", "alpha"}
-_PARTICULAR = _SCORED | {"unit_start", "beta", "weight", "margin", "proxy_lr_factor"}
+#: Of a unit that is trained afterwards, beside its number of updates.
+FITTED = {"unit_start", "unit_width", "unit_noise", "unit_distance", "alpha"}
+_PARTICULAR = _SCORED | FITTED | {"unit_steps", "beta", "weight", "margin", "proxy_lr_factor"}
 
 
 def unused(method: str) -> set[str]:
     """The settings that are for other methods than this one."""
-    if method.startswith("triplet"):
-        return _PARTICULAR - {"margin"}
-    if method.startswith("euclidean"):
-        return _PARTICULAR - {"beta"}
-    if method in PROXIES:
-        return _PARTICULAR - {"proxy_lr_factor"}
+    if method == "joint":
+        return _PARTICULAR - _SCORED
     if method.startswith("pddm"):
-        return {"margin", "proxy_lr_factor"}
-    return _PARTICULAR - _SCORED if method == "recommended" else _PARTICULAR
+        return _PARTICULAR - _SCORED - {"unit_start", "beta", "weight"}
+    own = {"unit_steps", *FITTED}
+    if method.startswith("triplet"):
+        own.add("margin")
+    if method.startswith("euclidean"):
+        own.add("beta")
+    if method in PROXIES:
+        own.add("proxy_lr_factor")
+    return _PARTICULAR - own
 
 
 def parse(given: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .data.augment import View, from_description
 from .data.reading import pictured
 from .model import Embedder, embedder, pieces
 from .settings import Settings, parse
+from .similarity import Similarity
 
 Picture = str | os.PathLike[str] | Image.Image | Tensor
 
@@ -66,7 +67,9 @@ class Trained:
     Attributes:
         module: stored pictures (n, channels, stored, stored) uint8 to unit features (n, dim); :meth:`prepare` makes
             stored pictures.
-        unit: the PDDM unit that was trained with it, or None.
+        unit: the PDDM unit that was trained with it or for it, or None.
+        cosine: weight of the cosine beside the unit's score (:class:`.similarity.Similarity`), which :meth:`score` and
+            whatever else ranks by score adds; 0 where the unit was trained together with the embedding.
         view: how pictures are seen.
         names: the classes that were trained on.
         settings: of the run.
@@ -85,9 +88,15 @@ class Trained:
         settings: Settings,
         thresholds: Mapping[str, Mapping[str, float]],
         digest: str,
+        cosine: float = 0.0,
     ) -> None:
-        self.module, self.unit, self.view, self.names = module, unit, view, names
+        self.module, self.unit, self.view, self.names, self.cosine = module, unit, view, names, cosine
         self.settings, self.thresholds, self.digest = settings, thresholds, digest
+
+    @property
+    def similarity(self) -> Similarity | None:
+        """What ranks by score, where there is a unit."""
+        return None if self.unit is None else Similarity(self.unit, self.cosine)
 
     @property
     def dim(self) -> int:
@@ -161,7 +170,7 @@ class Trained:
 
     @torch.no_grad()
     def score(self, a: Picture | Iterable[Picture], b: Picture | Iterable[Picture]) -> Tensor:
-        """The unit's scores (n,), float32 on the CPU, of matched pictures: the larger, the more alike.
+        """Scores (n,), float32 on the CPU, of matched pictures: the larger, the more alike.
 
         Args:
             a, b: as many pictures of each, as in :meth:`__call__`; one alone is compared with each of the others.
@@ -170,14 +179,15 @@ class Trained:
             TypeError, ValueError, OSError: as in :meth:`__call__`; it has no unit, or as many pictures of each are
                 not there.
         """
-        unit = self._unit()
+        scoring = Similarity(self._unit(), self.cosine)
         x, y = self(a), self(b)
         if len(x) != len(y) and 1 not in (len(x), len(y)):
             raise ValueError(f"a is {len(x)} pictures and b {len(y)}; as many of each, or one of either, are accepted")
-        count, weight = max(len(x), len(y)) if len(x) and len(y) else 0, unit.u.weight
-        with no_autocast(weight):
-            scores: Tensor = unit(x.expand(count, -1).to(weight.device), y.expand(count, -1).to(weight.device))
-        return scores.float().cpu()
+        count = max(len(x), len(y)) if len(x) and len(y) else 0
+        rows = torch.cat([x.expand(count, -1), y.expand(count, -1)]).to(scoring.device)
+        i = torch.arange(count, device=rows.device)
+        with no_autocast(rows):
+            return scoring.pairs(rows, i, i + count).float().cpu()
 
     def threshold(self, by: str = "distance", fpr: float | str = 0.01) -> float:
         """What parts same from different, as chosen on the run's validation pictures.
@@ -320,6 +330,12 @@ def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trai
     if not all(type(name) is str and type(value) is Tensor for name, value in weights.items()):
         raise ValueError("damaged; its weights are no tensors by name")
     of_net, of_unit = _under("net.", weights), _under("objective.unit.", weights)
+    if settings.unit_updates:
+        of_unit = _under("fitted.unit.", weights)
+        if not of_unit or "fitted.cosine" not in weights:
+            raise ValueError("damaged; it has no weights of a unit")
+        if not state["fitted"]:
+            raise ValueError("its PDDM unit has not been trained yet: the run has not ended; train with --resume")
     if tuple(of_net.get("head.bias", torch.empty(0)).shape) != (settings.dim,):
         raise ValueError(f"damaged; it has no weights of a net with features of length {settings.dim}")
     if not all(value.isfinite().all() for value in (*of_net.values(), *of_unit.values())):
@@ -337,7 +353,7 @@ def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trai
     # The weights are here: those that were published are not fetched again.
     given = backbone if isinstance(backbone, nn.Module) else None
     net = embedder(replace(settings, pretrained=False), (view.channels, view.size, view.size), given)
-    unit = pddm_ext.PDDM(settings.dim) if of_unit else None
+    unit = _sized(settings.dim, of_unit) if of_unit else None
     if settings.precision == "64-true":
         net.double()
         if unit is not None:
@@ -352,7 +368,24 @@ def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trai
     if unit is not None:
         unit.eval().requires_grad_(False)
     facts = {"backbone": settings.backbone, "view": state["view"]}
-    return Trained(module, unit, view, tuple(state["names"]), settings, thresholds, checkpoint.digest(of_net, facts))
+    return Trained(
+        module,
+        unit,
+        view,
+        tuple(state["names"]),
+        settings,
+        thresholds,
+        checkpoint.digest(of_net, facts),
+        float(weights.get("fitted.cosine", 0.0)),
+    )
+
+
+def _sized(dim: int, weights: Mapping[str, Tensor]) -> pddm_ext.PDDM:
+    try:
+        hidden, combined = len(weights["u.bias"]), len(weights["c.bias"])
+    except (KeyError, TypeError) as error:
+        raise ValueError("damaged; it has no weights of a unit") from error
+    return pddm_ext.PDDM(dim, hidden, combined)
 
 
 def _under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

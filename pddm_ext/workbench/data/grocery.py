@@ -22,7 +22,12 @@ EXPECTED = (
 
 
 def load(
-    root: str | Path, view: Photographs = PHOTOS, *, gallery: str = "train", only: photos.Only | None = None
+    root: str | Path,
+    view: Photographs = PHOTOS,
+    *,
+    gallery: str = "train",
+    unseen: bool = False,
+    only: photos.Only | None = None,
 ) -> Dataset:
     """The repository's own split, of the same classes on every side; warns where its size is not the published one.
 
@@ -32,6 +37,7 @@ def load(
         view: how the photographs are seen.
         gallery: what test photographs are searched among: ``"train"``, the training ones, or ``"catalogue"``, the one
             iconic picture of each class.
+        unseen: whether every second class, by number, is searched for and not trained on.
         only: the half whose pictures have to be there, if the other one does not matter.
 
     Raises:
@@ -50,23 +56,31 @@ def load(
     sides = {side: _listed(folder, f"{side}.txt", names) for side in SIDES}
     searched = sides["train"] if gallery == "train" else [(name, [icons[name]]) for name in names]
     among = "the training photographs" if gallery == "train" else "the catalogue's pictures"
+    trained, held = set(names[::2]) if unseen else set(names), set(names[1::2] if unseen else names)
+    told = "none" if unseen else "all"
+
+    def of(classes: photos.Classes, chosen: set[str]) -> photos.Classes:
+        return [(name, paths) for name, paths in classes if name in chosen]
+
+    train = of(sides["train"], trained)
     dataset = photos.dataset(
         "grocery",
         folder,
-        sides["train"],
-        sides["test"],
-        gallery=searched,
-        val=sides["val"],
-        protocol="known",
-        words={"test": f"all of them trained on, searched for among {among}"},
+        train,
+        of(sides["test"], held),
+        gallery=train if gallery == "train" and not unseen else of(searched, held),
+        val=None if unseen else sides["val"],
+        others=of(sides["val"], trained) if unseen else None,
+        protocol="unseen" if unseen else "known",
+        words={"test": f"{told} of them trained on, searched for among {among}"},
         where=str(folder),
         expected=EXPECTED,
         view=view,
         only=only,
     )
     found = (*(sum(len(paths) for _, paths in sides[side]) for side in SIDES), len(names))
-    told = "{:,} training, {:,} validation and {:,} test photographs of {:,} classes"
-    warn_of_size(str(folder), "the Grocery Store Dataset", told, found, FIGURES)
+    form = "{:,} training, {:,} validation and {:,} test photographs of {:,} classes"
+    warn_of_size(str(folder), "the Grocery Store Dataset", form, found, FIGURES)
     return dataset
 
 

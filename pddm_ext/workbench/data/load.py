@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ..settings import Settings
+from ..settings import DRAWINGS, SPLITS, Settings
 from .augment import PHOTOS, Photographs
 from .splits import Dataset
 
@@ -28,8 +28,10 @@ def load(settings: Settings, view: Photographs = PHOTOS, only: Literal["train", 
     data = settings.data
     if settings.download and data not in FETCHED:
         raise ValueError(f"--download fetches {', '.join(FETCHED[:-1])} and {FETCHED[-1]}; --data is {data}")
-    if settings.split != "half" and data != "folder":
-        raise ValueError(f"--split {settings.split} is for --data folder; {data} has a split of its own")
+    served = {"folder": SPLITS[:-1], "grocery": ("half", "unseen"), **dict.fromkeys(DRAWINGS, ("half", "known"))}
+    if settings.split not in served.get(data, ("half",)):
+        whose = [name for name, splits in served.items() if settings.split in splits]
+        raise ValueError(f"--split {settings.split} is for --data {', '.join(whose)}; {data} has a split of its own")
     if settings.gallery != "train" and data != "grocery":
         raise ValueError(f"--gallery {settings.gallery} is for --data grocery; --data is {data}")
     if data in FETCHED:
@@ -43,7 +45,7 @@ def load(settings: Settings, view: Photographs = PHOTOS, only: Literal["train", 
     if data == "grocery":
         from . import grocery
 
-        return grocery.load(settings.root, view, gallery=settings.gallery, only=only)
+        return grocery.load(settings.root, view, gallery=settings.gallery, unseen=settings.split == "unseen", only=only)
     if data == "folder":
         from . import photos
 
@@ -51,7 +53,9 @@ def load(settings: Settings, view: Photographs = PHOTOS, only: Literal["train", 
     if data == "omniglot":
         from . import omniglot
 
-        return omniglot.load(settings.root)
-    from . import glyphs
+        drawn = omniglot.load(settings.root)
+    else:
+        from . import glyphs
 
-    return glyphs.load()
+        drawn = glyphs.load()
+    return drawn.known() if settings.split == "known" else drawn

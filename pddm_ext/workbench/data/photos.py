@@ -92,6 +92,7 @@ def dataset(
     *,
     gallery: Classes | None = None,
     val: Classes | None = None,
+    others: Classes | None = None,
     protocol: TestClasses = "unseen",
     words: Mapping[str, str] | None = None,
     where: str,
@@ -109,6 +110,7 @@ def dataset(
         test: classes to search for.
         gallery: classes to search among: ``train`` itself, others, or None for those of ``test``.
         val: further classes to search for.
+        others: other pictures of the classes to train on, as in :class:`.splits.Dataset`.
         protocol: as in :class:`.splits.Dataset`.
         words: what to say of a side, by its name here.
         where: begins the messages: what the user knows the files by.
@@ -121,8 +123,8 @@ def dataset(
         FileNotFoundError: a file is missing or empty; the message names the first and counts the others.
         ValueError: fewer than two classes to train on or to search for, or nothing that a search could find.
     """
-    sides = {"train": train, "test": test, "gallery": gallery, "val": val}
-    needed = {"train": ("train", "val"), "test": ("test", "gallery"), None: tuple(sides)}[only]
+    sides = {"train": train, "test": test, "gallery": gallery, "val": val, "others": others}
+    needed = {"train": ("train", "val", "others"), "test": ("test", "gallery"), None: tuple(sides)}[only]
     for side, verb in (("train", "train on"), ("test", "search among")):
         count = len(sides[side] or ())
         if side in needed and count < 2:
@@ -156,6 +158,7 @@ def dataset(
         made["test"],
         gallery=made.get("gallery"),
         val=made.get("val"),
+        others=made.get("others"),
         protocol=protocol,
     )
 
@@ -192,7 +195,7 @@ def without(dataset: Dataset, lost: Iterable[str]) -> Dataset:
     """
     gone = set(lost)
     made: dict[int, Split] = {}
-    for split in (dataset.train, dataset.test, dataset.gallery, dataset.val):
+    for split in (dataset.train, dataset.test, dataset.gallery, dataset.val, dataset.others):
         if split is not None and isinstance(split.pictures, Photos) and id(split) not in made:
             made[id(split)] = _kept(split, split.pictures, gone)
     return replace(
@@ -201,6 +204,7 @@ def without(dataset: Dataset, lost: Iterable[str]) -> Dataset:
         test=made.get(id(dataset.test), dataset.test),
         gallery=made.get(id(dataset.gallery), dataset.gallery),
         val=made.get(id(dataset.val), dataset.val),
+        others=made.get(id(dataset.others), dataset.others),
     )
 
 
@@ -359,7 +363,8 @@ def folder(
         view: how the photographs are seen.
         split: where ROOT holds class folders: ``"half"`` searches among the second half of them by name (the middle one
             of an odd number included), ``"random"`` among a half drawn by the seed, ``"none"`` among the very pictures
-            that are trained on.
+            that are trained on; ``"known"`` searches for the last fifth of each class's pictures by name among the
+            others.
         seed: draws that half.
         only: the half of the data that has to be whole, if the other one does not matter. To measure, ROOT needs no
             ``train/``; what is then missing is an empty side.
@@ -413,6 +418,19 @@ def _of_classes(listing: _Listing, split: str, seed: int, only: Only | None) -> 
     train, test = (tuple(classes[c] for c in sorted(chosen)) for chosen in (order[:half], order[half:]))
     if split == "none":
         train = test = tuple(classes)
+    if split == "known":
+        # Neighbours by name may be nearly the same picture; they stay on one side.
+        held = [max(1, len(paths) // 5) for _, paths in classes]
+        train, test = (
+            tuple((name, paths[part] if paths else paths) for (name, paths), part in zip(classes, parts, strict=True))
+            for parts in ([slice(None, -h) for h in held], [slice(-h, None) for h in held])
+        )
+        few = [name for (name, paths), h in zip(classes, held, strict=True) if 0 < len(paths) < 2 + h]
+        if few and only != "test":
+            raise ValueError(
+                f"{listing.root}: --split known holds a fifth of each class's pictures out, and one at least; class "
+                f"{legible(few[0])} has fewer than 3"
+            )
     if only != "test":
         listing.refuse_empty(train)
     if only != "train":
@@ -421,6 +439,9 @@ def _of_classes(listing: _Listing, split: str, seed: int, only: Only | None) -> 
         what = "all that are there" if only == "test" else "the very pictures to train on: none are held out for a test"
         words = {"train": "all that are there", "test": what}
         return {"train": train, "test": test, "protocol": "seen", "words": words}
+    if split == "known":
+        words = {"train": "all but the last fifth of each class's pictures by name", "test": "the last fifth of them"}
+        return {"train": train, "test": test, "gallery": train, "protocol": "known", "words": words}
     words = {"train": "the first half of the classes by name", "test": "the second half of the classes by name"}
     if split == "random":
         words = dict.fromkeys(words, f"half of the classes, drawn by seed {seed}")

@@ -83,7 +83,7 @@ def scan(dataset: Dataset, only: Only | None = None, progress: bool | None = Non
 
 
 def _sides(dataset: Dataset, only: Only | None) -> list[Split]:
-    trained, measured = (dataset.train, dataset.val), (dataset.test, dataset.gallery)
+    trained, measured = (dataset.train, dataset.val, dataset.others), (dataset.test, dataset.gallery)
     chosen = {"train": trained, "test": measured, None: trained + measured}[only]
     return [split for split in chosen if split is not None]
 

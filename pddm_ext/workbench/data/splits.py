@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -70,6 +70,43 @@ class Split:
         """These rows (k,) of the split; its classes keep their names and labels."""
         digest = f"{self.digest}:{hashlib.sha256(rows.numpy().tobytes()).hexdigest()}"
         return replace(self, pictures=Rows(self.pictures, rows), labels=self.labels[rows], digest=digest)
+
+    def thinned(self, share: float, seed: int) -> Split:
+        """So large a share of each class's pictures, and two of them at least, drawn by the seed."""
+        if share == 1:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        chosen = []
+        for c in range(len(self.names)):
+            rows = (self.labels == c).nonzero().flatten()
+            order = torch.randperm(len(rows), generator=generator)
+            chosen.append(rows[order[: max(2, round(share * len(rows)))]])
+        return self.some(torch.cat(chosen).sort().values)
+
+    def mislabelled(self, share: float, seed: int) -> Split:
+        """So large a share of the pictures under another class each, drawn by the seed."""
+        if share == 0 or len(self.names) < 2:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        wrong = torch.randperm(len(self.labels), generator=generator)[: round(share * len(self.labels))]
+        by = torch.randint(1, len(self.names), (len(wrong),), generator=generator)
+        labels = self.labels.clone()
+        labels[wrong] = (labels[wrong] + by) % len(self.names)
+        return replace(self, labels=labels)
+
+    def parted(self) -> tuple[Split, Split]:
+        """The pictures without the last fifth of each class, one at least, and that fifth; neighbours stay together."""
+        kept, out = [], []
+        for c in range(len(self.names)):
+            rows = (self.labels == c).nonzero().flatten()
+            held = max(1, len(rows) // 5)
+            kept.append(rows[:-held])
+            out.append(rows[-held:])
+        return self.some(torch.cat(kept).sort().values), self.some(torch.cat(out).sort().values)
+
+    def named(self, names: Collection[str]) -> Split:
+        """The classes of these names, in the split's order, labelled anew."""
+        return self.classes(torch.tensor([c for c, name in enumerate(self.names) if name in names], dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -141,6 +178,8 @@ class Dataset:
             itself.
         gallery: what the queries are searched among, by the names of its classes.
         val: further queries, to choose settings, a step or a threshold by.
+        others: other pictures of the classes trained on, where classes searched for are unseen: queries among some of
+            those, to choose settings by.
         protocol: what the test classes are to training: ``"unseen"`` ones, ``"known"`` ones of which other pictures
             are searched for among those trained on, or ``"seen"`` where nothing was held out.
         notes: what somebody who reads the figures should know of the data, a line each.
@@ -153,6 +192,7 @@ class Dataset:
     distort_test: bool = False
     gallery: Split | None = None
     val: Split | None = None
+    others: Split | None = None
     protocol: TestClasses = "unseen"
     notes: tuple[str, ...] = ()
 
@@ -227,7 +267,29 @@ class Dataset:
                 f"{self.name} has {len(classes)} classes to train on; too few to hold some out for validation"
             )
         train, test = self.train.classes(classes[~held]), self.train.classes(classes[held])
-        return Dataset(f"{self.name} (validation {fold})", self.view, train, test, self.distort_test)
+        name = f"{self.name} (validation {fold})"
+        if self.others is not None:
+            return Dataset(name, self.view, train, self.others.named(test.names), self.distort_test, gallery=test)
+        return Dataset(name, self.view, train, test, self.distort_test)
+
+    def known(self) -> Dataset:
+        """The data with all its classes on both sides: the last fifth of each one's pictures is searched for among the
+        others."""
+        train, test = self.train, self.test
+        if set(train.names) & set(test.names):
+            raise ValueError(f"{self.name} has the same classes on both sides already")
+        pictures = Joined(train.pictures, test.pictures)
+        labels = torch.cat([train.labels, test.labels + len(train.names)])
+        groups = (*train.groups, *test.groups)
+        group_of: tuple[int, ...] = ()
+        if train.group_of and test.group_of:
+            group_of = (*train.group_of, *(len(train.groups) + group for group in test.group_of))
+        both = hashlib.sha256(f"{train.digest}:{test.digest}".encode()).hexdigest()
+        whole = Split(pictures, labels, (*train.names, *test.names), groups, both, group_of)
+        rest, searched = whole.parted()
+        return replace(
+            self, train=rest, test=searched, distort_test=False, gallery=rest, val=None, others=None, protocol="known"
+        )
 
 
 def in_memory(groups: dict[str, dict[str, Tensor]]) -> Split:

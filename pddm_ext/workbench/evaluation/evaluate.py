@@ -16,6 +16,7 @@ from ..console import Progress
 from ..data.splits import Pictures, TestSet
 from ..interrupts import uninterrupted
 from ..model import pieces
+from ..similarity import Similarity
 from . import inputs
 from .probes import clustering, transfer, zero_shot
 from .retrieval import answered, retrieval
@@ -66,7 +67,7 @@ def over(
 def measure(
     features: Tensor,
     labels: Tensor,
-    unit: pddm_ext.PDDM | None,
+    unit: Similarity | pddm_ext.PDDM | None,
     *,
     seed: int,
     candidates: int = 100,
@@ -84,7 +85,7 @@ def measure(
             device; measured in float32 on the CPU, without a gradient.
         labels: (n,) of any integer dtype; two classes or more have a query with an answer, another row of its class in
             the gallery. No figure depends on the numbers that the classes have.
-        unit: on any device, or None.
+        unit: what scores, on any device, or None; a unit alone is meant with its own score.
         seed: from 0, of whatever is drawn: the same gives the same figures.
         candidates: how many of the nearest rows are re-ranked, by score or by structure.
         structure: (n, d) positive weights, of any floating dtype, or None.
@@ -115,8 +116,9 @@ def measure(
         raise ValueError(f"{of.format(classes)}; at least 2 are accepted")
     _numbers.size("candidates", candidates)
     inputs.seed(seed)
+    unit = Similarity.of(unit)
     if unit is not None:
-        _checks._unit(unit, features.shape[1])
+        _checks._unit(unit.unit if isinstance(unit, Similarity) else unit, features.shape[1])
     if structure is not None:
         structure = inputs.features(structure, "structure")
         if structure.shape != features.shape or not (structure > 0).all():

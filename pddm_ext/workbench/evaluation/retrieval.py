@@ -15,6 +15,7 @@ from torch import Tensor
 import pddm_ext
 from pddm_ext import _numbers
 
+from ..similarity import Similarity
 from . import inputs
 
 KS = (1, 2, 4, 8)
@@ -53,14 +54,21 @@ def by_distance(features: Tensor, queries: Tensor, k: int, gallery: Tensor | Non
     return _ranked(features, queries, k, gallery, search)
 
 
-def by_score(features: Tensor, queries: Tensor, k: int, unit: pddm_ext.PDDM, gallery: Tensor | None = None) -> Tensor:
-    """:func:`by_distance` with the unit's score in the distance's place, best first; NaN scores come last."""
-    features = inputs.features(features, scored=True).to(unit.u.weight.device)
+def by_score(
+    features: Tensor, queries: Tensor, k: int, unit: Similarity | pddm_ext.PDDM, gallery: Tensor | None = None
+) -> Tensor:
+    """:func:`by_distance` with the score in the distance's place, best first; NaN scores come last."""
+    similarity = _scoring(unit)
+    features = inputs.features(features, scored=True).to(similarity.device)
 
     def search(queries: Tensor, among: Tensor, k: int) -> Tensor:
-        return pddm_ext.topk(queries, among, k, unit)[1].cpu()
+        return similarity.best(queries, among, k)
 
     return _ranked(features, queries, k, gallery, search)
+
+
+def _scoring(unit: Similarity | pddm_ext.PDDM) -> Similarity:
+    return Similarity(unit) if isinstance(unit, pddm_ext.PDDM) else unit
 
 
 def _ranked(
@@ -82,8 +90,10 @@ def _ranked(
     return _others(ranked, queries) if itself else ranked
 
 
-def rerank(features: Tensor, queries: Tensor, ranked: Tensor, unit: pddm_ext.PDDM, candidates: int) -> Tensor:
-    """A ranking (q, k) of the queries (q,) whose first ``candidates`` columns are put in the order of the unit's score.
+def rerank(
+    features: Tensor, queries: Tensor, ranked: Tensor, unit: Similarity | pddm_ext.PDDM, candidates: int
+) -> Tensor:
+    """A ranking (q, k) of the queries (q,) whose first ``candidates`` columns are put in the order of the score.
 
     The rows ranked are those of the gallery that was searched: this one adds none.
     Equal scores, and the columns after the candidates, keep their order; NaN scores come last among the candidates.
@@ -93,10 +103,7 @@ def rerank(features: Tensor, queries: Tensor, ranked: Tensor, unit: pddm_ext.PDD
     ranked = inputs.ranked(ranked, queries, len(features))
     _numbers.size("candidates", candidates)
     first, rest = ranked[:, :candidates], ranked[:, candidates:]
-    gallery = features.to(unit.u.weight.device)
-    i, j = queries.repeat_interleave(first.shape[1]), first.flatten()
-    with torch.no_grad():
-        scores = pddm_ext.score_pairs(gallery, i.to(gallery.device), j.to(gallery.device), unit)
+    scores = _scoring(unit).pairs(features, queries.repeat_interleave(first.shape[1]), first.flatten())
     # Ascending, since a sort takes NaN for the largest value.
     order = (-scores.cpu().reshape(first.shape)).sort(dim=1, stable=True).indices
     return torch.cat([first.gather(1, order), rest], dim=1)
@@ -202,7 +209,7 @@ def summary(figures: Tensor, seed: int) -> dict[str, Any]:
 def retrieval(
     features: Tensor,
     labels: Tensor,
-    unit: pddm_ext.PDDM | None,
+    unit: Similarity | pddm_ext.PDDM | None,
     seed: int,
     candidates: int,
     structure: Tensor | None = None,

@@ -14,6 +14,7 @@ from torch import Tensor
 import pddm_ext
 from pddm_ext import _numbers
 
+from ..similarity import Similarity
 from . import inputs
 
 BINS = 60
@@ -103,12 +104,11 @@ def _nearness(features: Tensor, both: Tensor) -> Tensor:
     return _in_parts(of, both, max(1, _NUMBERS // features.shape[1]))
 
 
-def _scores(features: Tensor, both: Tensor, unit: pddm_ext.PDDM) -> Tensor:
-    gallery = features.to(unit.u.weight.device)
+def _scores(features: Tensor, both: Tensor, similarity: Similarity) -> Tensor:
+    rows = features.to(similarity.device)
 
     def of(i: Tensor, j: Tensor) -> Tensor:
-        with torch.no_grad():
-            return pddm_ext.score_pairs(gallery, i.to(gallery.device), j.to(gallery.device), unit).cpu()
+        return similarity.pairs(rows, i, j).cpu()
 
     return _in_parts(of, both, _SCORED)
 
@@ -175,7 +175,7 @@ def verification(positive: NDArray[np.float64], negative: NDArray[np.float64]) -
 def separation(
     features: Tensor,
     labels: Tensor,
-    unit: pddm_ext.PDDM | None,
+    unit: Similarity | pddm_ext.PDDM | None,
     seed: int,
     queries: Tensor | None = None,
     gallery: Tensor | None = None,
@@ -205,8 +205,9 @@ def separation(
     labels = inputs.classes(labels, len(features))
     both = pairs(labels, seed, _PAIRS, queries, gallery)
     values = {"distance": [_nearness(features, kind) for kind in both]}
-    if unit is not None:
-        values["score"] = [_scores(features, kind, unit) for kind in both]
+    similarity = Similarity.of(unit)
+    if similarity is not None:
+        values["score"] = [_scores(features, kind, similarity) for kind in both]
         if not all(scores.isfinite().all() for scores in values["score"]):
             raise FloatingPointError("the PDDM unit's scores are not finite; lower --lr or --unit-lr-factor")
     found: dict[str, dict[str, Any]] = {}

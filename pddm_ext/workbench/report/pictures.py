@@ -16,11 +16,11 @@ from PIL import Image
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-import pddm_ext
 from pddm_ext.quadruplets import Quadruplets
 
 from ..data.splits import TestSet
 from ..evaluation.retrieval import answered, by_distance, by_score
+from ..similarity import Similarity
 
 _MAP_CLASSES, _MAP_SAMPLES, _MAP_SIDE = 30, 8, 1000
 _QUERIES, _NEIGHBOURS, _QUADRUPLETS = 6, 10, 8
@@ -36,12 +36,12 @@ class Shown:
 
     Attributes:
         features: (n, d) unit features of the test set, float32 on the CPU.
-        unit: its PDDM unit, if it has one.
+        unit: what scores, if it has a PDDM unit.
         quadruplets: what it mines from the batch, if it mines quadruplets.
     """
 
     features: Tensor
-    unit: pddm_ext.PDDM | None = None
+    unit: Similarity | None = None
     quadruplets: Quadruplets | None = None
 
 

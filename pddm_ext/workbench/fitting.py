@@ -1,0 +1,151 @@
+"""A PDDM unit for an embedding that no longer changes: the second of two stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import faiss
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pddm_ext
+
+from .settings import Settings
+from .similarity import Similarity
+
+#: The unit's learning rate, of Adam, falling by a cosine; and what its classifier's loss weighs beside the score's.
+RATE, CLASSIFIER = 1e-3, 0.3
+#: Classes are told apart by logits of this scale.
+SCALE = 16.0
+#: Layers are so many times as long as a feature at most.
+_WIDEST = 4
+#: Pairs whose spread of scores the cosine's weight is measured in.
+_PAIRS = 2**14
+
+
+class FittedUnit(nn.Module):
+    """A unit that is trained afterwards, and the cosine that stands beside its score.
+
+    Args:
+        settings: length of a feature, width of the unit, and the seed of its first weights.
+        classes: how many are trained on.
+
+    Attributes:
+        unit: random until it is fitted.
+        cosine: its weight beside the score, a scalar.
+    """
+
+    cosine: Tensor
+
+    def __init__(self, settings: Settings, classes: int) -> None:
+        super().__init__()
+        room = min(classes + settings.dim // 2, _WIDEST * settings.dim)
+        width = settings.unit_width or max(settings.dim, room)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.unit = pddm_ext.PDDM(settings.dim, width, width).requires_grad_(False)
+        self.register_buffer("cosine", torch.zeros(()))
+
+    @property
+    def similarity(self) -> Similarity:
+        return Similarity(self.unit, float(self.cosine))
+
+
+def fit(
+    fitted: FittedUnit, features: Tensor, labels: Tensor, batches: Iterator[tuple[Tensor, Tensor]], settings: Settings
+) -> Iterator[None]:
+    """Train the unit, a step for each item taken; the last one sets the cosine's weight.
+
+    The score loss on the quadruplet of every positive pair, of features with noise: without it the unit learns the
+    very places of the training rows, where no test row lies. By default it starts from what the embedding has made of
+    the classes: a row of v for each of them, its mean, and a row of c that rises where the pair lies at it. These rows
+    stay a classifier, whose cross-entropy is a small part of the loss. So the first quadruplets are hard ones, and what
+    is learnt is where, and how far, the distance is wrong.
+
+    Args:
+        fitted: with a unit on the features' device.
+        features: (n, dim) of unit norm, of the training pictures.
+        labels: (n,) int64 from 0, on the features' device.
+        batches: rows (b,) of the features, and their labels (b,); as many as there are steps.
+        settings: start, noise, margin, steps and weight of the distance.
+
+    Raises:
+        FloatingPointError: a parameter is not finite in the end.
+    """
+    unit, device = fitted.unit, features.device
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    rows, group = _knowing(unit, features, labels, settings)
+    unit.requires_grad_(True)
+    loss_of = pddm_ext.QuadrupletLoss(settings.alpha)
+    optimizer = torch.optim.Adam(unit.parameters(), lr=RATE, weight_decay=settings.weight_decay)
+    steps = settings.unit_updates
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    try:
+        for places, classes in batches:
+            clean = features[places.to(device)]
+            noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=device)
+            seen = F.normalize(clean + settings.unit_noise * noise, dim=1)
+            classes = classes.to(device)
+            loss = loss_of.similarity(pddm_ext.mine_and_score(seen, classes, unit, mode="pair"))
+            if rows:
+                logits = F.linear(seen, unit.v.weight[:rows], unit.v.bias[:rows])
+                loss = loss + CLASSIFIER * F.cross_entropy(SCALE * logits, group[classes])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            yield
+    finally:
+        unit.requires_grad_(False)
+    if not all(parameter.isfinite().all() for parameter in unit.parameters()):
+        raise FloatingPointError("the PDDM unit is not finite after its own steps; lower --unit-noise or --alpha")
+    fitted.cosine.fill_(settings.unit_distance * _spread(fitted.unit, features, generator))
+
+
+@torch.no_grad()
+def _knowing(unit: pddm_ext.PDDM, features: Tensor, labels: Tensor, settings: Settings) -> tuple[int, Tensor]:
+    """Initial weights as the settings ask; how many rows of v are a classifier's, and each class's among them."""
+    from .methods import rank_by_distance
+
+    count = int(labels.max()) + 1
+    group = torch.arange(count, device=labels.device)
+    if settings.unit_start == "distance":
+        rank_by_distance(unit)
+    if settings.unit_start in ("distance", "random"):
+        return 0, group
+    sums = torch.zeros(count, features.shape[1], dtype=features.dtype, device=features.device)
+    means = F.normalize(sums.index_add(0, labels, features), dim=1)
+    room = max(1, min(unit.hidden, unit.combined) - settings.dim // 2)
+    if count > room:
+        means, group = _grouped(means, room)
+    rows = len(means)
+    unit.v.weight[:rows], unit.v.bias[:rows] = means, -0.3
+    # A row of c for each of v: where that one alone stands out of v', the pair lies at its class.
+    unit.c.weight[:rows] *= 0.2
+    at = torch.arange(rows, device=means.device)
+    unit.c.weight[at, unit.hidden + at], unit.c.bias[:rows] = 1.0, -0.5
+    unit.s.weight[0, :rows] = 1.0
+    return rows, group
+
+
+def _grouped(means: Tensor, rooms: int) -> tuple[Tensor, Tensor]:
+    """Groups of classes that lie close together, by k-means: their centres (rooms, d), and each class's group."""
+    points = means.float().cpu().numpy()
+    found = faiss.Kmeans(points.shape[1], rooms, seed=1, min_points_per_centroid=1, spherical=True)
+    found.train(points)
+    group = torch.from_numpy(found.index.search(points, 1)[1][:, 0])
+    # Labels of an empty group would never be seen.
+    used, group = torch.unique(group, return_inverse=True)
+    centres = torch.from_numpy(found.centroids)[used]
+    return centres.to(means), group.to(means.device)
+
+
+@torch.no_grad()
+def _spread(unit: pddm_ext.PDDM, features: Tensor, generator: torch.Generator) -> float:
+    """The standard deviation of scores over that of cosines, of pairs of rows drawn at random."""
+    i, j = torch.randint(len(features), (2, _PAIRS), generator=generator, device=features.device)
+    i, j = i[i != j], j[i != j]
+    cosines = (features[i] * features[j]).sum(1)
+    return float(pddm_ext.score_pairs(features, i, j, unit).std() / cosines.std().clamp(min=1e-12))

@@ -1,0 +1,78 @@
+"""What pairs are ranked and told apart by where a PDDM unit says how alike they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pddm_ext
+
+# Numbers of gathered features, and entries of a matrix of scores, in memory at once.
+_NUMBERS, _ENTRIES = 2**23, 2**24
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """A unit's score, and the cosine beside it: ``S(x, y) + cosine · x̂ · ŷ``, of rows of any norm.
+
+    A unit that was trained on a frozen embedding knows the places of the classes that it was trained on, and nothing of
+    others. There its score tells pairs apart less well than the cosine, which ranks as the distance does.
+
+    Attributes:
+        unit: on any device; in evaluation nothing has a gradient.
+        cosine: from 0, which leaves the score by itself.
+    """
+
+    unit: pddm_ext.PDDM
+    cosine: float = 0.0
+
+    @classmethod
+    def of(cls, given: Similarity | pddm_ext.PDDM | None) -> Similarity | None:
+        """A unit alone is its own score."""
+        return cls(given) if isinstance(given, pddm_ext.PDDM) else given
+
+    @property
+    def device(self) -> torch.device:
+        return self.unit.u.weight.device
+
+    @torch.no_grad()
+    def pairs(self, features: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Of listed pairs of rows: (P,).
+
+        Args:
+            features: (n, d), on any device.
+            i, j: (P,) rows of it, on any device.
+        """
+        rows = features.to(self.device)
+        i, j = i.to(self.device), j.to(self.device)
+        scores = pddm_ext.score_pairs(rows, i, j, self.unit)
+        if not self.cosine:
+            return scores
+        rows = F.normalize(rows, dim=1)
+        lots = zip(*(torch.split(side, max(1, _NUMBERS // rows.shape[1])) for side in (i, j)), strict=True)
+        return scores + self.cosine * torch.cat([(rows[a] * rows[b]).sum(1) for a, b in lots])
+
+    @torch.no_grad()
+    def best(self, queries: Tensor, gallery: Tensor, k: int) -> Tensor:
+        """The k most alike gallery rows of each query, best first: (q, k) int64 on the CPU.
+
+        Equal ones in the order of rows; NaN comes last.
+
+        Args:
+            queries: (q, d), on any device.
+            gallery: (g, d), on any device.
+            k: 1 to g.
+        """
+        queries, gallery = queries.to(self.device), gallery.to(self.device)
+        if not self.cosine:
+            return pddm_ext.topk(queries, gallery, k, self.unit)[1].cpu()
+        x, y = F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
+        found = [torch.empty(0, k, dtype=torch.int64)]
+        for lot in torch.split(torch.arange(len(x)), max(1, _ENTRIES // max(1, len(y)))):
+            scores = pddm_ext.score_matrix(queries[lot], self.unit, gallery) + self.cosine * (x[lot] @ y.T)
+            # Ascending, since a sort takes NaN for the largest value.
+            found.append((-scores).sort(dim=1, stable=True).indices[:, :k].cpu())
+        return torch.cat(found)
