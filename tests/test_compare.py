@@ -76,7 +76,7 @@ def test_a_method_may_have_settings_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("triplet", "--methods has 'triplet'; recommended, pddm-batch"),
+        ("triplet", "--methods has 'triplet'; recommended, joint, pddm-batch"),
         ("", "--methods has ''"),
         ("n-pair:bta=1", "--methods n-pair:bta=1: 'bta' is no setting; data"),
         ("n-pair:lr=fast", "--methods n-pair:lr=fast: lr is 'fast'; a value of type float"),
@@ -93,7 +93,10 @@ def test_a_method_may_have_settings_of_its_own() -> None:
         ("n-pair:clusters=3", "--methods n-pair:clusters=3: clusters does nothing without structure"),
         ("n-pair:density_ratio=1", "density_ratio does nothing without density"),
         ("recommended:weight=1,alpha=0.1", "recommended does not use weight"),
-        ("triplet-all:alpha=0.1,margin=0.1", "triplet-all does not use alpha"),
+        ("recommended:unit_gradient=false", "recommended does not use unit_gradient"),
+        ("joint:unit_steps=5", "joint does not use unit_steps"),
+        ("multi-similarity:unit_noise=0.1", "unit_noise does nothing without unit_steps"),
+        ("triplet-all:beta=0.1,margin=0.1", "triplet-all does not use beta"),
     ],
 )
 def test_bad_methods_are_named(text: str, message: str) -> None:

@@ -81,7 +81,7 @@ def test_the_score_loss_trains_the_embedding_only_if_asked(flows: bool) -> None:
 def test_each_method_trains(tiny: Dataset, method: str, terms: dict[str, Any]) -> None:
     """Every parameter moves, and on a fixed batch the loss comes down."""
     run = Run(Settings(**TINY, method=method, lr=3e-3, **terms), tiny)
-    assert (run.learner.unit is not None) == (method.startswith("pddm-") or method == "recommended")
+    assert (run.learner.unit is not None) == (method.startswith("pddm-") or method in ("joint", "recommended"))
     before = {name: value.clone() for name, value in run.learner.named_parameters()}
     pictures, labels = pictures_of(tiny)
     losses = []
@@ -94,7 +94,7 @@ def test_each_method_trains(tiny: Dataset, method: str, terms: dict[str, Any]) -
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     for name, value in run.learner.named_parameters():
-        assert not torch.equal(value, before[name]), name
+        assert torch.equal(value, before[name]) == name.startswith("fitted."), name  # whose time is yet to come
 
 
 @pytest.mark.parametrize("method", ["euclidean-anchor", "multi-similarity"])
@@ -148,7 +148,7 @@ def test_every_method_starts_from_the_same_net_and_torchs_generator_is_left_alon
         ({"method": "n-pair", "structure": 0.3}, {"head": 0.01, "structure": 0.01, "backbone": 0.01}),
         ({"method": "norm-softmax", "unit_lr_factor": 5.0}, {"head": 0.01, "backbone": 0.01, "objective": 1.0}),
         ({"method": "proxy-anchor", "proxy_lr_factor": 3.0}, {"head": 0.01, "backbone": 0.01, "objective": 0.03}),
-        ({"method": "recommended", "freeze": True}, {"head": 0.01, "objective": 0.01}),
+        ({"method": "joint", "freeze": True}, {"head": 0.01, "objective": 0.01}),
     ],
 )
 def test_each_part_has_its_learning_rate(tiny: Dataset, changed: dict[str, Any], rates: dict[str, float]) -> None:

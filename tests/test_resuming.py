@@ -73,7 +73,7 @@ def test_a_resumed_run_ends_at_the_same_bits(
     assert untimed(outcome.figures(stopped)) == untimed(outcome.figures(whole))
 
 
-@pytest.mark.parametrize("method", ["pddm-anchor", "recommended"])
+@pytest.mark.parametrize("method", ["pddm-anchor", "joint", "recommended"])
 def test_a_finished_run_can_be_made_longer(tiny: Dataset, tmp_path: Path, method: str) -> None:
     """From a step between two evaluations, too; each stop is one measurement more."""
     trained(tiny, tmp_path / "whole", steps=7, every=3, accumulate=2, method=method)
@@ -293,8 +293,8 @@ def saved(value: Any, **options: Any) -> bytes:
         (safetensors.torch.save({"a": torch.zeros(2)}), "not a readable checkpoint (a file of safetensors: weights"),
         (saved(nn.Linear(2, 2)), "not a readable checkpoint (a file of torch's that holds code, or is damaged)"),
         (saved(Path("x"), _use_new_zipfile_serialization=False), "not a readable checkpoint (a pickle, which may"),
-        (saved({"state_dict": {}}), "not a checkpoint of format 3, but another file of torch's"),
-        (saved(torch.zeros(3)), "not a checkpoint of format 3, but another file of torch's"),
+        (saved({"state_dict": {}}), "not a checkpoint of format 4, but another file of torch's"),
+        (saved(torch.zeros(3)), "not a checkpoint of format 4, but another file of torch's"),
     ],
     ids=str.split("empty text png zip pickle plain-pickle safetensors module old-pickle other-state tensor"),
 )

@@ -298,7 +298,10 @@ class Catalogue:
             raise ValueError(f"by is {by!r}; {', '.join(RANKINGS)} are accepted")
         method = self.trained.settings.method
         if by == "score" and self.trained.unit is None:
-            raise ValueError(f"by is 'score'; the embedder was trained by {method}, without a PDDM unit")
+            lacks = "without a PDDM unit"
+            if self.trained.settings.unit_updates:
+                lacks = "whose PDDM unit is trained when the run has ended, which it has not; go on with --resume"
+            raise ValueError(f"by is 'score'; the embedder was trained by {method}, {lacks}")
         if by == "structure" and self.structures is None:
             raise ValueError("by is 'structure'; the embedder has no structure head, which --structure trains")
 

@@ -42,11 +42,18 @@ class FittedUnit(nn.Module):
     def __init__(self, settings: Settings, classes: int) -> None:
         super().__init__()
         room = min(classes + settings.dim // 2, _WIDEST * settings.dim)
-        width = settings.unit_width or max(settings.dim, room)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.unit = pddm_ext.PDDM(settings.dim, width, width).requires_grad_(False)
+        self._sizes, self._seed = (settings.dim, *2 * (settings.unit_width or max(settings.dim, room),)), settings.seed
+        self.unit = self._fresh().requires_grad_(False)
         self.register_buffer("cosine", torch.zeros(()))
+
+    def reset(self) -> None:
+        """Random weights, those of the first time."""
+        self.unit.load_state_dict(self._fresh().state_dict())
+
+    def _fresh(self) -> pddm_ext.PDDM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            return pddm_ext.PDDM(*self._sizes)
 
     @property
     def similarity(self) -> Similarity:
@@ -56,7 +63,7 @@ class FittedUnit(nn.Module):
 def fit(
     fitted: FittedUnit, features: Tensor, labels: Tensor, batches: Iterator[tuple[Tensor, Tensor]], settings: Settings
 ) -> Iterator[None]:
-    """Train the unit, a step for each item taken; the last one sets the cosine's weight.
+    """Train the unit anew, a step for each item taken; the end sets the cosine's weight.
 
     The score loss on the quadruplet of every positive pair, of features with noise: without it the unit learns the
     very places of the training rows, where no test row lies. By default it starts from what the embedding has made of
@@ -74,6 +81,7 @@ def fit(
     Raises:
         FloatingPointError: a parameter is not finite in the end.
     """
+    fitted.reset()
     unit, device = fitted.unit, features.device
     generator = torch.Generator(device).manual_seed(settings.seed)
     rows, group = _knowing(unit, features, labels, settings)

@@ -221,6 +221,8 @@ class Trained:
         return values[key]
 
     def _unit(self) -> pddm_ext.PDDM:
+        if self.unit is None and self.settings.unit_updates:
+            raise ValueError("its PDDM unit is trained when the run has ended, which it has not; go on with --resume")
         if self.unit is None:
             raise ValueError(f"it was trained by {self.settings.method}, without a PDDM unit, and has no score")
         return self.unit
@@ -335,7 +337,7 @@ def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trai
         if not of_unit or "fitted.cosine" not in weights:
             raise ValueError("damaged; it has no weights of a unit")
         if not state["fitted"]:
-            raise ValueError("its PDDM unit has not been trained yet: the run has not ended; train with --resume")
+            of_unit = {}
     if tuple(of_net.get("head.bias", torch.empty(0)).shape) != (settings.dim,):
         raise ValueError(f"damaged; it has no weights of a net with features of length {settings.dim}")
     if not all(value.isfinite().all() for value in (*of_net.values(), *of_unit.values())):
