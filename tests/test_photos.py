@@ -267,7 +267,33 @@ def test_what_is_held_out_is_said_to_be_a_part(tmp_path: Path) -> None:
     assert dataset.val.groups == dataset.train.groups
 
 
-@pytest.mark.parametrize("split", ["random", "none"])
+def test_known_classes_are_searched_for_by_their_last_pictures(tmp_path: Path) -> None:
+    make_folder(tmp_path, classes=3, pictures=11)
+    make_folder(tmp_path, classes=1, pictures=3, side="z")
+    dataset = photos.folder(tmp_path, split="known")
+    assert dataset.protocol == "known"
+    assert dataset.gallery is dataset.train
+    assert dataset.train.names == dataset.test.names == ("a", "b", "c", "za")
+    assert torch.bincount(dataset.train.labels).tolist() == [9, 9, 9, 2]
+    assert [dataset.test.pictures.paths[row] for row in range(7)] == [
+        *(f"{name}/{place}.png" for name in "abc" for place in (8, 9)),
+        "za/2.png",
+    ]
+    assert dataset.test.groups == ("a to za, the last fifth of them",)
+    assert dataset.validation(0).gallery is not None
+
+
+def test_a_class_too_small_to_be_known_is_named(tmp_path: Path) -> None:
+    make_folder(tmp_path, classes=3, pictures=5)
+    make_folder(tmp_path, classes=1, pictures=2, side="z")
+    with pytest.raises(ValueError, match="--split known holds a fifth .* class za has fewer than 3"):
+        photos.folder(tmp_path, split="known")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: a class without pictures|za has fewer than 3"):
+        photos.folder(tmp_path, split="known")
+
+
+@pytest.mark.parametrize("split", ["random", "none", "known"])
 def test_a_split_of_what_has_sides_is_refused(tmp_path: Path, split: str) -> None:
     for side in ("train", "test"):
         make_folder(tmp_path, 2, side=f"{side}/{side}")
@@ -275,8 +301,8 @@ def test_a_split_of_what_has_sides_is_refused(tmp_path: Path, split: str) -> Non
         ValueError, match=rf"^--split {split} is for a folder of class folders; .* in test/ and train/$"
     ):
         photos.folder(tmp_path, split=split)
-    with pytest.raises(ValueError, match=f"--split {split} is for --data folder; glyphs has a split of its own"):
-        by_name.load(Settings(split=split))
+    with pytest.raises(ValueError, match=rf"--split {split} is for --data folder(, \w+)*; cub200 has a split of its own"):
+        by_name.load(Settings(data="cub200", root=str(tmp_path), split=split))
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:

@@ -149,6 +149,23 @@ def test_nothing_there_says_where_it_comes_from(tmp_path: Path, name: str) -> No
         load(name, tmp_path, download=True)
 
 
+@pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is not there")
+def test_every_second_product_may_be_unseen() -> None:
+    known, unseen = (by_name.load(Settings(data="grocery", root=str(REAL), split=split)) for split in ("half", "unseen"))
+    assert unseen.protocol == "unseen"
+    assert unseen.train.names == known.train.names[::2]
+    assert unseen.test.names == unseen.gallery.names == known.train.names[1::2]
+    assert unseen.val is None
+    assert set(unseen.others.names) <= set(unseen.train.names)
+    of = {side: set(getattr(unseen, side).pictures.paths) for side in ("train", "test", "gallery", "others")}
+    assert of["gallery"] | of["train"] == set(known.train.pictures.paths)
+    assert not of["gallery"] & of["train"]
+    assert of["test"] < set(known.test.pictures.paths)
+    assert of["others"] < set(known.val.pictures.paths)
+    held = unseen.validation(0)
+    assert set(held.test.names) <= set(held.gallery.names) <= set(unseen.train.names)
+
+
 def test_a_choice_of_galleries_is_for_grocery(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--gallery catalogue is for --data grocery; --data is in-shop"):
         load("in-shop", make_inshop(tmp_path / "root", "img"), gallery="catalogue")

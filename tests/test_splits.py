@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from pddm_ext.workbench.data import augment, glyphs
 from pddm_ext.workbench.data import load as by_name
 from pddm_ext.workbench.data.augment import DRAWINGS
 from pddm_ext.workbench.data.splits import Dataset, TestSet, batches, in_memory
+from pddm_ext.workbench.loop import Run
 from pddm_ext.workbench.settings import Settings
-from runs import blots, differences
+from runs import TINY, blots, differences, with_gallery
 from small_data import PUBLISHED, make_folder, make_omniglot, scatter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,3 +103,78 @@ def test_too_few_classes_to_hold_some_out(tiny: Dataset, groups: dict[str, str])
     train = in_memory({group: {name: next(pictures) for name in names} for group, names in groups.items()})
     with pytest.raises(ValueError, match="too few to hold some out"):
         Dataset("glyphs", DRAWINGS, train, tiny.test).validation(0)
+
+
+# Known classes, few labels and wrong ones
+
+
+def test_drawings_of_known_classes(tmp_path: Path) -> None:
+    """All characters are on both sides: of each the last drawing by name, one of four, is searched for."""
+    archive = make_omniglot(tmp_path / "images_background_small1.zip")
+    unseen = by_name.load(Settings(data="omniglot", root=str(archive)))
+    known = by_name.load(Settings(data="omniglot", root=str(archive), split="known"))
+    assert known.protocol == "known"
+    assert known.gallery is known.train
+    assert not known.distort_test
+    assert known.train.names == (*unseen.train.names, *unseen.test.names)
+    assert torch.bincount(known.train.labels).tolist() == [3] * 15
+    assert known.test.labels.tolist() == list(range(15))
+    assert torch.equal(known.test.pictures[torch.tensor([0])], unseen.train.pictures[torch.tensor([3])])
+    assert torch.equal(known.test.pictures[torch.tensor([14])], unseen.test.pictures[torch.tensor([23])])
+    assert known.train.groups == (*unseen.train.groups, *unseen.test.groups)
+    test = TestSet(known, 0)
+    assert (len(test.queries), len(test.gallery)) == (15, 45)
+    # Neither side, nor what is chosen by, has a drawing of another.
+    assert len({known.digest(), unseen.digest()}) == 2
+    with pytest.raises(ValueError, match="has the same classes on both sides already"):
+        known.known()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_few_labels(tiny: Dataset, share: float) -> None:
+    few = tiny.train.thinned(share, 3)
+    assert torch.bincount(few.labels).tolist() == [max(2, round(4 * share))] * 8
+    assert few.names == tiny.train.names
+    assert few.digest == tiny.train.thinned(share, 3).digest
+    assert (few.digest == tiny.train.thinned(share, 4).digest) == (share == 1)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.0])
+def test_wrong_labels(tiny: Dataset, share: float) -> None:
+    split = tiny.train
+    wrong = split.mislabelled(share, 3)
+    changed = wrong.labels != split.labels
+    assert int(changed.sum()) == round(share * len(split.labels))
+    assert wrong.labels.min() >= 0
+    assert wrong.labels.max() < len(split.names)
+    assert torch.equal(wrong.labels, split.mislabelled(share, 3).labels)
+    assert share == 0 or not torch.equal(wrong.labels, split.mislabelled(share, 4).labels)
+
+
+def test_what_is_searched_among_keeps_its_labels(tiny: Dataset) -> None:
+    data = with_gallery(tiny)
+    settings = Settings(**TINY, train_share=1.0, label_noise=0.25)
+    run = Run(settings, data)
+    assert not torch.equal(run.dataset.train.labels, data.train.labels)
+    assert torch.equal(run.dataset.gallery.labels, data.train.labels)
+    assert torch.equal(run.test.labels, TestSet(data, 0).labels)
+
+
+def test_validation_classes_are_searched_for_by_their_other_pictures(tiny: Dataset) -> None:
+    """Where the data have such, as the Grocery Store Dataset; classes are told by name."""
+    rows = torch.arange(32)
+    order = torch.tensor([7, 6, 5, 4, 3, 2, 1])  # of other labels, and one class less
+    others = tiny.train.some(rows[rows % 4 == 0]).classes(order)
+    data = replace(tiny, train=tiny.train.some(rows[rows % 4 > 0]), others=others, distort_test=False)
+    for fold in (0, 1):
+        held = data.validation(fold)
+        assert held.gallery is not None
+        assert set(held.test.names) <= set(held.gallery.names)
+        assert not set(held.gallery.names) & set(held.train.names)
+        test = TestSet(held, 0)
+        queries = {test.names[int(label)] for label in test.labels[test.queries]}
+        assert queries == set(held.gallery.names) - {tiny.train.names[0]}
+        stored = held.test.pictures[torch.arange(len(held.test.labels))]
+        for picture, label in zip(stored, held.test.labels, strict=True):
+            row = 4 * tiny.train.names.index(held.test.names[int(label)])
+            assert torch.equal(picture, tiny.train.pictures[torch.tensor([row])][0])
