@@ -16,9 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
+from sklearn.linear_model import LogisticRegression
 
 from pddm_ext.workbench import compare
 from pddm_ext.workbench.checkpoint import write_bytes
+from pddm_ext.workbench.evaluation import retrieval
+from pddm_ext.workbench.evaluation.separation import verification
+from pddm_ext.workbench.fitting import SCALE
+from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.report import figures, page
 from pddm_ext.workbench.settings import Settings
 
@@ -120,6 +126,8 @@ def _photographs(methods: tuple[str, ...], *, unseen: bool = False, **more: Any)
 #: What PDDM's score is held against where classes are known: the best losses, each by distance.
 STRONGEST = ("multi-similarity", "proxy-anchor", "norm-softmax", "sub-center-arcface", "sup-con")
 SCORING = ("recommended", "joint", "pddm-pair")
+#: On whose embedding a classifier is trained, too.
+CLASSIFIED = "multi-similarity"
 #: What the second stage consists of, one change at a time.
 STAGE = (
     "recommended",
@@ -146,7 +154,11 @@ SPOILT = tuple(
     for spoilt in ("label_noise=0.2", "label_noise=0.4", "train_share=0.25")
 )
 #: PDDM's siblings on photographs.
-SIBLINGS_SEEN = ("multi-similarity", *(f"multi-similarity:{term}" for term in ("density=0.03", "structure=0.3")))
+SIBLINGS_SEEN = tuple(
+    f"{base}{term}"
+    for base in ("multi-similarity", "triplet-semihard")
+    for term in ("", ":density=0.03", ":density=0.3", ":structure=0.3", ":structure=0.3,centres=all", ":structure=1")
+)
 GRIDS = {
     "grocery-known": _photographs((*SCORING, *STRONGEST)),
     "grocery-unseen": _photographs((*SCORING, *STRONGEST), unseen=True),
@@ -184,8 +196,29 @@ def run(name: str, roots: dict[str, str], jobs: int) -> None:
     examples, raw = compare.examples(grid)
     page.write(grid.folder / "report.html", cells, raw, examples)
     stored = {"raw": raw, "cells": {label: [_kept(metrics) for metrics in seeds] for label, seeds in cells.items()}}
+    if name.endswith("-known"):
+        stored["classifier"] = [_rounded(classifier(cell)) for cell in grid.cells() if cell.label == CLASSIFIED]
     STORE.mkdir(parents=True, exist_ok=True)
     write_bytes(STORE / f"{name}.json", (json.dumps(stored, separators=(",", ":")) + "\n").encode())
+
+
+def classifier(cell: compare.Cell) -> dict[str, Any]:
+    """What knows nothing but the classes: a logistic regression on the embedding of a finished run's gallery, which is what
+    was trained on. Two pictures are as alike as the probability that their classes, drawn by it, are the same one."""
+    run = Run(cell.settings, compare._dataset(cell.settings), features=cell.features)
+    run.resume(cell.folder / CHECKPOINT)
+    run.place()
+    features, test = run.look().features, run.test
+    assert test.queries is not None
+    assert test.gallery is not None
+    labels = test.labels
+    learnt = LogisticRegression(max_iter=5000).fit(SCALE * features[test.gallery].numpy(), labels[test.gallery].numpy())
+    classes = torch.from_numpy(learnt.predict_proba(SCALE * features.numpy()))
+    alike = classes[test.queries] @ classes[test.gallery].T
+    ranked = test.gallery[(-alike).sort(dim=1, stable=True).indices]
+    found = retrieval.summary(retrieval.per_query(ranked, test.queries, labels, test.gallery), cell.settings.seed)
+    same = labels[test.queries][:, None] == labels[test.gallery]
+    return {"results": found, "pairs": verification(alike[same].numpy(), alike[~same].numpy())}
 
 
 def _kept(metrics: dict[str, Any]) -> dict[str, Any]:

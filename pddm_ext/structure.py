@@ -12,7 +12,7 @@ two matrix products, never a tensor of pairs times coordinates. It is not symmet
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,10 @@ class MultiClusterRankingLoss(nn.Module):
     follow the distances that they are to sort. K = 2 is NASA's pair of centres. NAMR sorts into several clusters; even
     spacing between the same two ends is ours. Equal distances (σ = 0) give equal centres.
 
+    NASA's released code takes m and σ over all n² entries of the matrix of distances, of which the n of a row from
+    itself are 0. These lower m and widen σ: in a batch of 32 rows whose distances are alike, η_K falls from near m to
+    about half of it. ``over="all"`` does that; that of the pairs alone is what the formula says, and the default.
+
     Embeddings are L2-normalised inside, as everywhere in this package: the centres scale with the distances and
     ``scale`` does not, so its value means something only where distances have one scale (0 to 2). The gradient reaches
     the structure and the embeddings. To leave the embeddings to the metric loss alone, pass ``embeddings.detach()``.
@@ -93,6 +97,8 @@ class MultiClusterRankingLoss(nn.Module):
         clusters: K, at least 2.
         scale: sharpness of the assignment, per unit of distance; positive.
         spread: how many standard deviations below the mean the nearest centre lies; positive.
+        over: what m and σ are of: ``"pairs"`` i ≠ j, or ``"all"`` entries, zeros of the diagonal included, and σ then
+            with n² − 1 in the place of n².
 
     Shape:
         embeddings and structure (n, d), float32, float64, bfloat16 or float16, structure not negative. The result is a
@@ -103,15 +109,20 @@ class MultiClusterRankingLoss(nn.Module):
         TypeError: a parameter of another type, or a dtype that is not accepted.
     """
 
-    def __init__(self, clusters: int = 2, scale: float = 10.0, spread: float = 3.0) -> None:
+    def __init__(
+        self, clusters: int = 2, scale: float = 10.0, spread: float = 3.0, *, over: Literal["pairs", "all"] = "pairs"
+    ) -> None:
         super().__init__()
         _numbers.size("clusters", clusters, least=2)
+        if over not in ("pairs", "all"):
+            raise ValueError(f"over is {over!r}; 'pairs', 'all' are accepted")
         for name, value in (("scale", scale), ("spread", spread)):
             _numbers.number(name, value, "a positive finite number")
-        self.clusters, self.scale, self.spread = clusters, scale, spread
+        self.clusters, self.scale, self.spread, self.over = clusters, scale, spread, over
 
     def extra_repr(self) -> str:
-        return f"clusters={self.clusters}, scale={self.scale}, spread={self.spread}"
+        own = f"clusters={self.clusters}, scale={self.scale}, spread={self.spread}"
+        return own if self.over == "pairs" else f"{own}, over={self.over!r}"
 
     def forward(self, embeddings: Tensor, structure: Tensor) -> Tensor:
         _check("embeddings", embeddings, "structure", structure)
@@ -127,11 +138,13 @@ class MultiClusterRankingLoss(nn.Module):
 
     @torch.no_grad()
     def _centres(self, e: Tensor, itself: Tensor) -> Tensor:
-        """η of the off-diagonal distances, (K,), falling."""
-        pairs = e.shape[0] * (e.shape[0] - 1)
+        """η of the plain distances, (K,), falling."""
+        n, every = e.shape[0], self.over == "all"
         plain = _distances(e, torch.ones_like(e), e).masked_fill(itself, 0)
-        mean = plain.sum(-1).sum() / pairs
-        deviation = ((plain - mean).square().masked_fill(itself, 0).sum(-1).sum() / pairs).sqrt()
+        mean = plain.sum(-1).sum() / (n * n if every else n * (n - 1))
+        off = (plain - mean).square()
+        off = off if every else off.masked_fill(itself, 0)
+        deviation = (off.sum(-1).sum() / (n * n - 1 if every else n * (n - 1))).sqrt()
         nearest = torch.maximum(_NEAREST * mean, mean - self.spread * deviation)
         steps = torch.linspace(0, 1, self.clusters, dtype=e.dtype, device=e.device)
         return torch.lerp(mean, nearest, steps)

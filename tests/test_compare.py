@@ -91,6 +91,7 @@ def test_a_method_may_have_settings_of_its_own() -> None:
         ("multi-similarity:beta=20", "--methods multi-similarity:beta=20: multi-similarity does not use beta"),
         ("pddm-pair:margin=0.1", "pddm-pair does not use margin"),
         ("n-pair:clusters=3", "--methods n-pair:clusters=3: clusters does nothing without structure"),
+        ("n-pair:centres=all", "centres does nothing without structure"),
         ("n-pair:density_ratio=1", "density_ratio does nothing without density"),
         ("recommended:weight=1,alpha=0.1", "recommended does not use weight"),
         ("recommended:unit_gradient=false", "recommended does not use unit_gradient"),

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import differences, trained, untimed, with_gallery
 from torch import Tensor
 
 import pddm_ext
@@ -22,6 +21,7 @@ from pddm_ext.workbench.fitting import FittedUnit, fit
 from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.settings import Settings
 from pddm_ext.workbench.similarity import Similarity
+from runs import differences, trained, untimed, with_gallery
 
 CLASSES, DIM = 6, 8
 

@@ -286,10 +286,10 @@ def test_known_classes_are_searched_for_by_their_last_pictures(tmp_path: Path) -
 def test_a_class_too_small_to_be_known_is_named(tmp_path: Path) -> None:
     make_folder(tmp_path, classes=3, pictures=5)
     make_folder(tmp_path, classes=1, pictures=2, side="z")
-    with pytest.raises(ValueError, match="--split known holds a fifth .* class za has fewer than 3"):
+    with pytest.raises(ValueError, match=r"--split known holds a fifth .* class za has fewer than 3"):
         photos.folder(tmp_path, split="known")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: a class without pictures|za has fewer than 3"):
+    with pytest.raises(ValueError, match=r"empty: a class without pictures|za has fewer than 3"):
         photos.folder(tmp_path, split="known")
 
 
@@ -301,7 +301,9 @@ def test_a_split_of_what_has_sides_is_refused(tmp_path: Path, split: str) -> Non
         ValueError, match=rf"^--split {split} is for a folder of class folders; .* in test/ and train/$"
     ):
         photos.folder(tmp_path, split=split)
-    with pytest.raises(ValueError, match=rf"--split {split} is for --data folder(, \w+)*; cub200 has a split of its own"):
+    with pytest.raises(
+        ValueError, match=rf"--split {split} is for --data folder(, \w+)*; cub200 has a split of its own"
+    ):
         by_name.load(Settings(data="cub200", root=str(tmp_path), split=split))
 
 

@@ -151,7 +151,9 @@ def test_nothing_there_says_where_it_comes_from(tmp_path: Path, name: str) -> No
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is not there")
 def test_every_second_product_may_be_unseen() -> None:
-    known, unseen = (by_name.load(Settings(data="grocery", root=str(REAL), split=split)) for split in ("half", "unseen"))
+    known, unseen = (
+        by_name.load(Settings(data="grocery", root=str(REAL), split=split)) for split in ("half", "unseen")
+    )
     assert unseen.protocol == "unseen"
     assert unseen.train.names == known.train.names[::2]
     assert unseen.test.names == unseen.gallery.names == known.train.names[1::2]

@@ -41,11 +41,12 @@ def off_diagonal(x: Tensor) -> Tensor:
     return x[~torch.eye(len(x), dtype=torch.bool, device=x.device)]
 
 
-def literal_centres(e: Tensor, clusters: int = 2, spread: float = 3.0) -> list[Tensor]:
+def literal_centres(e: Tensor, clusters: int = 2, spread: float = 3.0, over: str = "pairs") -> list[Tensor]:
     """Both ends by NASA's definition, with the gradient they would have."""
-    d = off_diagonal(literal_distances(e, torch.ones_like(e), e)).sqrt()
+    d = literal_distances(e, torch.ones_like(e), e)
+    d = d.flatten().clamp(min=0).sqrt() if over == "all" else off_diagonal(d).sqrt()
     mean = d.mean()
-    nearest = torch.maximum(0.2 * mean, mean - spread * d.std(correction=0))
+    nearest = torch.maximum(0.2 * mean, mean - spread * (d.std() if over == "all" else d.std(correction=0)))
     return [mean + (nearest - mean) * k / (clusters - 1) for k in range(clusters)]
 
 
@@ -180,6 +181,28 @@ def test_loss_and_gradients_equal_the_literal_formula(clusters, scale, spread):
     # With centres that follow the embeddings it would be another one.
     (moving,) = torch.autograd.grad(literal_loss(e, w, literal_centres(e, clusters, spread), scale), e)
     assert (moving - g_e).norm() > 0.01 * g_e.norm()
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+def test_centres_of_all_entries_are_those_of_nasas_code(spread):
+    e, w = clustered(), weights(12, 6)
+    far, near = literal_centres(e, spread=spread, over="all")
+    got = MultiClusterRankingLoss(spread=spread, over="all")(e, w)
+    torch.testing.assert_close(got, literal_loss(e, w, [far, near]), rtol=1e-12, atol=0)
+    assert far < literal_centres(e)[0]
+
+
+def test_zeros_of_the_diagonal_halve_the_near_centre_of_alike_distances():
+    """Of 32 rows at right angles all distances are √2: over the pairs both centres are there."""
+    e = torch.eye(32, dtype=torch.float64, device=DEVICE)
+    itself = torch.eye(32, dtype=torch.bool, device=DEVICE)
+    pairs, every = (MultiClusterRankingLoss(over=over)._centres(e, itself) for over in ("pairs", "all"))
+    torch.testing.assert_close(pairs / 2**0.5, torch.ones_like(pairs))
+    n = 32 * 32
+    mean = 1 - 1 / 32
+    deviation = ((32 * mean**2 + (n - 32) * (1 - mean) ** 2) / (n - 1)) ** 0.5
+    assert (every / 2**0.5).tolist() == pytest.approx([mean, mean - 3 * deviation])
+    assert every[1] < 0.5 * pairs[1]
 
 
 @on_one_thread
@@ -471,6 +494,7 @@ def test_bad_candidates_are_refused(ranked, error, message):
         ({"clusters": 1}, ValueError, r"clusters is 1; at least 2 is accepted"),
         ({"clusters": 2.0}, TypeError, r"clusters is a float; an int is accepted"),
         ({"clusters": True}, TypeError, r"clusters is a bool; an int is accepted"),
+        ({"over": "none"}, ValueError, r"over is 'none'; 'pairs', 'all' are accepted"),
         ({"scale": 0}, ValueError, r"scale is 0; a positive finite number is accepted"),
         ({"scale": math.inf}, ValueError, r"scale is inf; a positive finite number is accepted"),
         ({"spread": -1}, ValueError, r"spread is -1; a positive finite number is accepted"),
@@ -496,6 +520,7 @@ def test_the_head_refuses_what_it_was_not_made_for():
 
 
 def test_the_parameters_are_shown():
+    assert repr(MultiClusterRankingLoss(over="all")).endswith("spread=3.0, over='all')")
     assert repr(MultiClusterRankingLoss(3)) == "MultiClusterRankingLoss(clusters=3, scale=10.0, spread=3.0)"
 
 

@@ -84,7 +84,7 @@ def method(text: str, common: Settings) -> Settings:
     if idle:
         raise ValueError(f"--methods {text}: {name} does not use {', '.join(idle)}")
     settings = replace(common, method=name, **parse(given, f"--methods {text}"))
-    for key, term in (("density_ratio", "density"), ("clusters", "structure")):
+    for key, term in (("density_ratio", "density"), ("clusters", "structure"), ("centres", "structure")):
         if key in given and not getattr(settings, term):
             raise ValueError(f"--methods {text}: {key} does nothing without {term}")
     idle = sorted(given.keys() & FITTED)

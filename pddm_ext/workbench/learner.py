@@ -32,7 +32,9 @@ class Learner(nn.Module):
         super().__init__()
         self.net, self.objective, self.settings, self.known = net, objective, settings, False
         self.density = pddm_ext.DensityRegularizer(settings.density_ratio) if settings.density else None
-        self.ranking = pddm_ext.MultiClusterRankingLoss(settings.clusters) if settings.structure else None
+        self.ranking = None
+        if settings.structure:
+            self.ranking = pddm_ext.MultiClusterRankingLoss(settings.clusters, over=settings.centres)  # type: ignore[arg-type]
         self.fitted = fitted
 
     @property

@@ -35,6 +35,7 @@ METHODS = (
 #: Methods whose classes have proxies, parameters of their own.
 PROXIES = ("proxy-anchor", "norm-softmax", "sub-center-arcface")
 STARTS = ("own", "random", "distance", "classes")
+OVER = ("pairs", "all")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -118,6 +119,9 @@ class Settings:
         0.0, "any method: weight of the multi-cluster ranking loss, which trains a structure head"
     )
     clusters: int = _setting(2, "centres of the multi-cluster ranking loss")
+    centres: str = _setting(
+        "pairs", "what these are taken from: distances of pairs, or all, those of rows from themselves too", OVER
+    )
     precision: str = _setting("32-true", "arithmetic, by Lightning Fabric's names", PRECISIONS)
     accelerator: str = _setting(
         "auto", "device kind, by Lightning Fabric's names: cpu, cuda, ...; auto is one that PDDM can score on"
