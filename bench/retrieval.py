@@ -203,8 +203,8 @@ def run(name: str, roots: dict[str, str], jobs: int) -> None:
 
 
 def classifier(cell: compare.Cell) -> dict[str, Any]:
-    """What knows nothing but the classes: a logistic regression on the embedding of a finished run's gallery, which is what
-    was trained on. Two pictures are as alike as the probability that their classes, drawn by it, are the same one."""
+    """What knows nothing but the classes: a logistic regression on the embedding of a finished run's gallery, which is
+    what was trained on. Two pictures are as alike as it is probable that they are of one class by it."""
     run = Run(cell.settings, compare._dataset(cell.settings), features=cell.features)
     run.resume(cell.folder / CHECKPOINT)
     run.place()
