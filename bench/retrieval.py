@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
 from pddm_ext.workbench import compare
 from pddm_ext.workbench.checkpoint import write_bytes
 from pddm_ext.workbench.evaluation import retrieval
-from pddm_ext.workbench.evaluation.separation import verification
+from pddm_ext.workbench.evaluation.separation import pairs, verification
 from pddm_ext.workbench.fitting import SCALE
 from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.report import figures, page
@@ -128,6 +129,8 @@ STRONGEST = ("multi-similarity", "proxy-anchor", "norm-softmax", "sub-center-arc
 SCORING = ("recommended", "joint", "pddm-pair")
 #: On whose embedding a classifier is trained, too.
 CLASSIFIED = "multi-similarity"
+#: Whose thresholds are carried from validation to test.
+CALIBRATED = (*SCORING, "multi-similarity")
 #: What the second stage consists of, one change at a time.
 STAGE = (
     "recommended",
@@ -198,6 +201,10 @@ def run(name: str, roots: dict[str, str], jobs: int) -> None:
     stored = {"raw": raw, "cells": {label: [_kept(metrics) for metrics in seeds] for label, seeds in cells.items()}}
     if name.endswith("-known"):
         stored["classifier"] = [_rounded(classifier(cell)) for cell in grid.cells() if cell.label == CLASSIFIED]
+    if name == "grocery-known":  # whose validation photographs are of all classes, and none is trained on
+        stored["calibration"] = {
+            label: [_rounded(calibration(cell)) for cell in grid.cells() if cell.label == label] for label in CALIBRATED
+        }
     STORE.mkdir(parents=True, exist_ok=True)
     write_bytes(STORE / f"{name}.json", (json.dumps(stored, separators=(",", ":")) + "\n").encode())
 
@@ -205,9 +212,7 @@ def run(name: str, roots: dict[str, str], jobs: int) -> None:
 def classifier(cell: compare.Cell) -> dict[str, Any]:
     """What knows nothing but the classes: a logistic regression on the embedding of a finished run's gallery, which is
     what was trained on. Two pictures are as alike as it is probable that they are of one class by it."""
-    run = Run(cell.settings, compare._dataset(cell.settings), features=cell.features)
-    run.resume(cell.folder / CHECKPOINT)
-    run.place()
+    run = _finished(cell)
     features, test = run.look().features, run.test
     assert test.queries is not None
     assert test.gallery is not None
@@ -219,6 +224,63 @@ def classifier(cell: compare.Cell) -> dict[str, Any]:
     found = retrieval.summary(retrieval.per_query(ranked, test.queries, labels, test.gallery), cell.settings.seed)
     same = labels[test.queries][:, None] == labels[test.gallery]
     return {"results": found, "pairs": verification(alike[same].numpy(), alike[~same].numpy())}
+
+
+def calibration(cell: compare.Cell) -> dict[str, Any]:
+    """What the validation pictures' thresholds and probabilities are worth on the test's, by distance and by score.
+
+    Returns:
+        For each: ``carried``, by rate of false positives among validation pairs what share of the test's positive and
+        negative pairs lie beyond that threshold; ``reliability``, for ten equal ranges of the probability that a
+        logistic regression on the similarities of validation pairs gives (same and different ones as likely) its mean,
+        the share of same pairs and that of all pairs in it; ``error``, the mean difference of the first two.
+    """
+    run = _finished(cell)
+    assert run.validation is not None
+    looks = {"validation": run.look_at(run.validation), "test": run.look()}
+    tests = {"validation": run.validation, "test": run.test}
+    found: dict[str, Any] = {}
+    for by in ("distance", "score"):
+        if by == "score" and run.learner.similarity is None:
+            continue
+        sides = {}
+        for side, seen in looks.items():
+            test = tests[side]
+            both = pairs(test.labels, cell.settings.seed, 2**19, test.queries, test.gallery)
+            rows = seen.features
+            sides[side] = [
+                -torch.linalg.vector_norm(rows[i] - rows[j], dim=1).numpy()
+                if by == "distance"
+                else run.learner.similarity.pairs(rows, i, j).cpu().numpy()
+                for i, j in both
+            ]
+        (same, different), (positive, negative) = sides["validation"], sides["test"]
+        cuts = {rate: cut for rate, cut in verification(same, different)["thresholds"].items() if cut is not None}
+        kinds = np.repeat([1, 0], [len(same), len(different)])
+        learnt = LogisticRegression(class_weight="balanced").fit(np.concatenate([same, different])[:, None], kinds)
+        p = learnt.predict_proba(np.concatenate([positive, negative])[:, None])[:, 1]
+        weight = np.repeat([0.5 / len(positive), 0.5 / len(negative)], [len(positive), len(negative)])
+        of = np.repeat([1.0, 0.0], [len(positive), len(negative)])
+        place = np.minimum((p * 10).astype(int), 9)
+        share, mean, true = (np.bincount(place, weight * x, minlength=10) for x in (1, p, of))
+        found[by] = {
+            "carried": {
+                rate: {"tpr": float((positive >= cut).mean()), "fpr": float((negative >= cut).mean())}
+                for rate, cut in cuts.items()
+            },
+            "reliability": [
+                [float(m / s), float(t / s), float(s)] for m, t, s in zip(mean, true, share, strict=True) if s > 0
+            ],
+            "error": float(np.abs(mean - true).sum()),
+        }
+    return found
+
+
+def _finished(cell: compare.Cell) -> Run:
+    run = Run(cell.settings, compare._dataset(cell.settings), features=cell.features)
+    run.resume(cell.folder / CHECKPOINT)
+    run.place()
+    return run
 
 
 def _kept(metrics: dict[str, Any]) -> dict[str, Any]:

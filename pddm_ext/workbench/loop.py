@@ -293,9 +293,12 @@ class Run:
         Args:
             progress: as in :class:`.console.Progress`.
         """
-        device = next(self.learner.parameters()).device
-        self._know(device, progress)
-        return self._look(self.test, lambda what, total, unit: Progress(what, total, 0, unit, progress))
+        return self.look_at(self.test, progress=progress)
+
+    def look_at(self, test: TestSet, *, progress: bool | None = False) -> Seen:
+        """:meth:`look` at the test set or at the validation one."""
+        self._know(next(self.learner.parameters()).device, progress)
+        return self._look(test, lambda what, total, unit: Progress(what, total, 0, unit, progress))
 
     def _measure(self, fabric: Fabric, ctrl_c: Interrupts, bar: Progress) -> None:
         """A point of every curve, logged, and a checkpoint with it; before the first step what it starts from, too."""
