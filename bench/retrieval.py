@@ -1,8 +1,8 @@
-"""The paper's claims on real data: runs the grids, stores their figures, writes docs/results.md.
+"""The paper's claims on real data: runs the grids, stores their figures, writes docs/results.md and -drawings.md.
 
-``python bench/retrieval.py --omniglot FOLDER`` runs what has not run yet (two hours on two cores) and stores it in
-``bench/results/retrieval/``. Without ``--omniglot`` only the page and the README's paragraph are written anew, and with
-``--check`` they are compared with what is stored.
+``python bench/retrieval.py --omniglot FOLDER --grocery FOLDER`` runs what has not run yet (four hours on two cores) and
+stores it in ``bench/results/retrieval/``. Without folders only the pages and the README's paragraph are written anew, and
+with ``--check`` they are compared with what is stored.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 
 from pddm_ext.workbench import compare
@@ -30,7 +31,9 @@ from pddm_ext.workbench.report import figures, page
 from pddm_ext.workbench.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-STORE, PAGE, README = ROOT / "bench/results/retrieval", ROOT / "docs/results.md", ROOT / "README.md"
+STORE, DOCS, README = ROOT / "bench/results/retrieval", ROOT / "docs", ROOT / "README.md"
+#: Pages and their templates.
+PAGES = {DOCS / "results.md": "results.md.j2", DOCS / "results-drawings.md": "drawings.md.j2"}
 BEGIN, END = (f"<!-- bench/results/retrieval: {mark} -->\n" for mark in ("begin", "end"))
 RUNS = ROOT / "runs/results"
 
@@ -299,18 +302,39 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+#: Where a cell's metrics have what the tables of known and unseen classes show; ``by`` is the ranking.
+FIGURES = {
+    "Recall@1": ("results", "by", "recall", "1", "value"),
+    "MAP@R": ("results", "by", "map_at_r", "value"),
+    "TPR at FPR 0.01": ("pairs", "by", "tpr", "0.01"),
+    "TPR at FPR 0.001": ("pairs", "by", "tpr", "0.001"),
+    "EER": ("pairs", "by", "eer"),
+}
+
+
 class Grid:
     """What the page asks of a grid's stored cells: a value of each seed."""
 
     def __init__(self, name: str) -> None:
         stored = json.loads((STORE / f"{name}.json").read_text())
         self.raw, self.cells = stored["raw"], stored["cells"]
+        self.classifier, self.calibration = stored.get("classifier", []), stored.get("calibration", {})
 
     def recall(self, label: str, ranking: str = "distance") -> list[float]:
         return [100 * metrics["results"][ranking]["recall"]["1"]["value"] for metrics in self.cells[label]]
 
     def map_at_r(self, label: str, ranking: str = "distance") -> list[float]:
         return [100 * metrics["results"][ranking]["map_at_r"]["value"] for metrics in self.cells[label]]
+
+    def column(self, label: str, what: str, by: str = "distance") -> list[float]:
+        """One of :data:`FIGURES` of each seed, in percent."""
+        path = FIGURES[what]
+        return self.percent(label, *(by if key == "by" else key for key in path))
+
+    def strongest(self, what: str, labels: tuple[str, ...]) -> str:
+        """The best of these by distance, by the mean of a figure."""
+        sign = -1 if what == "EER" else 1
+        return max(labels, key=lambda label: sign * statistics.fmean(self.column(label, what)))
 
     def far_behind(self, label: str, ranking: str, points: float = 5) -> int:
         """How many seeds rank so much worse by ``ranking`` than by distance, in points of Recall@1."""
@@ -329,6 +353,20 @@ class Grid:
     def percent(self, label: str, *path: str) -> list[float]:
         """:meth:`of` a share."""
         return [100 * value for value in self.of(label, *path)]
+
+    def classified(self, what: str) -> list[float]:
+        """One of :data:`FIGURES` of the classifier beside the grid, in percent."""
+        found = []
+        for seed in self.classifier:
+            value = seed
+            for key in FIGURES[what]:
+                value = value if key == "by" else value[key]
+            found.append(100 * value)
+        return found
+
+    def carried(self, label: str, by: str, rate: str, what: str) -> list[float]:
+        """``"tpr"`` or ``"fpr"`` on the test pictures at a threshold of the validation ones, in percent."""
+        return [100 * seed[by]["carried"][rate][what] for seed in self.calibration[label]]
 
     def has(self, label: str, ranking: str) -> bool:
         return ranking in self.cells[label][0]["results"]
@@ -380,11 +418,6 @@ def ahead(values: list[float], others: list[float], digits: int = 1) -> str:
     return f"{statistics.fmean(differences):+.{digits}f} ± {error:.{digits}f}"
 
 
-def results() -> bytes:
-    """The text of docs/results.md."""
-    return _filled("results.md.j2").encode()
-
-
 def readme() -> bytes:
     """The README with its paragraph on the results."""
     before, rest = README.read_text("utf-8").split(BEGIN)
@@ -396,18 +429,36 @@ def _filled(template: str) -> str:
     environment.globals.update(mean=mean, ahead=ahead, fmean=statistics.fmean)
     grids = {name: Grid(name) for name in GRIDS}
     text = environment.from_string((ROOT / "bench" / template).read_text("utf-8")).render(
-        grids=grids, baselines=BASELINES, causes=CAUSES, siblings=SIBLINGS, many=MANY, seeds=SEEDS, steps=STEPS, lrs=LRS
+        grids=grids, figures=FIGURES, strongest=STRONGEST, scoring=SCORING, stage=STAGE, others=OTHERS, spoilt=SPOILT,
+        seen=SIBLINGS_SEEN, baselines=BASELINES, causes=CAUSES, siblings=SIBLINGS, many=MANY, seeds=SEEDS, steps=STEPS, lrs=LRS
     )
     return text.strip() + "\n"
 
 
+def _reliability(grid: Grid) -> Figure:
+    figure = Figure(figsize=(4.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#94a3b8", linestyle=":", label="as promised")
+    for label, by in (("multi-similarity", "distance"), ("recommended", "score")):
+        for place, seed in enumerate(grid.calibration[label]):
+            told, true, _ = zip(*seed[by]["reliability"], strict=True)
+            colour = {"distance": "#d55e00", "score": "#0072b2"}[by]
+            axes.plot(told, true, color=colour, linewidth=1, label=f"{label}, by {by}" if place == 0 else None)
+    axes.set_xlabel("probability that validation pictures promise")
+    axes.set_ylabel("share of same pairs on test pictures")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
 def draw() -> None:
-    """The page's plots, docs/results-*.svg."""
+    """The pages' plots, docs/results-*.svg."""
+    write_bytes(DOCS / "results-reliability.svg", figures.svg(_reliability(Grid("grocery-known"))))
     for name in ("omniglot", "glyphs"):
         grid = Grid(name)
         for against in ("step", "seconds"):
             figure = figures.curves(grid.cells, "recall", against, {page.RAW: grid.raw["recall"]["1"]["value"]})
-            write_bytes(PAGE.parent / f"results-{name}-{against}.svg", figures.svg(figure))
+            write_bytes(DOCS / f"results-{name}-{against}.svg", figures.svg(figure))
 
 
 def main() -> int:
@@ -419,7 +470,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail where the page is not what is stored")
     arguments = parser.parse_args()
     if arguments.check:
-        stale = [str(path) for path, text in ((PAGE, results()), (README, readme())) if path.read_bytes() != text]
+        written = {**{path: _filled(template).encode() for path, template in PAGES.items()}, README: readme()}
+        stale = [str(path) for path, text in written.items() if path.read_bytes() != text]
         if stale:
             print(f"{', '.join(stale)}: not what is stored; run {sys.argv[0]}", file=sys.stderr)
         return len(stale)
@@ -428,9 +480,9 @@ def main() -> int:
     for name in arguments.only:
         if GRIDS[name].common["data"] in roots:
             run(name, roots, arguments.jobs)
-    PAGE.parent.mkdir(exist_ok=True)
     draw()
-    write_bytes(PAGE, results())
+    for path, template in PAGES.items():
+        write_bytes(path, _filled(template).encode())
     write_bytes(README, readme())
     return 0
 
