@@ -326,6 +326,10 @@ class Grid:
     def map_at_r(self, label: str, ranking: str = "distance") -> list[float]:
         return [100 * metrics["results"][ranking]["map_at_r"]["value"] for metrics in self.cells[label]]
 
+    def errors(self, label: str, by: str) -> list[float]:
+        """How far the probabilities of :func:`calibration` are off, in percent."""
+        return [100 * seed[by]["error"] for seed in self.calibration[label]]
+
     def column(self, label: str, what: str, by: str = "distance") -> list[float]:
         """One of :data:`FIGURES` of each seed, in percent."""
         path = FIGURES[what]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -576,7 +577,12 @@ def test_the_index_is_chosen_by_size(
     assert isinstance(faiss.read_index(str(tmp_path / "out" / INDEX)), faiss.IndexFlatL2)
 
 
-def test_the_candidates_are_ranked_by_score_or_by_structure(embedder: Trained, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cosine", [0.0, 0.7])
+def test_the_candidates_are_ranked_by_score_or_by_structure(
+    embedder: Trained, photos: Path, tmp_path: Path, cosine: float
+) -> None:
+    embedder = copy.copy(embedder)
+    embedder.cosine = cosine
     made = Catalogue.build(embedder, photos, tmp_path / "out")
     searched = [photos / "top.png", photos / "a" / "1.PNG"]
     queries, structures = embedder.both(searched)
@@ -587,6 +593,7 @@ def test_the_candidates_are_ranked_by_score_or_by_structure(embedder: Trained, p
         by_structure = made.search(searched, k=4, by="structure", candidates=candidates)
         for place, query in enumerate(queries):
             scores = embedder.unit(query.expand(len(near[place]), -1), gallery[near[place]])
+            scores = scores + cosine * gallery[near[place]] @ query
             order = near[place][scores.argsort(descending=True)][:4]
             assert [match.path for match in by_score[place]] == [made.paths[row] for row in order]
             expected = scores.sort(descending=True).values[:4]

@@ -203,7 +203,7 @@ def test_config_repeats_a_run_and_options_override_it(
         (b'{"augment": 1}', "augment is 1; a value of type bool is accepted"),
         (b'{"lr": null}', "lr is None; a value of type float is accepted"),
         (b'{"lr": NaN}', "--lr is nan; a positive finite number is accepted"),
-        (b'{"method": "triplet"}', "--method is 'triplet'; recommended, pddm-batch"),
+        (b'{"method": "triplet"}', "--method is 'triplet'; recommended, joint, pddm-batch"),
         (b'{"precision": "fp8"}', "--precision is 'fp8'; 32-true"),
         (None, "config.json (No such file or directory); a file of settings is accepted"),
     ],

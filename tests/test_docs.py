@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = {"bash", "bibtex", "text"}
 #: The page whose commands run, too, in order with its Python: as they stand but for sizes, where a run begins.
 COMMANDS = "docs/photographs.md"
-SMALLER = shlex.split("--picture 64 --steps 4 --every 2 --classes 4 --samples 2 --accelerator cpu")
+SMALLER = shlex.split("--picture 64 --steps 4 --every 2 --classes 4 --samples 2 --unit-steps 20 --accelerator cpu")
 
 
 def blocks(path: Path, language: str = "python") -> list[str]:

@@ -50,6 +50,12 @@ def drawings(folder: Path) -> Trained:
     return load(folder / "run")
 
 
+def two_stages(folder: Path) -> Trained:
+    """Of a unit with a width of its own, beside whose score the cosine stands."""
+    trained(make_tiny(), folder / "run", method="recommended", unit_steps=3, unit_width=13, steps=2)
+    return load(folder / "run")
+
+
 def photographs(folder: Path) -> Trained:
     """Of a method without a unit."""
     dataset = photos.folder(make_folder(folder / "photos"), PHOTOGRAPHS)
@@ -57,7 +63,7 @@ def photographs(folder: Path) -> Trained:
     return load(folder / "run", backbone=backbone())
 
 
-@pytest.fixture(scope="module", params=[drawings, photographs], ids=lambda made: made.__name__)
+@pytest.fixture(scope="module", params=[drawings, two_stages, photographs], ids=lambda made: made.__name__)
 def embedder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     with threads(1):
         return request.param(tmp_path_factory.mktemp("run"))
@@ -142,7 +148,11 @@ def test_an_exported_unit_gives_the_scores_of_any_number_of_pairs(
         x, y = make_features(n, 8, seed=n, device="cpu"), make_features(n, 8, seed=n + 100, device="cpu")
         y[0] = x[0]
         (scores,) = graph(x, y)
-        torch.testing.assert_close(scores, unit(x, y), **CLOSE)
+        assert (embedder.cosine > 0) == (unit.hidden == 13)
+        beside = embedder.cosine * torch.nn.functional.cosine_similarity(x, y)
+        torch.testing.assert_close(scores, unit(x, y) + beside, **CLOSE)
+        told = json.loads((exported / "preprocessing.json").read_text())["graphs"]["unit"]["inside"]
+        assert len(told) == 1 + (embedder.cosine > 0)
 
 
 def test_names_in_onnx_are_those_of_the_json(exported: Path) -> None:
