@@ -112,7 +112,9 @@ def _known(data: str, methods: tuple[str, ...]) -> Experiment:
     return Experiment(methods, {"data": data, "split": "known", "steps": 600, "every": 300}, LRS[1:])
 
 
-def _photographs(methods: tuple[str, ...], *, unseen: bool = False, **more: Any) -> Experiment:
+def _photographs(
+    methods: tuple[str, ...], *, unseen: bool = False, changed: dict[str, Any] | None = None, **more: Any
+) -> Experiment:
     common = {
         "data": "grocery",
         "split": "unseen" if unseen else "half",
@@ -124,7 +126,7 @@ def _photographs(methods: tuple[str, ...], *, unseen: bool = False, **more: Any)
         "steps": 800,
         "every": 400,
     }
-    return Experiment(methods, common, **more)
+    return Experiment(methods, common | (changed or {}), **more)
 
 
 #: What PDDM's score is held against where classes are known: the best losses, each by distance.
@@ -165,6 +167,9 @@ SIBLINGS_SEEN = tuple(
     for base in ("multi-similarity", "triplet-semihard")
     for term in ("", ":density=0.03", ":density=0.3", ":structure=0.3", ":structure=0.3,centres=all", ":structure=1")
 )
+#: The closest methods with the whole network trained, its backbone at a tenth of the rate.
+FINE = ("recommended", "joint", "sup-con")
+WHOLE = {"freeze": False, "augment": True, "picture": 128, "steps": 300, "every": 150, "backbone_lr_factor": 0.1}
 GRIDS = {
     "grocery-known": _photographs((*SCORING, *STRONGEST)),
     "grocery-unseen": _photographs((*SCORING, *STRONGEST), unseen=True),
@@ -172,6 +177,7 @@ GRIDS = {
     "grocery-stage-unseen": _photographs((*STAGE, *OTHERS), unseen=True, lrs=LRS[1:2]),
     "grocery-spoilt": _photographs(SPOILT, lrs=LRS[1:2]),
     "grocery-siblings": _photographs(SIBLINGS_SEEN, lrs=LRS[1:2]),
+    "grocery-fine": _photographs(FINE, changed=WHOLE, lrs=LRS[1:2], seeds=2),
     "omniglot-known": _known("omniglot", (*SCORING, *STRONGEST)),
     "glyphs-known": _known("glyphs", (*SCORING, *STRONGEST)),
     "omniglot": _drawings("omniglot", METHODS),
