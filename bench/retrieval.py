@@ -1,8 +1,8 @@
 """The paper's claims on real data: runs the grids, stores their figures, writes docs/results.md and -drawings.md.
 
-``python bench/retrieval.py --omniglot FOLDER --grocery FOLDER`` runs what has not run yet (four hours on two cores) and
-stores it in ``bench/results/retrieval/``. Without folders only the pages and the README's paragraph are written anew, and
-with ``--check`` they are compared with what is stored.
+``python bench/retrieval.py --omniglot FOLDER --grocery FOLDER`` runs what has not run yet (some hours on two cores) and
+stores it in ``bench/results/retrieval/``. Without folders only the pages and the README's paragraph are written anew,
+and with ``--check`` they are compared with what is stored.
 """
 
 from __future__ import annotations
@@ -437,10 +437,23 @@ def readme() -> bytes:
 def _filled(template: str) -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(mean=mean, ahead=ahead, fmean=statistics.fmean)
-    grids = {name: Grid(name) for name in GRIDS}
+    grids = {name: Grid(name) for name in GRIDS if (STORE / f"{name}.json").exists()}
     text = environment.from_string((ROOT / "bench" / template).read_text("utf-8")).render(
-        grids=grids, figures=FIGURES, strongest=STRONGEST, scoring=SCORING, stage=STAGE, others=OTHERS, spoilt=SPOILT,
-        seen=SIBLINGS_SEEN, baselines=BASELINES, causes=CAUSES, siblings=SIBLINGS, many=MANY, seeds=SEEDS, steps=STEPS, lrs=LRS
+        grids=grids,
+        figures=FIGURES,
+        strongest=STRONGEST,
+        scoring=SCORING,
+        stage=STAGE,
+        others=OTHERS,
+        spoilt=SPOILT,
+        seen=SIBLINGS_SEEN,
+        baselines=BASELINES,
+        causes=CAUSES,
+        siblings=SIBLINGS,
+        many=MANY,
+        seeds=SEEDS,
+        steps=STEPS,
+        lrs=LRS,
     )
     return text.strip() + "\n"
 
