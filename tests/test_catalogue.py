@@ -582,7 +582,7 @@ def test_the_candidates_are_ranked_by_score_or_by_structure(
     embedder: Trained, photos: Path, tmp_path: Path, cosine: float
 ) -> None:
     embedder = copy.copy(embedder)
-    embedder.cosine = cosine
+    embedder.cosine, embedder.floor = cosine, float(embedder.unit.s.bias) if cosine else -torch.inf
     made = Catalogue.build(embedder, photos, tmp_path / "out")
     searched = [photos / "top.png", photos / "a" / "1.PNG"]
     queries, structures = embedder.both(searched)
@@ -593,7 +593,7 @@ def test_the_candidates_are_ranked_by_score_or_by_structure(
         by_structure = made.search(searched, k=4, by="structure", candidates=candidates)
         for place, query in enumerate(queries):
             scores = embedder.unit(query.expand(len(near[place]), -1), gallery[near[place]])
-            scores = scores + cosine * gallery[near[place]] @ query
+            scores = scores.clamp(min=embedder.floor) + cosine * gallery[near[place]] @ query
             order = near[place][scores.argsort(descending=True)][:4]
             assert [match.path for match in by_score[place]] == [made.paths[row] for row in order]
             expected = scores.sort(descending=True).values[:4]

@@ -155,7 +155,7 @@ def test_curves_are_of_the_validation_pictures(tiny: Dataset) -> None:
 def test_a_run_that_chooses_resumes_to_the_same_bits(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
-    changed = {**CHOOSING, "method": "recommended", "steps": 6}
+    changed = {**CHOOSING, "method": "recommended", "unit_steps": 4, "steps": 6}
     whole = trained(tiny, tmp_path / "whole", **changed)
     with monkeypatch.context() as patch:
         interrupt_at(patch, batch)

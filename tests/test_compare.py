@@ -97,6 +97,7 @@ def test_a_method_may_have_settings_of_its_own() -> None:
         ("recommended:unit_gradient=false", "recommended does not use unit_gradient"),
         ("joint:unit_steps=5", "joint does not use unit_steps"),
         ("multi-similarity:unit_noise=0.1", "unit_noise does nothing without unit_steps"),
+        ("pddm-pair:unit_noise=0.1", "pddm-pair does not use unit_noise"),
         ("triplet-all:beta=0.1,margin=0.1", "triplet-all does not use beta"),
     ],
 )
@@ -187,7 +188,8 @@ def test_a_warning_is_a_line_that_names_its_run(
 
 def test_an_interrupted_cell_is_continued(tmp_path: Path, here: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
     def run(name: str) -> dict[str, Any]:
-        (metrics,) = Grid(COMMON, ["recommended"], [0], tmp_path / name).run(1, progress=False)["recommended"]
+        label = "recommended:unit_steps=4"
+        (metrics,) = Grid(COMMON, [label], [0], tmp_path / name).run(1, progress=False)[label]
         return metrics
 
     whole = run("whole")
@@ -477,7 +479,7 @@ def test_what_fails_in_a_cell_is_said(tmp_path: Path, here: list[Cell], capsys: 
 
 def test_processes_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two at a time, each started afresh."""
-    archive, methods = make_archive(tmp_path / "small.zip"), ["recommended", "contrastive"]
+    archive, methods = make_archive(tmp_path / "small.zip"), ["joint", "contrastive"]
     data = ["--data", "omniglot", "--root", str(archive), "--steps", "2"]
     options = ["--methods", *methods, "--seeds", "1", "--jobs", "2", "--out", str(tmp_path / "grid")]
     assert cli.main(["compare", *TINY_OPTIONS, *data, *options]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pddm_ext.workbench.fitting import FittedUnit, fit
 from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.settings import Settings
 from pddm_ext.workbench.similarity import Similarity
-from runs import differences, trained, untimed, with_gallery
+from runs import TINY, differences, trained, untimed, with_gallery
 
 CLASSES, DIM = 6, 8
 
@@ -65,9 +66,13 @@ def map_at_r(similarity: Similarity | None, gallery: tuple[Tensor, Tensor], quer
 
 def test_the_score_knows_its_classes_better_than_the_distance_does() -> None:
     gallery, queries = rows(20, 1), rows(10, 2)
+    distance = map_at_r(None, gallery, queries)
     similarity = fitted(*gallery, unit_distance=0.0).similarity
     assert similarity.cosine == 0
-    assert map_at_r(similarity, gallery, queries) > map_at_r(None, gallery, queries) + 0.1
+    assert map_at_r(similarity, gallery, queries) > distance + 0.1
+    beside = fitted(*gallery).similarity
+    assert beside.cosine > 0
+    assert map_at_r(beside, gallery, queries) > distance + 0.05
 
 
 def test_it_begins_with_what_the_embedding_has_made_of_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +108,15 @@ def test_it_is_the_same_each_time_whatever_was_fitted_before(dtype: torch.dtype)
     assert not differences(once.state_dict(), twice.state_dict())
     assert once.unit.u.weight.dtype == dtype
     assert not any(parameter.requires_grad for parameter in once.parameters())
+
+
+def test_below_the_floor_lie_the_scores_of_nearly_all_different_pairs() -> None:
+    features, labels = rows(20, 1)
+    made = fitted(features, labels, unit_steps=60)
+    scores = pddm_ext.score_matrix(features, made.unit)
+    different = scores[labels[:, None] != labels]
+    assert float((different < made.floor).float().mean()) == pytest.approx(0.99, abs=0.005)
+    assert fitted(features, labels, unit_steps=2, unit_distance=0.0).similarity.floor == -torch.inf
 
 
 def test_the_cosine_weighs_so_many_standard_deviations() -> None:
@@ -146,9 +160,11 @@ def test_a_score_beside_a_cosine() -> None:
     torch.manual_seed(0)
     unit = pddm_ext.PDDM(DIM)
     features = 3 * torch.randn(20, DIM)
-    similarity = Similarity(unit, 0.5)
+    plain = pddm_ext.score_matrix(features, unit).detach()
+    floor = float(plain.median())
+    similarity = Similarity(unit, 0.5, floor)
     unit_rows = F.normalize(features, dim=1)
-    expected = pddm_ext.score_matrix(features, unit).detach() + 0.5 * unit_rows @ unit_rows.T
+    expected = plain.clamp(min=floor) + 0.5 * unit_rows @ unit_rows.T
     i, j = torch.randint(20, (2, 50))
     torch.testing.assert_close(similarity.pairs(features, i, j), expected[i, j])
     found = similarity.best(features[:5], features, 7)
@@ -188,7 +204,8 @@ def test_the_embedding_is_the_first_methods_alone(tiny: Dataset, tmp_path: Path)
     assert used.cosine == float(both.learner.fitted.cosine) > 0
     pictures = tiny.test.pictures[torch.arange(6)]
     x = used(pictures)
-    expected = used.unit(x[:3], x[3:]) + used.cosine * (x[:3] * x[3:]).sum(1)
+    expected = used.unit(x[:3], x[3:]).clamp(min=used.floor) + used.cosine * (x[:3] * x[3:]).sum(1)
+    assert used.floor == float(both.learner.fitted.floor) > -torch.inf
     torch.testing.assert_close(used.score(pictures[:3], pictures[3:]), expected.detach())
 
 
@@ -198,6 +215,56 @@ def test_any_method_without_a_unit_can_be_followed_by_one(tiny: Dataset, method:
     assert run.fitted
     assert run.learner.similarity is not None
     assert "score" in outcome.figures(run)["results"]
+
+
+def test_another_unit_is_had_of_a_finished_run_without_training_its_embedding_again(
+    tiny: Dataset, tmp_path: Path
+) -> None:
+    first = trained(tiny, tmp_path, **RECOMMENDED)
+    for changed in ({"unit_noise": 0.1}, {"unit_width": 30, "unit_start": "random"}, {"unit_steps": 7}):
+        again = trained(tiny, tmp_path, **{**RECOMMENDED, **changed})
+        fresh = trained(tiny, **{**RECOMMENDED, **changed})
+        assert again.taken == 6
+        assert not differences(again.learner.state_dict(), fresh.learner.state_dict())
+        assert differences(again.learner.fitted.state_dict(), first.learner.fitted.state_dict())
+    plain = trained(tiny, tmp_path / "plain", method="norm-softmax")
+    after = trained(tiny, tmp_path / "plain", method="norm-softmax", unit_steps=3)
+    assert not differences(plain.learner.net.state_dict(), after.learner.net.state_dict())
+    assert after.fitted
+    without = trained(tiny, tmp_path / "plain", method="norm-softmax")
+    assert pddm_ext.load(tmp_path / "plain").unit is not None  # nothing was left to do
+    assert without.learner.similarity is None
+
+
+def test_a_class_that_came_makes_the_unit_anew(tiny: Dataset, tmp_path: Path) -> None:
+    data = with_gallery(tiny)
+    few = replace(data, train=data.train.classes(torch.arange(7)), gallery=data.gallery)
+    trained(few, tmp_path, **RECOMMENDED, patience=2)
+    run = Run(Settings(**{**TINY, **RECOMMENDED, "patience": 2}), data, tmp_path)
+    assert run.resume(accept_changed_data=True)
+    run.train(progress=False)
+    assert run.fitted
+    assert run.learner.unit.hidden == 8 + 4
+    assert pddm_ext.load(tmp_path).unit.hidden == 12
+
+
+def test_what_stands_beside_the_score_is_checked(tiny: Dataset, tmp_path: Path) -> None:
+    trained(tiny, tmp_path, **RECOMMENDED)
+    state = checkpoint.load(tmp_path / CHECKPOINT)
+    for name, value, message in (
+        ("cosine", torch.tensor(torch.nan), "its weights are not all finite"),
+        ("floor", torch.tensor(torch.nan), "its weights are not all finite"),
+        ("cosine", torch.ones(2), "damaged; it has no weights of a unit"),
+    ):
+        bad = {**state, "learner": {**state["learner"], f"fitted.{name}": value}}
+        checkpoint.save(tmp_path / CHECKPOINT, {key: part for key, part in bad.items() if key != "format"})
+        with pytest.raises(ValueError, match=message):
+            pddm_ext.load(tmp_path)
+
+
+def test_a_start_by_classes_is_for_a_unit_trained_afterwards(tiny: Dataset) -> None:
+    with pytest.raises(ValueError, match="--unit-start classes is for a unit that is trained afterwards"):
+        Run(Settings(**TINY, method="pddm-pair", unit_start="classes"), tiny)
 
 
 @pytest.mark.parametrize("patience", [0, 3])
@@ -223,7 +290,7 @@ def test_ctrl_c_while_the_unit_is_trained_loses_no_step(
     assert state["fitted"] is False
     early = pddm_ext.load(tmp_path / "stopped")
     assert early.unit is None
-    with pytest.raises(ValueError, match="its PDDM unit is trained when the run has ended, which it has not"):
+    with pytest.raises(ValueError, match="recommended, whose PDDM unit is trained when the run has ended"):
         early.score(data.test.pictures[torch.arange(1)], data.test.pictures[torch.arange(1)])
     resumed = trained(data, tmp_path / "stopped", **changed)
     assert not differences(whole.learner.state_dict(), resumed.learner.state_dict())
@@ -240,12 +307,11 @@ def test_ctrl_c_while_the_unit_is_trained_loses_no_step(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"method": "pddm-pair", "unit_steps": 5}, "--unit-steps is 5; pddm-pair trains a unit with the embedding"),
-        ({"method": "joint", "unit_steps": 5}, "--unit-steps is 5; joint trains a unit with the embedding"),
-        ({"method": "n-pair", "unit_start": "classes"}, "--unit-start classes is for --method recommended, and for"),
         ({"unit_steps": -1}, "--unit-steps is -1; at least 0"),
         ({"unit_noise": float("nan")}, "--unit-noise is nan"),
         ({"unit_distance": -1.0}, "--unit-distance is -1.0"),
+        ({"unit_distance": 1e39}, "--unit-distance is 1e+39; at most"),
+        ({"unit_width": 1}, "--unit-width is 1; 0 or at least 2"),
         ({"train_share": 0.0}, "--train-share is 0.0; above 0"),
         ({"train_share": 1.5}, "--train-share is 1.5"),
         ({"label_noise": 1.0}, "--label-noise is 1.0; from 0 to below 1"),

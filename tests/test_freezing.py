@@ -60,7 +60,9 @@ def curves(run: Run) -> dict[str, Tensor]:
     return {name: torch.tensor(curve[1:]) for name, curve in run.curves.items() if name != "seconds"}
 
 
-@pytest.mark.parametrize("changed", [{}, {"structure": 0.3, "method": "recommended", "accumulate": 2}, {"patience": 5}])
+@pytest.mark.parametrize(
+    "changed", [{}, {"structure": 0.3, "method": "recommended", "unit_steps": 4, "accumulate": 2}, {"patience": 5}]
+)
 @pytest.mark.parametrize("data", ["distorted", "gallery"])
 def test_a_frozen_backbone_sees_each_picture_once_and_all_is_as_if_it_saw_them_each_time(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, changed: dict[str, Any]

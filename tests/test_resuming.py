@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ("changed", "backbone"),
     [
         ({"method": "pddm-anchor"}, None),
-        ({"method": "recommended"}, None),
+        ({"method": "recommended", "unit_steps": 4}, None),
         ({"method": "triplet-all", "density": 0.1, "structure": 0.3}, None),
         ({"method": "multi-similarity-mined", "accumulate": 2}, None),
         ({"method": "triplet-semihard", "augment": False}, None),
@@ -73,12 +73,14 @@ def test_a_resumed_run_ends_at_the_same_bits(
     assert untimed(outcome.figures(stopped)) == untimed(outcome.figures(whole))
 
 
-@pytest.mark.parametrize("method", ["pddm-anchor", "joint", "recommended"])
-def test_a_finished_run_can_be_made_longer(tiny: Dataset, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    "changed", [{"method": "pddm-anchor"}, {"method": "joint"}, {"method": "recommended", "unit_steps": 4}]
+)
+def test_a_finished_run_can_be_made_longer(tiny: Dataset, tmp_path: Path, changed: dict[str, Any]) -> None:
     """From a step between two evaluations, too; each stop is one measurement more."""
-    trained(tiny, tmp_path / "whole", steps=7, every=3, accumulate=2, method=method)
+    trained(tiny, tmp_path / "whole", steps=7, every=3, accumulate=2, **changed)
     for steps in (2, 4, 7):
-        trained(tiny, tmp_path / "grown", steps=steps, every=3, accumulate=2, method=method)
+        trained(tiny, tmp_path / "grown", steps=steps, every=3, accumulate=2, **changed)
     whole, grown = (checkpoint.load(tmp_path / name / CHECKPOINT) for name in ("whole", "grown"))
     for part in ("learner", "optimizer", "generators", "taken"):
         assert not differences(whole[part], grown[part]), part

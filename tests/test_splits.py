@@ -12,7 +12,7 @@ import torch
 from pddm_ext.workbench.data import augment, glyphs
 from pddm_ext.workbench.data import load as by_name
 from pddm_ext.workbench.data.augment import DRAWINGS
-from pddm_ext.workbench.data.splits import Dataset, TestSet, batches, in_memory
+from pddm_ext.workbench.data.splits import Dataset, TestClasses, TestSet, batches, in_memory
 from pddm_ext.workbench.loop import Run
 from pddm_ext.workbench.settings import Settings
 from runs import TINY, blots, differences, with_gallery
@@ -151,6 +151,26 @@ def test_wrong_labels(tiny: Dataset, share: float) -> None:
     assert share == 0 or not torch.equal(wrong.labels, split.mislabelled(share, 4).labels)
 
 
+@pytest.mark.parametrize("protocol", ["known", "seen"])
+def test_a_step_is_chosen_among_right_labels(tiny: Dataset, protocol: TestClasses) -> None:
+    """Also where validation pictures are searched for among what is trained on, for want of a gallery of theirs."""
+    data = with_gallery(tiny)
+    data = replace(data, protocol=protocol, gallery=None, test=tiny.test)
+    run = Run(Settings(**TINY, label_noise=0.3, patience=2), data)
+    selecting = run.dataset.selecting()
+    assert selecting is not None
+    assert torch.equal(selecting.gallery.labels, data.train.labels)
+    assert not torch.equal(run.dataset.train.labels, data.train.labels)
+
+
+def test_classes_that_wrong_labels_leave_without_pictures_are_told(tiny: Dataset) -> None:
+    few = replace(tiny, train=tiny.train.some(torch.arange(0, 32, 4)))
+    with pytest.raises(
+        ValueError, match=r"--label-noise is 0.9, which leaves \d classes with pictures; --classes is 8"
+    ):
+        Run(Settings(**{**TINY, "classes": 8}, label_noise=0.9), few)
+
+
 def test_what_is_searched_among_keeps_its_labels(tiny: Dataset) -> None:
     data = with_gallery(tiny)
     settings = Settings(**TINY, train_share=1.0, label_noise=0.25)
@@ -166,6 +186,8 @@ def test_validation_classes_are_searched_for_by_their_other_pictures(tiny: Datas
     order = torch.tensor([7, 6, 5, 4, 3, 2, 1])  # of other labels, and one class less
     others = tiny.train.some(rows[rows % 4 == 0]).classes(order)
     data = replace(tiny, train=tiny.train.some(rows[rows % 4 > 0]), others=others, distort_test=False)
+    assert data.hold_out(0).selecting().gallery.names == data.validation(0).gallery.names
+    assert data.digest() != replace(data, others=None).digest()
     for fold in (0, 1):
         held = data.validation(fold)
         assert held.gallery is not None

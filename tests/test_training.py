@@ -149,7 +149,7 @@ sys.exit(cli.main(sys.argv[2:]))
 def on_two(tmp_path: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "script.py").write_text(_ON_TWO)
     data = ["--data", "omniglot", "--root", str(tmp_path / "small.zip"), "--out", str(tmp_path / name)]
-    given = ["train", *TINY_OPTIONS, *data, "--devices", "2", "--method", "recommended", *options]
+    given = ["train", *TINY_OPTIONS, *data, "--devices", "2", "--method", "recommended", "--unit-steps", "4", *options]
     command = [sys.executable, "script.py", name, *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(

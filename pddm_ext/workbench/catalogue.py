@@ -55,7 +55,7 @@ class Match:
         path: relative to the catalogue's folder.
         label: the folder that it lies in, relative to the catalogue's; None where that is the catalogue's itself.
         distance: Euclidean, of unit features: 0 to 2.
-        score: the PDDM unit's, where it ranks; the larger, the more alike.
+        score: as :meth:`.Trained.score`, where it ranks; the larger, the more alike.
         adaptive: the adaptive distance by the searched one's structure, where that ranks.
     """
 
@@ -298,10 +298,7 @@ class Catalogue:
             raise ValueError(f"by is {by!r}; {', '.join(RANKINGS)} are accepted")
         method = self.trained.settings.method
         if by == "score" and self.trained.unit is None:
-            lacks = "without a PDDM unit"
-            if self.trained.settings.unit_updates:
-                lacks = "whose PDDM unit is trained when the run has ended, which it has not; go on with --resume"
-            raise ValueError(f"by is 'score'; the embedder was trained by {method}, {lacks}")
+            raise ValueError(f"by is 'score'; the embedder was trained by {method}, {self.trained.lacks}")
         if by == "structure" and self.structures is None:
             raise ValueError("by is 'structure'; the embedder has no structure head, which --structure trains")
 

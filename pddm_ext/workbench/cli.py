@@ -92,9 +92,10 @@ def _parser() -> _Parser:
 
     train = commands.add_parser(
         "train",
-        help="train an embedding and measure its retrieval on classes never seen",
-        description="Train an embedding on some classes and measure how it retrieves classes never seen. The folder "
-        "gets config.json, checkpoint.pt, metrics.json and TensorBoard logs.",
+        help="train an embedding and measure its retrieval",
+        description="Train an embedding and measure how it retrieves other classes, or other pictures of those it was "
+        "trained on, as the data have them. The folder gets config.json, checkpoint.pt, metrics.json and TensorBoard "
+        "logs.",
         **exact,
     )
     _add_settings(train)
@@ -155,7 +156,11 @@ def _parser() -> _Parser:
     )
     compare.add_argument("--seeds", type=int, default=5, help="runs of each method (default: 5)")
     compare.add_argument(
-        "--lrs", type=float, nargs="+", default=[], help="learning rates to choose from on validation classes"
+        "--lrs",
+        type=float,
+        nargs="+",
+        default=[],
+        help="learning rates to choose from on validation classes, or pictures of known ones",
     )
     compare.add_argument("--tries", type=int, default=1, help="runs for each of --lrs (default: 1)")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
@@ -339,6 +344,8 @@ def _train(arguments: argparse.Namespace) -> int:
     look()
     leads = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if leads:
+        for name in settings.idle():
+            print(f"pddm-ext: warning: {option(name)} does nothing with --method {settings.method}", file=sys.stderr)
         trained.accelerated(settings.accelerator)  # a look alone, before any picture is read
     dataset = scan.ready(settings, backbones.view(settings), progress=arguments.progress, leads=leads)
     run = loop.Run(settings, dataset, folder)

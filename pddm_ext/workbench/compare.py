@@ -83,7 +83,9 @@ def method(text: str, common: Settings) -> Settings:
     idle = sorted(given.keys() & unused(name))
     if idle:
         raise ValueError(f"--methods {text}: {name} does not use {', '.join(idle)}")
-    settings = replace(common, method=name, **parse(given, f"--methods {text}"))
+    # What all share and this one does not use is no setting of it.
+    own = {setting.name: setting.default for setting in fields(Settings) if setting.name in unused(name)}
+    settings = replace(common, method=name, **{**own, **parse(given, f"--methods {text}")})
     for key, term in (("density_ratio", "density"), ("clusters", "structure"), ("centres", "structure")):
         if key in given and not getattr(settings, term):
             raise ValueError(f"--methods {text}: {key} does nothing without {term}")
@@ -141,7 +143,7 @@ class Grid:
         return [
             Cell(
                 f"{text} lr={lr:g}",
-                replace(settings, lr=lr, seed=_SWEEP_SEED + attempt),
+                replace(settings.first_stage, lr=lr, seed=_SWEEP_SEED + attempt),
                 self.folder / "tuning" / _safe(text) / f"lr-{lr:g}" / f"seed-{_SWEEP_SEED + attempt}",
                 self.folder / FEATURES,
                 fold=attempt,
@@ -422,7 +424,7 @@ def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:
                 weight = next(net.parameters())
                 mined = run.learner.objective.mine(net(batch.to(weight)), labels.to(weight.device))
                 quadruplets = Quadruplets(*(field.cpu() for field in mined))
-        shown[cell.label] = Shown(features, run.learner.similarity, quadruplets)
+        shown[cell.label] = Shown(features, run.learner.similarity, quadruplets, run.learner.objective.unit is not None)
     classes = [dataset.train.names[c] for c in labels.tolist()]
     return Examples(settings.seed, first.test, batch, shown, classes), raw_pixels(first.test, settings.seed)
 

@@ -56,13 +56,13 @@ class _Both(nn.Module):
 class _Score(nn.Module):
     """:class:`.similarity.Similarity` in plain operators."""
 
-    def __init__(self, unit: reference.PDDM, cosine: float) -> None:
+    def __init__(self, unit: reference.PDDM, cosine: float, floor: float) -> None:
         super().__init__()
-        self.unit, self.cosine = unit, cosine
+        self.unit, self.cosine, self.floor = unit, cosine, floor
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         alike = (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1)
-        scores: Tensor = self.unit(x, y) + self.cosine * alike
+        scores: Tensor = self.unit(x, y).clamp(min=self.floor) + self.cosine * alike
         return scores
 
 
@@ -121,7 +121,8 @@ def preprocessing(trained: Trained) -> dict[str, Any]:
         }
     }
     if trained.unit is not None:
-        beside = [f"{trained.cosine:.6g} times the cosine of the rows is added to it"] if trained.cosine else []
+        told = f"it is at least {trained.floor:.6g}, and {trained.cosine:.6g} times the cosine of the rows is added"
+        beside = [told] if trained.cosine else []
         graphs["unit"] = {
             "input": {"x": ["n", dim], "y": ["n", dim]},
             "input dtype": "float32",
@@ -227,7 +228,7 @@ def _unit(trained: Trained) -> _Graph:
     unit = reference.PDDM(fused.dim, fused.hidden, fused.combined, normalize_input=fused.normalize_input)
     unit.load_state_dict(fused.state_dict())
     rows = torch.zeros(2, fused.dim)
-    module = _Score(unit, trained.cosine) if trained.cosine else unit
+    module = _Score(unit, trained.cosine, trained.floor) if trained.cosine else unit
     return _traced(module.eval().requires_grad_(False), rows, rows.clone()), ("x", "y"), ("scores",)
 
 

@@ -12,21 +12,23 @@ from torch import Tensor, nn
 
 import pddm_ext
 
+from .methods import rank_by_distance
 from .settings import Settings
-from .similarity import Similarity
+from .similarity import Similarity, cosine_of
 
 #: The unit's learning rate, of Adam, falling by a cosine; and what its classifier's loss weighs beside the score's.
 RATE, CLASSIFIER = 1e-3, 0.3
 #: Classes are told apart by logits of this scale.
 SCALE = 16.0
-#: Layers are so many times as long as a feature at most.
-_WIDEST = 4
-#: Pairs whose spread of scores the cosine's weight is measured in.
-_PAIRS = 2**14
+#: Layers are so many times as long as a feature, or so long, at most.
+_WIDEST, _LONGEST = 4, 512
+#: Pairs of training rows whose scores the cosine's weight and the floor are taken from, and the share of those of
+#: different classes that lies below the floor.
+_PAIRS, _BELOW = 2**18, 0.99
 
 
 class FittedUnit(nn.Module):
-    """A unit that is trained afterwards, and the cosine that stands beside its score.
+    """A unit that is trained afterwards, and the cosine that stands beside its score (:class:`.Similarity`).
 
     Args:
         settings: length of a feature, width of the unit, and the seed of its first weights.
@@ -35,20 +37,26 @@ class FittedUnit(nn.Module):
     Attributes:
         unit: random until it is fitted.
         cosine: its weight beside the score, a scalar.
+        floor: of the score, a scalar.
     """
 
     cosine: Tensor
+    floor: Tensor
 
     def __init__(self, settings: Settings, classes: int) -> None:
         super().__init__()
-        room = min(classes + settings.dim // 2, _WIDEST * settings.dim)
+        widest = min(_WIDEST * settings.dim, max(settings.dim, _LONGEST))
+        room = min(classes + settings.dim // 2, widest)
         self._sizes, self._seed = (settings.dim, *2 * (settings.unit_width or max(settings.dim, room),)), settings.seed
         self.unit = self._fresh().requires_grad_(False)
         self.register_buffer("cosine", torch.zeros(()))
+        self.register_buffer("floor", torch.full((), -math.inf))
 
     def reset(self) -> None:
-        """Random weights, those of the first time."""
+        """Random weights, those of the first time, and nothing beside the score."""
         self.unit.load_state_dict(self._fresh().state_dict())
+        self.cosine.zero_()
+        self.floor.fill_(-math.inf)
 
     def _fresh(self) -> pddm_ext.PDDM:
         with torch.random.fork_rng(devices=[]):
@@ -57,7 +65,7 @@ class FittedUnit(nn.Module):
 
     @property
     def similarity(self) -> Similarity:
-        return Similarity(self.unit, float(self.cosine))
+        return Similarity(self.unit, float(self.cosine), float(self.floor))
 
 
 def fit(
@@ -79,7 +87,7 @@ def fit(
         settings: start, noise, margin, steps and weight of the distance.
 
     Raises:
-        FloatingPointError: a parameter is not finite in the end.
+        FloatingPointError: a parameter, or what stands beside the score, is not finite in the end.
     """
     fitted.reset()
     unit, device = fitted.unit, features.device
@@ -94,7 +102,7 @@ def fit(
         for places, classes in batches:
             clean = features[places.to(device)]
             noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=device)
-            seen = F.normalize(clean + settings.unit_noise * noise, dim=1)
+            seen = F.normalize(clean + settings.unit_noise * noise / settings.dim**0.5, dim=1)
             classes = classes.to(device)
             loss = loss_of.similarity(pddm_ext.mine_and_score(seen, classes, unit, mode="pair"))
             if rows:
@@ -107,25 +115,29 @@ def fit(
             yield
     finally:
         unit.requires_grad_(False)
-    if not all(parameter.isfinite().all() for parameter in unit.parameters()):
-        raise FloatingPointError("the PDDM unit is not finite after its own steps; lower --unit-noise or --alpha")
-    fitted.cosine.fill_(settings.unit_distance * _spread(fitted.unit, features, generator))
+    if settings.unit_distance:
+        cosine, floor = _beside(unit, features, labels, generator)
+        fitted.cosine.copy_(settings.unit_distance * cosine)
+        fitted.floor.copy_(floor)
+    told = (*unit.parameters(), fitted.cosine, *([fitted.floor] if settings.unit_distance else []))
+    if not all(value.isfinite().all() for value in told):
+        raise FloatingPointError("the PDDM unit is not finite after its own steps; lower --unit-noise")
 
 
 @torch.no_grad()
 def _knowing(unit: pddm_ext.PDDM, features: Tensor, labels: Tensor, settings: Settings) -> tuple[int, Tensor]:
     """Initial weights as the settings ask; how many rows of v are a classifier's, and each class's among them."""
-    from .methods import rank_by_distance
-
     count = int(labels.max()) + 1
     group = torch.arange(count, device=labels.device)
     if settings.unit_start == "distance":
-        rank_by_distance(unit)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            rank_by_distance(unit)
     if settings.unit_start in ("distance", "random"):
         return 0, group
     sums = torch.zeros(count, features.shape[1], dtype=features.dtype, device=features.device)
     means = F.normalize(sums.index_add(0, labels, features), dim=1)
-    room = max(1, min(unit.hidden, unit.combined) - settings.dim // 2)
+    room = unit.hidden - min(settings.dim, unit.hidden) // 2  # the rest is for what classes do not tell
     if count > room:
         means, group = _grouped(means, room)
     rows = len(means)
@@ -151,9 +163,11 @@ def _grouped(means: Tensor, rooms: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _spread(unit: pddm_ext.PDDM, features: Tensor, generator: torch.Generator) -> float:
-    """The standard deviation of scores over that of cosines, of pairs of rows drawn at random."""
+def _beside(unit: pddm_ext.PDDM, features: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Of pairs of rows drawn at random, the standard deviation of scores over that of cosines, and the floor."""
     i, j = torch.randint(len(features), (2, _PAIRS), generator=generator, device=features.device)
     i, j = i[i != j], j[i != j]
-    cosines = (features[i] * features[j]).sum(1)
-    return float(pddm_ext.score_pairs(features, i, j, unit).std() / cosines.std().clamp(min=1e-12))
+    scores, cosines = Similarity(unit).pairs(features, i, j), cosine_of(features, i, j)
+    different = scores[labels[i] != labels[j]].sort().values
+    floor = different[int(_BELOW * (len(different) - 1))] if len(different) else scores.min()
+    return scores.std() / cosines.std().clamp(min=1e-12), floor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from .learner import Learner, schedule
 from .measuring import COLLAPSED, Seen
 from .methods import objective
 from .model import embedder
-from .settings import PROXIES, Settings, difference
+from .settings import FITTED, PROXIES, Settings, difference, scores
 
 CHECKPOINT, CONFIG, FEATURES = "checkpoint.pt", "config.json", "features"
 
@@ -365,16 +365,20 @@ class Run:
         with bar.aside("training the unit", steps, "step") as shown:
             for _ in fit(fitted, features, train.labels.to(features.device), drawn, settings):
                 shown.update()
+        if self._best:
+            self._best |= {name: value.detach().cpu().clone() for name, value in self._of_unit().items()}
         self.fitted = True
-        own = {name: value for name, value in self.learner.state_dict().items() if name.startswith("fitted.")}
-        self._best |= {name: value.detach().cpu().clone() for name, value in own.items()} if self._best else {}
+
+    def _of_unit(self) -> dict[str, Tensor]:
+        """Weights of the unit that is trained afterwards."""
+        return {name: value for name, value in self.learner.state_dict().items() if name.startswith("fitted.")}
 
     @contextmanager
     def _chosen(self) -> Iterator[None]:
         """The chosen step's weights meanwhile."""
         last = {name: value.clone() for name, value in self.learner.state_dict().items()} if self._best else {}
-        self.choose()
         try:
+            self.choose()
             yield
         finally:
             if last and self.chosen_step != self.taken:
@@ -417,7 +421,8 @@ class Run:
     def resume(self, path: Path | None = None, *, accept_changed_data: bool = False) -> list[str]:
         """Continue from a checkpoint of the same settings and data.
 
-        ``steps`` may be larger under a constant schedule, and ``patience`` another.
+        ``steps`` may be larger under a constant schedule, ``patience`` another, and so what makes the unit that is
+        trained afterwards, which then is anew.
 
         Args:
             path: the checkpoint; without one, the folder's.
@@ -441,6 +446,11 @@ class Run:
                 f"{path}: the run to resume saw other pictures than --data {self.dataset.name} has now: "
                 f"{'; '.join(changed)}; put them back, or go on with those of now by --accept-changed-data"
             )
+        refit = bool(changed) or not state["fitted"] or self._other_unit(state["settings"])
+        for name in ("learner", "best"):
+            kept = {key: value for key, value in state[name].items() if not key.startswith("fitted.")}
+            # Made anew, it may be of another width, for another number of classes.
+            state[name] = kept | self._of_unit() if state[name] and refit else state[name]
         try:
             self.learner.load_state_dict(state["learner"])
         except RuntimeError as error:
@@ -453,11 +463,16 @@ class Run:
             state["best"],
         )
         # Of a run that goes on both are made anew.
-        ended = self.over and not changed
-        self.thresholds, self.fitted = state["thresholds"] if ended else {}, state["fitted"] and ended
+        self.fitted = self.learner.fitted is not None and self.over and not refit
+        known = self.over and not changed and self.fitted == (self.learner.fitted is not None)
+        self.thresholds = state["thresholds"] if known else {}
         self._restored = state
         self._seen.clear()
         return changed
+
+    def _other_unit(self, before: Mapping[str, Any]) -> bool:
+        """Whether the unit that is trained afterwards was to be another one."""
+        return any(before.get(name) != getattr(self.settings, name) for name in ("unit_steps", *FITTED))
 
     def _refuse_others(self, path: Path, state: dict[str, Any]) -> None:
         """Refuse a checkpoint of other settings, or that no run has left."""
@@ -465,6 +480,8 @@ class Run:
         # A cosine ends where the steps do. How long to wait for a better step changes none that was taken.
         free = ("steps",) * (settings.schedule == "constant")
         free += ("patience",) * (settings.patience > 0 and bool(state["settings"].get("patience")))
+        if not scores(settings.method):
+            free += ("unit_steps", *FITTED)  # of what is trained when all else is
         changed = difference(state["settings"], settings, but=free)
         if changed:
             raise ValueError(

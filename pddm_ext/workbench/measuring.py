@@ -45,12 +45,19 @@ def prepared(settings: Settings, dataset: Dataset) -> Dataset:
     if settings.classes > classes:
         held = " without those held out" if settings.patience else ""
         raise ValueError(f"--classes is {settings.classes}; {dataset.name} has {classes} to train on{held}")
-    for kind, data in (("test", dataset), ("validation", dataset.selecting())):
+    selecting = dataset.selecting()
+    for kind, data in (("test", dataset), ("validation", selecting)):
         if data is not None:
             _measurable(kind, dataset.name, data)
     # What is searched among keeps its pictures and labels.
     train = dataset.train.thinned(settings.train_share, settings.seed).mislabelled(settings.label_noise, settings.seed)
-    return replace(dataset, train=train)
+    left = len(torch.unique(train.labels))
+    if settings.classes > left:
+        raise ValueError(
+            f"--label-noise is {settings.label_noise}, which leaves {left} classes with pictures; --classes is "
+            f"{settings.classes}"
+        )
+    return replace(dataset, train=train, among=dataset.among if selecting is None else selecting.gallery)
 
 
 def _measurable(kind: str, name: str, data: Dataset) -> None:
@@ -218,6 +225,7 @@ def sides(dataset: Dataset) -> dict[str, dict[str, Any]]:
         ("test", dataset.test),
         ("gallery", dataset.gallery),
         ("val", dataset.val),
+        ("others", dataset.others),
     )
     return {
         name: {

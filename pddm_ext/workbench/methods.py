@@ -131,11 +131,19 @@ def objective(settings: Settings, classes: int) -> Quadruplet | PairLoss:
     Args:
         settings: name the method.
         classes: how many are trained on, each of which has a proxy where the method has those.
+
+    Raises:
+        ValueError: a start that the method's unit does not have.
     """
     family, _, mode = settings.method.rpartition("-")
     if family == "euclidean":
         return Quadruplet(settings, mode, None)  # type: ignore[arg-type]
     if scores(settings.method):
+        if settings.unit_start == "classes":
+            raise ValueError(
+                f"--unit-start classes is for a unit that is trained afterwards (recommended, --unit-steps); "
+                f"{settings.method} trains one with the embedding"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             unit = pddm_ext.PDDM(settings.dim)

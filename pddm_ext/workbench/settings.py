@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,11 @@ class Settings:
         "recommended, and no unit for others",
     )
     unit_width: int = _setting(0, "with --unit-steps: length of the unit's layers; 0 has room for each class")
-    unit_noise: float = _setting(0.07, "with --unit-steps: standard deviation of what is added to each coordinate")
+    unit_noise: float = _setting(0.7, "with --unit-steps: length of the noise that is added to a feature, over its own")
     unit_distance: float = _setting(
-        2.0, "with --unit-steps: weight of the cosine beside the score, in standard deviations; 0 ranks by score alone"
+        2.0,
+        "with --unit-steps: weight of the cosine beside the score, in standard deviations; 0 ranks by the score alone, "
+        "however low it is",
     )
     unit_gradient: bool = _setting(True, "PDDM: let the score loss train the embedding, too")
     distance_steps: int = _setting(0, "PDDM: first updates whose quadruplets are mined by distance")
@@ -171,13 +173,10 @@ class Settings:
             raise ValueError(f"--train-share is {self.train_share}; above 0, and at most 1, is accepted")
         if self.label_noise >= 1:
             raise ValueError(f"--label-noise is {self.label_noise}; from 0 to below 1 is accepted")
-        if self.unit_steps and scores(self.method):
-            raise ValueError(
-                f"--unit-steps is {self.unit_steps}; {self.method} trains a unit with the embedding, and another one "
-                f"afterwards is for methods that have none"
-            )
-        if self.unit_start == "classes" and not self.unit_updates:
-            raise ValueError("--unit-start classes is for --method recommended, and for others with --unit-steps")
+        if self.unit_width == 1:
+            raise ValueError("--unit-width is 1; 0 or at least 2 is accepted")
+        if self.unit_distance > _LARGEST_RATE:
+            raise ValueError(f"--unit-distance is {self.unit_distance}; at most {_LARGEST_RATE} is accepted")
         if self.pretrained and not self.backbone.startswith(("timm/", "torchvision/", "efficientnet-lite0")):
             raise ValueError(
                 f"--pretrained is for backbones with published weights (timm, torchvision, efficientnet-lite0); "
@@ -191,7 +190,19 @@ class Settings:
     @property
     def unit_updates(self) -> int:
         """How many updates train a unit on the frozen embedding; 0 where none is trained afterwards."""
-        return self.unit_steps or 1500 * (self.method == "recommended")
+        return 0 if scores(self.method) else self.unit_steps or 1500 * (self.method == "recommended")
+
+    @property
+    def first_stage(self) -> Settings:
+        """Those that train the same embedding, and no unit afterwards."""
+        method = "multi-similarity" if self.method == "recommended" else self.method
+        own: dict[str, Any] = {s.name: s.default for s in fields(self) if s.name in {"unit_steps", *FITTED}}
+        return replace(self, method=method, **own) if self.unit_updates else self
+
+    def idle(self) -> list[str]:
+        """What was changed from its default and does nothing for the method."""
+        names = unused(self.method) | (set() if self.unit_updates or scores(self.method) else FITTED)
+        return [s.name for s in fields(self) if s.name in names and getattr(self, s.name) != s.default]
 
 
 def scores(method: str) -> bool:

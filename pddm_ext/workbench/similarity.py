@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,18 +17,21 @@ _NUMBERS, _ENTRIES = 2**23, 2**24
 
 @dataclass(frozen=True)
 class Similarity:
-    """A unit's score, and the cosine beside it: ``S(x, y) + cosine · x̂ · ŷ``, of rows of any norm.
+    """A unit's score, and the cosine beside it: ``max(S(x, y), floor) + cosine · x̂ · ŷ``, of rows of any norm.
 
     A unit that was trained on a frozen embedding knows the places of the classes that it was trained on, and nothing of
-    others. There its score tells pairs apart less well than the cosine, which ranks as the distance does.
+    others. So its score counts only where it is high, which it is of pairs that lie together at a class it knows; all
+    others the cosine tells apart, which ranks as the distance does.
 
     Attributes:
         unit: on any device; in evaluation nothing has a gradient.
         cosine: from 0, which leaves the score by itself.
+        floor: of the score.
     """
 
     unit: pddm_ext.PDDM
     cosine: float = 0.0
+    floor: float = -math.inf
 
     @classmethod
     def of(cls, given: Similarity | pddm_ext.PDDM | None) -> Similarity | None:
@@ -51,9 +55,7 @@ class Similarity:
         scores = pddm_ext.score_pairs(rows, i, j, self.unit)
         if not self.cosine:
             return scores
-        rows = F.normalize(rows, dim=1)
-        lots = zip(*(torch.split(side, max(1, _NUMBERS // rows.shape[1])) for side in (i, j)), strict=True)
-        return scores + self.cosine * torch.cat([(rows[a] * rows[b]).sum(1) for a, b in lots])
+        return scores.clamp(min=self.floor) + self.cosine * cosine_of(rows, i, j)
 
     @torch.no_grad()
     def best(self, queries: Tensor, gallery: Tensor, k: int) -> Tensor:
@@ -72,7 +74,16 @@ class Similarity:
         x, y = F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
         found = [torch.empty(0, k, dtype=torch.int64)]
         for lot in torch.split(torch.arange(len(x)), max(1, _ENTRIES // max(1, len(y)))):
-            scores = pddm_ext.score_matrix(queries[lot], self.unit, gallery) + self.cosine * (x[lot] @ y.T)
+            scores = pddm_ext.score_matrix(queries[lot], self.unit, gallery).clamp(min=self.floor)
+            scores = scores + self.cosine * (x[lot] @ y.T)
             # Ascending, since a sort takes NaN for the largest value.
             found.append((-scores).sort(dim=1, stable=True).indices[:, :k].cpu())
         return torch.cat(found)
+
+
+def cosine_of(features: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Cosines (P,) of listed pairs of rows of ``features`` (n, d), all on one device."""
+    rows = F.normalize(features, dim=1)
+    size = max(1, _NUMBERS // rows.shape[1])
+    lots = zip(torch.split(i, size), torch.split(j, size), strict=True)
+    return torch.cat([(rows[a] * rows[b]).sum(1) for a, b in lots])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -68,8 +69,9 @@ class Trained:
         module: stored pictures (n, channels, stored, stored) uint8 to unit features (n, dim); :meth:`prepare` makes
             stored pictures.
         unit: the PDDM unit that was trained with it or for it, or None.
-        cosine: weight of the cosine beside the unit's score (:class:`.similarity.Similarity`), which :meth:`score` and
-            whatever else ranks by score adds; 0 where the unit was trained together with the embedding.
+        cosine: weight of the cosine beside the unit's score (:class:`.similarity.Similarity`), in :meth:`score` and
+            whatever else ranks by score; 0 where the unit was trained together with the embedding.
+        floor: of the unit's score, as there.
         view: how pictures are seen.
         names: the classes that were trained on.
         settings: of the run.
@@ -89,14 +91,16 @@ class Trained:
         thresholds: Mapping[str, Mapping[str, float]],
         digest: str,
         cosine: float = 0.0,
+        floor: float = -math.inf,
     ) -> None:
-        self.module, self.unit, self.view, self.names, self.cosine = module, unit, view, names, cosine
+        self.module, self.unit, self.view, self.names = module, unit, view, names
+        self.cosine, self.floor = cosine, floor
         self.settings, self.thresholds, self.digest = settings, thresholds, digest
 
     @property
     def similarity(self) -> Similarity | None:
         """What ranks by score, where there is a unit."""
-        return None if self.unit is None else Similarity(self.unit, self.cosine)
+        return None if self.unit is None else Similarity(self.unit, self.cosine, self.floor)
 
     @property
     def dim(self) -> int:
@@ -179,7 +183,7 @@ class Trained:
             TypeError, ValueError, OSError: as in :meth:`__call__`; it has no unit, or as many pictures of each are
                 not there.
         """
-        scoring = Similarity(self._unit(), self.cosine)
+        scoring = self._scoring()
         x, y = self(a), self(b)
         if len(x) != len(y) and 1 not in (len(x), len(y)):
             raise ValueError(f"a is {len(x)} pictures and b {len(y)}; as many of each, or one of either, are accepted")
@@ -201,7 +205,7 @@ class Trained:
             ValueError: there is no such threshold; the message says how to get one.
         """
         if by == "score":
-            self._unit()
+            self._scoring()
         if by not in ("distance", "score"):
             raise ValueError(f"by is {by!r}; 'distance' and 'score' have thresholds of a run, others need threshold=")
         if isinstance(fpr, bool) or fpr not in (0.01, 0.001, "eer"):
@@ -220,12 +224,17 @@ class Trained:
             )
         return values[key]
 
-    def _unit(self) -> pddm_ext.PDDM:
-        if self.unit is None and self.settings.unit_updates:
-            raise ValueError("its PDDM unit is trained when the run has ended, which it has not; go on with --resume")
-        if self.unit is None:
-            raise ValueError(f"it was trained by {self.settings.method}, without a PDDM unit, and has no score")
-        return self.unit
+    def _scoring(self) -> Similarity:
+        if self.similarity is None:
+            raise ValueError(f"it was trained by {self.settings.method}, {self.lacks}, and has no score")
+        return self.similarity
+
+    @property
+    def lacks(self) -> str:
+        """Why it has no unit, where it has none."""
+        if self.settings.unit_updates:
+            return "whose PDDM unit is trained when the run has ended (go on with --resume)"
+        return "without a PDDM unit"
 
 
 def _whole(parts: Iterable[Tensor]) -> Tensor:
@@ -332,10 +341,16 @@ def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trai
     if not all(type(name) is str and type(value) is Tensor for name, value in weights.items()):
         raise ValueError("damaged; its weights are no tensors by name")
     of_net, of_unit = _under("net.", weights), _under("objective.unit.", weights)
+    cosine, floor = 0.0, -math.inf
     if settings.unit_updates:
         of_unit = _under("fitted.unit.", weights)
-        if not of_unit or "fitted.cosine" not in weights:
+        beside = {name: weights.get(f"fitted.{name}", torch.empty(0)) for name in ("cosine", "floor")}
+        if not of_unit or any(value.shape != () for value in beside.values()):
             raise ValueError("damaged; it has no weights of a unit")
+        if beside["cosine"].isfinite() and not beside["floor"].isnan():
+            cosine, floor = (float(value) for value in beside.values())
+        else:
+            of_unit["cosine"] = torch.tensor(math.nan)  # refused below
         if not state["fitted"]:
             of_unit = {}
     if tuple(of_net.get("head.bias", torch.empty(0)).shape) != (settings.dim,):
@@ -378,7 +393,8 @@ def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trai
         settings,
         thresholds,
         checkpoint.digest(of_net, facts),
-        float(weights.get("fitted.cosine", 0.0)),
+        cosine,
+        floor,
     )
 
 

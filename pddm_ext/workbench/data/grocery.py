@@ -56,8 +56,14 @@ def load(
     sides = {side: _listed(folder, f"{side}.txt", names) for side in SIDES}
     searched = sides["train"] if gallery == "train" else [(name, [icons[name]]) for name in names]
     among = "the training photographs" if gallery == "train" else "the catalogue's pictures"
+    words = {"test": f"all of them trained on, searched for among {among}"}
+    if unseen:
+        among = "other photographs of theirs" if gallery == "train" else among
+        words = {
+            "train": "every second product",
+            "test": f"every other product, none trained on, searched for among {among}",
+        }
     trained, held = set(names[::2]) if unseen else set(names), set(names[1::2] if unseen else names)
-    told = "none" if unseen else "all"
 
     def of(classes: photos.Classes, chosen: set[str]) -> photos.Classes:
         return [(name, paths) for name, paths in classes if name in chosen]
@@ -72,7 +78,7 @@ def load(
         val=None if unseen else sides["val"],
         others=of(sides["val"], trained) if unseen else None,
         protocol="unseen" if unseen else "known",
-        words={"test": f"{told} of them trained on, searched for among {among}"},
+        words=words,
         where=str(folder),
         expected=EXPECTED,
         view=view,

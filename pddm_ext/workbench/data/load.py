@@ -31,7 +31,8 @@ def load(settings: Settings, view: Photographs = PHOTOS, only: Literal["train", 
     served = {"folder": SPLITS[:-1], "grocery": ("half", "unseen"), **dict.fromkeys(DRAWINGS, ("half", "known"))}
     if settings.split not in served.get(data, ("half",)):
         whose = [name for name, splits in served.items() if settings.split in splits]
-        raise ValueError(f"--split {settings.split} is for --data {', '.join(whose)}; {data} has a split of its own")
+        has = f"takes {', '.join(served[data])}" if data in served else "has a split of its own"
+        raise ValueError(f"--split {settings.split} is for --data {', '.join(whose)}; {data} {has}")
     if settings.gallery != "train" and data != "grocery":
         raise ValueError(f"--gallery {settings.gallery} is for --data grocery; --data is {data}")
     if data in FETCHED:

@@ -212,8 +212,8 @@ def _kept(split: Split, photos: Photos, gone: set[str]) -> Split:
     rows = torch.tensor([row for row, path in enumerate(photos.paths) if path not in gone], dtype=torch.int64)
     if len(rows) == len(photos):
         return split
-    left = torch.bincount(split.labels[rows], minlength=len(split.names))
-    empty = [name for name, count in zip(split.names, left.tolist(), strict=True) if count == 0]
+    before, left = (torch.bincount(labels, minlength=len(split.names)) for labels in (split.labels, split.labels[rows]))
+    empty = [split.names[c] for c in ((before > 0) & (left == 0)).nonzero().flatten().tolist()]
     if empty:
         raise ValueError(
             f"{photos.folder}: no picture of class {empty[0]} can be read"

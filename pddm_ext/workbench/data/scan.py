@@ -129,7 +129,7 @@ def _rows(found: Scan, split: Split) -> Tensor:
 
 def duplicates(dataset: Dataset, found: Scan, only: Only | None = None) -> list[str]:
     """A warning for each pair of sides that pictures are on twice, near enough, with their number and an example."""
-    test, gallery, val = dataset.test, dataset.gallery, dataset.val
+    test, gallery, val, others = dataset.test, dataset.gallery, dataset.val, dataset.others
     apart = only is None and dataset.protocol != "seen"
     among = [("test", test, "training", dataset.train)] if apart else []
     if gallery is None:
@@ -140,6 +140,8 @@ def duplicates(dataset: Dataset, found: Scan, only: Only | None = None) -> list[
             among.append(("validation", val, "gallery", gallery))
     if val is not None and apart:
         among += [("validation", val, "training", dataset.train), ("validation", val, "test", test)]
+    if others is not None and apart:
+        among.append(("validation", others, "training", dataset.train))
     lines = []
     for queries, asked, name, split in among:
         pairs = alike(found, asked, split)

@@ -106,7 +106,10 @@ class Split:
 
     def named(self, names: Collection[str]) -> Split:
         """The classes of these names, in the split's order, labelled anew."""
-        return self.classes(torch.tensor([c for c, name in enumerate(self.names) if name in names], dtype=torch.int64))
+        chosen = [c for c, name in enumerate(self.names) if name in names]
+        if not chosen:
+            raise ValueError(f"none of {', '.join(sorted(names)[:3])} is among {', '.join(self.groups)}")
+        return self.classes(torch.tensor(chosen))
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ class Dataset:
         val: further queries, to choose settings, a step or a threshold by.
         others: other pictures of the classes trained on, where classes searched for are unseen: queries among some of
             those, to choose settings by.
+        among: what ``val`` is searched among, if not what :meth:`selecting` would choose.
         protocol: what the test classes are to training: ``"unseen"`` ones, ``"known"`` ones of which other pictures
             are searched for among those trained on, or ``"seen"`` where nothing was held out.
         notes: what somebody who reads the figures should know of the data, a line each.
@@ -193,13 +197,14 @@ class Dataset:
     gallery: Split | None = None
     val: Split | None = None
     others: Split | None = None
+    among: Split | None = None
     protocol: TestClasses = "unseen"
     notes: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Identifies the pictures and labels of every side."""
         sha = hashlib.sha256()
-        for split in (self.train, self.test, self.gallery, self.val):
+        for split in (self.train, self.test, self.gallery, self.val, self.others):
             if split is not None:
                 sha.update(split.digest.encode() + split.labels.numpy().tobytes())
         return sha.hexdigest()
@@ -210,7 +215,8 @@ class Dataset:
         pictures."""
         if self.val is None:
             return None
-        sides = () if self.protocol == "unseen" else (self.gallery, self.train)
+        sides: tuple[Split | None, ...] = () if self.protocol == "unseen" else (self.gallery, self.train)
+        sides = sides if self.among is None else (self.among,)
         names = set(self.val.names)
         gallery = next((side for side in sides if side is not None and names <= set(side.names)), None)
         return replace(self, name=f"{self.name} (validation)", test=self.val, gallery=gallery, val=None)
@@ -226,7 +232,7 @@ class Dataset:
             return self
         if self.protocol == "unseen":
             held = self.validation(0)
-            return replace(self, train=held.train, val=held.test)
+            return replace(self, train=held.train, val=held.test, among=held.gallery)
         generator = torch.Generator().manual_seed(seed)
         kept, out = [], []
         for c in range(len(self.train.names)):

@@ -209,7 +209,7 @@ def separation(
     if similarity is not None:
         values["score"] = [_scores(features, kind, similarity) for kind in both]
         if not all(scores.isfinite().all() for scores in values["score"]):
-            raise FloatingPointError("the PDDM unit's scores are not finite; lower --lr or --unit-lr-factor")
+            raise FloatingPointError("the PDDM unit's scores are not finite; lower its learning rate")
     found: dict[str, dict[str, Any]] = {}
     for name, kinds in values.items():
         positive, negative = (kind.double().numpy() for kind in kinds)

@@ -452,7 +452,7 @@ class _Histogram:
 def _histograms(cells: Cells) -> list[_Histogram]:
     drawn: list[_Histogram] = []
     for label, seeds in cells.items():
-        for kind, name, axis in (("distance", "distance", "negative distance"), ("score", "PDDM score", "score S")):
+        for kind, name, axis in (("distance", "distance", "negative distance"), ("score", "score", "score S")):
             each = [metrics["pairs"][kind] for metrics in seeds if kind in metrics["pairs"]]
             if each:
                 # Distances have one scale. A score has its own in each run, so that a mean of them would show nothing.

@@ -43,6 +43,7 @@ class Shown:
     features: Tensor
     unit: Similarity | None = None
     quadruplets: Quadruplets | None = None
+    mined_by_score: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def quadruplets(examples: Examples, label: str) -> list[list[tuple[str, Picture,
     seen = _thumbnails(examples.test.show(examples.batch), _PHOTO)
 
     def value(score: Tensor) -> str:
-        return f"S {score:.3g}" if shown.unit is not None else f"D {-score:.3g}"
+        return f"S {score:.3g}" if shown.mined_by_score else f"D {-score:.3g}"
 
     def member(role: str, row: Tensor, text: str) -> tuple[str, Picture, str]:
         name = examples.classes[int(row)] if examples.classes else ""
