@@ -140,18 +140,16 @@ CALIBRATED = (*SCORING, "multi-similarity")
 STAGE = (
     "recommended",
     "recommended:unit_distance=0",
+    "recommended:unit_distance=1",
     "recommended:unit_start=random",
-    "recommended:unit_start=random,unit_distance=0",
     "recommended:unit_start=distance",
     "recommended:unit_noise=0",
-    "recommended:unit_noise=0.035",
-    "recommended:unit_noise=0.14",
+    "recommended:unit_noise=0.35",
+    "recommended:unit_noise=1.4",
     "recommended:unit_steps=500",
-    "recommended:unit_steps=4500",
-    "recommended:unit_width=100",
+    "recommended:unit_steps=3000",
     "recommended:unit_width=256",
-    "recommended:alpha=0.2",
-    "recommended:alpha=1",
+    "recommended:alpha=0.1",
 )
 #: The two-stage method on another loss's embedding.
 OTHERS = tuple(f"{name}:unit_steps=1500" for name in STRONGEST[1:])
