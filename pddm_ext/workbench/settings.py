@@ -103,7 +103,7 @@ class Settings:
         "recommended, and no unit for others",
     )
     unit_width: int = _setting(0, "with --unit-steps: length of the unit's layers; 0 has room for each class")
-    unit_noise: float = _setting(0.7, "with --unit-steps: length of the noise that is added to a feature, over its own")
+    unit_noise: float = _setting(0.8, "with --unit-steps: length of the noise that is added to a feature, over its own")
     unit_distance: float = _setting(
         2.0,
         "with --unit-steps: weight of the cosine beside the score, in standard deviations; 0 ranks by the score alone, "
