@@ -344,7 +344,8 @@ def _train(arguments: argparse.Namespace) -> int:
     look()
     leads = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if leads:
-        for name in settings.idle():
+        changed = [s.name for s in fields(settings) if getattr(settings, s.name) != s.default]
+        for name in (name for name in changed if name in settings.idle()):
             print(f"pddm-ext: warning: {option(name)} does nothing with --method {settings.method}", file=sys.stderr)
         trained.accelerated(settings.accelerator)  # a look alone, before any picture is read
     dataset = scan.ready(settings, backbones.view(settings), progress=arguments.progress, leads=leads)

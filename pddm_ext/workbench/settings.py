@@ -199,10 +199,9 @@ class Settings:
         own: dict[str, Any] = {s.name: s.default for s in fields(self) if s.name in {"unit_steps", *FITTED}}
         return replace(self, method=method, **own) if self.unit_updates else self
 
-    def idle(self) -> list[str]:
-        """What was changed from its default and does nothing for the method."""
-        names = unused(self.method) | (set() if self.unit_updates or scores(self.method) else FITTED)
-        return [s.name for s in fields(self) if s.name in names and getattr(self, s.name) != s.default]
+    def idle(self) -> set[str]:
+        """The settings that do nothing for the method."""
+        return unused(self.method) | (set() if self.unit_updates or scores(self.method) else FITTED)
 
 
 def scores(method: str) -> bool:
@@ -281,11 +280,12 @@ _INDIFFERENT = ("root", "download", "workers", "skip_unreadable")
 def difference(before: Mapping[str, Any], now: Settings, but: tuple[str, ...] = ()) -> str:
     """The first setting that was another in an earlier run, as ``--name was X and is Y now``; empty if none was.
 
-    What the earlier run did not know had its default.
+    What the earlier run did not know had its default. What does nothing for the method is no difference.
     """
+    indifferent = {*_INDIFFERENT, *but, *now.idle()}
     for setting in fields(Settings):
         was, value = before.get(setting.name, setting.default), getattr(now, setting.name)
-        if was != value and setting.name not in _INDIFFERENT + but:
+        if was != value and setting.name not in indifferent:
             return f"{option(setting.name)} was {was} and is {value} now"
     return ""
 
