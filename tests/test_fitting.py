@@ -115,7 +115,7 @@ def test_below_the_floor_lie_the_scores_of_nearly_all_different_pairs() -> None:
     made = fitted(features, labels, unit_steps=60)
     scores = pddm_ext.score_matrix(features, made.unit)
     different = scores[labels[:, None] != labels]
-    assert float((different < made.floor).float().mean()) == pytest.approx(0.99, abs=0.005)
+    assert float((different < made.floor).float().mean()) == pytest.approx(0.998, abs=0.002)
     assert fitted(features, labels, unit_steps=2, unit_distance=0.0).similarity.floor == -torch.inf
 
 

@@ -24,7 +24,7 @@ SCALE = 16.0
 _WIDEST, _LONGEST = 4, 512
 #: Pairs of training rows whose scores the cosine's weight and the floor are taken from, and the share of those of
 #: different classes that lies below the floor.
-_PAIRS, _BELOW = 2**18, 0.99
+_PAIRS, _BELOW = 2**18, 0.998
 
 
 class FittedUnit(nn.Module):
