@@ -131,7 +131,7 @@ def _photographs(
 
 #: What PDDM's score is held against where classes are known: the best losses, each by distance.
 STRONGEST = ("multi-similarity", "proxy-anchor", "norm-softmax", "sub-center-arcface", "sup-con")
-SCORING = ("recommended", "joint", "pddm-pair")
+SCORING = ("recommended", "recommended:unit_distance=0", "joint", "pddm-pair")
 #: On whose embedding a classifier is trained, too.
 CLASSIFIED = "multi-similarity"
 #: Whose thresholds are carried from validation to test.
