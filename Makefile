@@ -128,12 +128,10 @@ $(CUDA_BUILD)/built: $(NATIVE) $(PACKAGE)
 	@touch $@
 
 ON_CUDA := PYTHONPATH="$(CURDIR)/$(CUDA_BUILD)/installed:$$PYTHONPATH" PDDM_TEST_DEVICE=cuda
-NEED_EXTRAS := accelerators training methods backbones resuming cli compare consoles divergence interruptions start_methods \
-  splits drawings photos published evaluation measured_inputs relabelling report distributed docs examples adapters \
-  export_command \
-  pml_miner pml_distance pml_loss pml_loops lightning sentence_transformers sklearn
+# What a GPU machine may lack the packages for.
+NEED_EXTRAS := $(shell grep -lE 'workbench|adapters|pytorch_metric_learning|sklearn|from runs|small_data|test_docs' tests/test_*.py)
 test-cuda: $(CUDA_BUILD)/built ## on a GPU: the Python tests, and the memory and race checkers of its toolkit
-	$(ON_CUDA) $(PYTHON) $(PYTEST) tests $(patsubst %,--ignore=tests/test_%.py,$(NEED_EXTRAS))
+	$(ON_CUDA) $(PYTHON) $(PYTEST) tests $(NEED_EXTRAS:%=--ignore=%)
 	$(ON_CUDA) compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 
@@ -142,9 +140,9 @@ bench-cuda: $(CUDA_BUILD)/built ## on a GPU: benchmark its kernels; STORE=--stor
 	  -p no:cacheprovider
 	$(ON_CUDA) $(PYTHON) bench/table.py cuda build/bench-cuda.json $(STORE)
 
-# An hour on two cores.
-results: $(VENV)/installed ## the grids behind docs/results.md; OMNIGLOT=folder of images_background_small1.zip
-	$(BIN)/python bench/retrieval.py $(if $(OMNIGLOT),--omniglot $(OMNIGLOT))
+# Some hours on two cores.
+results: $(VENV)/installed ## the grids behind docs/results*.md; OMNIGLOT=folder of images_background_small1.zip GROCERY=zip of the Grocery Store Dataset
+	$(BIN)/python bench/retrieval.py $(if $(OMNIGLOT),--omniglot $(OMNIGLOT)) $(if $(GROCERY),--grocery $(GROCERY))
 
 # Made anew each time, for what has warned once would not warn again.
 docs: $(VENV)/docs ## the documentation's site, build/docs/index.html
