@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pddm_ext
 from pddm_ext.workbench import checkpoint, fitting, outcome
-from pddm_ext.workbench.data.splits import Dataset
+from pddm_ext.workbench.data.splits import Dataset, TestClasses
 from pddm_ext.workbench.evaluation.evaluate import measure
 from pddm_ext.workbench.fitting import FittedUnit, fit
 from pddm_ext.workbench.loop import CHECKPOINT, Run
@@ -46,11 +46,11 @@ def drawn(labels: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield places, labels[places]
 
 
-def fitted(features: Tensor, labels: Tensor, **changed: Any) -> FittedUnit:
+def fitted(features: Tensor, labels: Tensor, fall_back: bool = True, **changed: Any) -> FittedUnit:
     given = {"method": "recommended", "dim": DIM, "unit_steps": 150, "weight_decay": 0.0, **changed}
     settings = Settings(**given)
     made = FittedUnit(settings, int(labels.max()) + 1).to(features.dtype)
-    for _ in fit(made, features, labels, drawn(labels, settings.unit_updates), settings):
+    for _ in fit(made, features, labels, drawn(labels, settings.unit_updates), settings, fall_back=fall_back):
         pass
     return made
 
@@ -67,7 +67,7 @@ def map_at_r(similarity: Similarity | None, gallery: tuple[Tensor, Tensor], quer
 def test_the_score_knows_its_classes_better_than_the_distance_does() -> None:
     gallery, queries = rows(20, 1), rows(10, 2)
     distance = map_at_r(None, gallery, queries)
-    similarity = fitted(*gallery, unit_distance=0.0).similarity
+    similarity = fitted(*gallery, fall_back=False).similarity
     assert similarity.cosine == 0
     assert map_at_r(similarity, gallery, queries) > distance + 0.1
     beside = fitted(*gallery).similarity
@@ -83,7 +83,7 @@ def test_it_begins_with_what_the_embedding_has_made_of_the_classes(monkeypatch: 
     for start in ("own", "random"):
         settings = Settings(method="recommended", dim=DIM, unit_start=start)
         made = FittedUnit(settings, CLASSES)
-        list(fit(made, features, labels, drawn(labels, 1), settings))
+        list(fit(made, features, labels, drawn(labels, 1), settings, fall_back=True))
         scores = pddm_ext.score_matrix(features, made.unit)
         same = labels[:, None] == labels
         off = ~torch.eye(len(labels), dtype=torch.bool)
@@ -100,7 +100,7 @@ def test_it_is_the_same_each_time_whatever_was_fitted_before(dtype: torch.dtype)
     once = fitted(features, labels, unit_steps=20)
     torch.manual_seed(4)
     twice = fitted(features, labels, unit_steps=20)
-    list(fit(twice, features, labels, drawn(labels, 20), settings))
+    list(fit(twice, features, labels, drawn(labels, 20), settings, fall_back=True))
     state = torch.random.get_rng_state()
     fitted(features, labels, unit_steps=2)
     assert torch.equal(state, torch.random.get_rng_state())
@@ -116,16 +116,16 @@ def test_below_the_floor_lie_the_scores_of_nearly_all_different_pairs() -> None:
     scores = pddm_ext.score_matrix(features, made.unit)
     different = scores[labels[:, None] != labels]
     assert float((different < made.floor).float().mean()) == pytest.approx(0.998, abs=0.002)
-    assert fitted(features, labels, unit_steps=2, unit_distance=0.0).similarity.floor == -torch.inf
+    assert fitted(features, labels, unit_steps=2, fall_back=False).similarity.floor == -torch.inf
 
 
 def test_the_cosine_weighs_so_many_standard_deviations() -> None:
     features, labels = rows(20, 1)
-    made = fitted(features, labels, unit_distance=3.0, unit_steps=30)
+    made = fitted(features, labels, unit_steps=30)
     i, j = torch.triu_indices(len(features), len(features), 1)
     scores = pddm_ext.score_pairs(features, i, j, made.unit)
     cosines = (features[i] * features[j]).sum(1)
-    assert float(made.cosine * cosines.std() / scores.std()) == pytest.approx(3, rel=0.05)
+    assert float(made.cosine * cosines.std() / scores.std()) == pytest.approx(fitting.WEIGHT, rel=0.05)
 
 
 def test_more_classes_than_a_unit_has_room_for_share_it() -> None:
@@ -133,7 +133,7 @@ def test_more_classes_than_a_unit_has_room_for_share_it() -> None:
     settings = Settings(method="recommended", dim=DIM, unit_steps=5, unit_width=16)
     made = FittedUnit(settings, 60)
     assert (made.unit.hidden, made.unit.combined) == (16, 16)
-    list(fit(made, features, labels, drawn(labels, 5), settings))
+    list(fit(made, features, labels, drawn(labels, 5), settings, fall_back=True))
     assert all(parameter.isfinite().all() for parameter in made.parameters())
     assert FittedUnit(Settings(method="recommended", dim=DIM), 60).unit.hidden == 4 * DIM
     assert FittedUnit(Settings(method="recommended", dim=DIM), 3).unit.hidden == DIM
@@ -217,6 +217,16 @@ def test_any_method_without_a_unit_can_be_followed_by_one(tiny: Dataset, method:
     assert "score" in outcome.figures(run)["results"]
 
 
+@pytest.mark.parametrize(("protocol", "own"), [("unseen", True), ("known", False), ("seen", False)])
+def test_the_score_falls_back_where_classes_are_unseen_or_as_asked(
+    tiny: Dataset, protocol: TestClasses, own: bool
+) -> None:
+    data = replace(tiny, protocol=protocol)
+    for asked, falls in (("own", own), ("distance", True), ("none", False)):
+        run = trained(data, **RECOMMENDED, unit_fallback=asked)
+        assert (run.learner.similarity.cosine > 0) == (run.learner.similarity.floor > -torch.inf) == falls
+
+
 def test_another_unit_is_had_of_a_finished_run_without_training_its_embedding_again(
     tiny: Dataset, tmp_path: Path
 ) -> None:
@@ -275,8 +285,8 @@ def test_ctrl_c_while_the_unit_is_trained_loses_no_step(
     whole = trained(data, tmp_path / "whole", **changed)
     generator = fitting.fit
 
-    def interrupted(*arguments: Any) -> Iterator[None]:
-        for step, _ in enumerate(generator(*arguments)):
+    def interrupted(*arguments: Any, **named: Any) -> Iterator[None]:
+        for step, _ in enumerate(generator(*arguments, **named)):
             if step == 7:
                 signal.raise_signal(signal.SIGINT)
             yield
@@ -309,8 +319,7 @@ def test_ctrl_c_while_the_unit_is_trained_loses_no_step(
     [
         ({"unit_steps": -1}, "--unit-steps is -1; at least 0"),
         ({"unit_noise": float("nan")}, "--unit-noise is nan"),
-        ({"unit_distance": -1.0}, "--unit-distance is -1.0"),
-        ({"unit_distance": 1e39}, "--unit-distance is 1e+39; at most"),
+        ({"unit_fallback": "cosine"}, "--unit-fallback is 'cosine'; own, distance, none are accepted"),
         ({"unit_width": 1}, "--unit-width is 1; 0 or at least 2"),
         ({"train_share": 0.0}, "--train-share is 0.0; above 0"),
         ({"train_share": 1.5}, "--train-share is 1.5"),

@@ -22,6 +22,8 @@ RATE, CLASSIFIER = 1e-3, 0.3
 SCALE = 16.0
 #: Layers are so many times as long as a feature, or so long, at most.
 _WIDEST, _LONGEST = 4, 512
+#: The cosine's weight beside the score, in standard deviations of either.
+WEIGHT = 2.0
 #: Pairs of training rows whose scores the cosine's weight and the floor are taken from, and the share of those of
 #: different classes that lies below the floor.
 _PAIRS, _BELOW = 2**18, 0.998
@@ -69,9 +71,15 @@ class FittedUnit(nn.Module):
 
 
 def fit(
-    fitted: FittedUnit, features: Tensor, labels: Tensor, batches: Iterator[tuple[Tensor, Tensor]], settings: Settings
+    fitted: FittedUnit,
+    features: Tensor,
+    labels: Tensor,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    settings: Settings,
+    *,
+    fall_back: bool,
 ) -> Iterator[None]:
-    """Train the unit anew, a step for each item taken; the end sets the cosine's weight.
+    """Train the unit anew, a step for each item taken; the end sets what stands beside its score.
 
     The score loss on the quadruplet of every positive pair, of features with noise: without it the unit learns the
     very places of the training rows, where no test row lies. By default it starts from what the embedding has made of
@@ -84,7 +92,8 @@ def fit(
         features: (n, dim) of unit norm, of the training pictures.
         labels: (n,) int64 from 0, on the features' device.
         batches: rows (b,) of the features, and their labels (b,); as many as there are steps.
-        settings: start, noise, margin, steps and weight of the distance.
+        settings: start, noise, margin and steps.
+        fall_back: whether the score is to fall back to the distance where the unit knows nothing.
 
     Raises:
         FloatingPointError: a parameter, or what stands beside the score, is not finite in the end.
@@ -115,11 +124,11 @@ def fit(
             yield
     finally:
         unit.requires_grad_(False)
-    if settings.unit_distance:
+    if fall_back:
         cosine, floor = _beside(unit, features, labels, generator)
-        fitted.cosine.copy_(settings.unit_distance * cosine)
+        fitted.cosine.copy_(WEIGHT * cosine)
         fitted.floor.copy_(floor)
-    told = (*unit.parameters(), fitted.cosine, *([fitted.floor] if settings.unit_distance else []))
+    told = (*unit.parameters(), *((fitted.cosine, fitted.floor) if fall_back else ()))
     if not all(value.isfinite().all() for value in told):
         raise FloatingPointError("the PDDM unit is not finite after its own steps; lower --unit-noise")
 

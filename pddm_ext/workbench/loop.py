@@ -360,14 +360,21 @@ class Run:
             (features,) = over(train.pictures, call, net, 0 if known else settings.workers, shown)
         features = (features if features.dtype == torch.float64 else features.float()).to(fitted.cosine.device)
         rows = replace(train, pictures=torch.arange(len(train.labels)))
-        steps = settings.unit_updates
+        steps, labels = settings.unit_updates, train.labels.to(features.device)
         drawn = batches(rows, settings.classes, settings.samples, steps, seed=(settings.seed * 7919 + 7) % 2**32)
         with bar.aside("training the unit", steps, "step") as shown:
-            for _ in fit(fitted, features, train.labels.to(features.device), drawn, settings):
+            for _ in fit(
+                fitted, features, train.labels.to(features.device), drawn, settings, fall_back=self._falls_back
+            ):
                 shown.update()
         if self._best:
             self._best |= {name: value.detach().cpu().clone() for name, value in self._of_unit().items()}
         self.fitted = True
+
+    @property
+    def _falls_back(self) -> bool:
+        unseen = self.dataset.protocol == "unseen"
+        return unseen if self.settings.unit_fallback == "own" else self.settings.unit_fallback == "distance"
 
     def _of_unit(self) -> dict[str, Tensor]:
         """Weights of the unit that is trained afterwards."""

@@ -34,6 +34,7 @@ METHODS = (
 )
 #: Methods whose classes have proxies, parameters of their own.
 PROXIES = ("proxy-anchor", "norm-softmax", "sub-center-arcface")
+FALLBACKS = ("own", "distance", "none")
 STARTS = ("own", "random", "distance", "classes")
 OVER = ("pairs", "all")
 SCHEDULES = ("constant", "cosine")
@@ -104,10 +105,11 @@ class Settings:
     )
     unit_width: int = _setting(0, "with --unit-steps: length of the unit's layers; 0 has room for each class")
     unit_noise: float = _setting(0.8, "with --unit-steps: length of the noise that is added to a feature, over its own")
-    unit_distance: float = _setting(
-        2.0,
-        "with --unit-steps: weight of the cosine beside the score, in standard deviations; 0 ranks by the score alone, "
-        "however low it is",
+    unit_fallback: str = _setting(
+        "own",
+        "with --unit-steps: what the score falls back to where the unit knows neither picture: the distance, or none; "
+        "own is the distance where the data search for classes that are not trained on",
+        FALLBACKS,
     )
     unit_gradient: bool = _setting(True, "PDDM: let the score loss train the embedding, too")
     distance_steps: int = _setting(0, "PDDM: first updates whose quadruplets are mined by distance")
@@ -165,7 +167,7 @@ class Settings:
             if rate > _LARGEST_RATE:
                 raise ValueError(f"{option(name)} makes a learning rate of {rate}; at most {_LARGEST_RATE} is accepted")
         nonnegative = ("weight_decay", "alpha", "beta", "weight", "margin", "density", "structure")
-        for name in (*nonnegative, "unit_noise", "unit_distance", "label_noise"):
+        for name in (*nonnegative, "unit_noise", "label_noise"):
             number(option(name), getattr(self, name), "a finite number from 0")
         if self.weight_decay > _LARGEST_RATE:
             raise ValueError(f"--weight-decay is {self.weight_decay}; at most {_LARGEST_RATE} is accepted")
@@ -175,8 +177,6 @@ class Settings:
             raise ValueError(f"--label-noise is {self.label_noise}; from 0 to below 1 is accepted")
         if self.unit_width == 1:
             raise ValueError("--unit-width is 1; 0 or at least 2 is accepted")
-        if self.unit_distance > _LARGEST_RATE:
-            raise ValueError(f"--unit-distance is {self.unit_distance}; at most {_LARGEST_RATE} is accepted")
         if self.pretrained and not self.backbone.startswith(("timm/", "torchvision/", "efficientnet-lite0")):
             raise ValueError(
                 f"--pretrained is for backbones with published weights (timm, torchvision, efficientnet-lite0); "
@@ -216,7 +216,7 @@ def option(name: str) -> str:
 
 _SCORED = {"unit_lr_factor", "unit_gradient", "distance_steps", "alpha"}
 #: Of a unit that is trained afterwards, beside its number of updates.
-FITTED = {"unit_start", "unit_width", "unit_noise", "unit_distance", "alpha"}
+FITTED = {"unit_start", "unit_width", "unit_noise", "unit_fallback", "alpha"}
 _PARTICULAR = _SCORED | FITTED | {"unit_steps", "beta", "weight", "margin", "proxy_lr_factor"}
 
 
