@@ -363,9 +363,7 @@ class Run:
         steps, labels = settings.unit_updates, train.labels.to(features.device)
         drawn = batches(rows, settings.classes, settings.samples, steps, seed=(settings.seed * 7919 + 7) % 2**32)
         with bar.aside("training the unit", steps, "step") as shown:
-            for _ in fit(
-                fitted, features, train.labels.to(features.device), drawn, settings, fall_back=self._falls_back
-            ):
+            for _ in fit(fitted, features, labels, drawn, settings, fall_back=self._falls_back):
                 shown.update()
         if self._best:
             self._best |= {name: value.detach().cpu().clone() for name, value in self._of_unit().items()}
