@@ -311,6 +311,7 @@ def _rounded(value: Any) -> Any:
 #: Where a cell's metrics have what the tables of known and unseen classes show; ``by`` is the ranking.
 FIGURES = {
     "Recall@1": ("results", "by", "recall", "1", "value"),
+    "Recall@8": ("results", "by", "recall", "8", "value"),
     "MAP@R": ("results", "by", "map_at_r", "value"),
     "TPR at FPR 0.01": ("pairs", "by", "tpr", "0.01"),
     "TPR at FPR 0.001": ("pairs", "by", "tpr", "0.001"),
