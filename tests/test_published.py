@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from pddm_ext.workbench.data import published
+from pddm_ext.workbench.data import load as by_name
+from pddm_ext.workbench.data import photos, published
+from pddm_ext.workbench.settings import Settings
 from small_data import BLUE, CLASSES, GREEN, PUBLISHED, RED, YELLOW, archive, colours, cub, entries, load, scatter
 
 every = pytest.mark.parametrize("name", PUBLISHED)
@@ -43,6 +45,21 @@ def test_published_data_sets_have_their_usual_split(tmp_path: Path, name: str, f
         assert entries(root) == {path.name, *published.LAYOUTS[name].entries}
         path.unlink()
         assert load(name, root).digest() == dataset.digest()
+
+
+@every
+def test_their_classes_can_be_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of two pictures a class none would be held out."""
+    scatter(tmp_path, PUBLISHED[name][0]())
+    monkeypatch.setattr(photos, "held_out", lambda count: count // 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dataset = by_name.load(Settings(data=name, root=str(tmp_path), split="known"))
+    both = (*CLASSES[name][0], *CLASSES[name][1])
+    assert dataset.train.names == dataset.test.names == both
+    assert (dataset.protocol, len(dataset.train.labels), len(dataset.test.labels)) == ("known", 4, 4)
+    assert dataset.gallery is dataset.train
+    assert not set(dataset.train.pictures.paths) & set(dataset.test.pictures.paths)
 
 
 @every

@@ -61,8 +61,8 @@ class Settings:
     split: str = _setting(
         "half",
         "of a folder without test: half of the classes by name, half of them drawn by the seed, or none held out; "
-        "of one, and of drawings, known: the last fifth of each class's pictures; of grocery, unseen: every second "
-        "class",
+        "also of drawings, cub200, cars196 and sop: known, which searches for the last fifth of each class's "
+        "pictures; of grocery: unseen, every second class",
         SPLITS,
     )
     gallery: str = _setting("train", "grocery: what test photographs are searched among", GALLERIES)

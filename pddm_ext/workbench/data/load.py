@@ -28,7 +28,8 @@ def load(settings: Settings, view: Photographs = PHOTOS, only: Literal["train", 
     data = settings.data
     if settings.download and data not in FETCHED:
         raise ValueError(f"--download fetches {', '.join(FETCHED[:-1])} and {FETCHED[-1]}; --data is {data}")
-    served = {"folder": SPLITS[:-1], "grocery": ("half", "unseen"), **dict.fromkeys(DRAWINGS, ("half", "known"))}
+    served = {"folder": SPLITS[:-1], "grocery": ("half", "unseen")}
+    served |= dict.fromkeys((*DRAWINGS, *FETCHED), ("half", "known"))
     if settings.split not in served.get(data, ("half",)):
         whose = [name for name, splits in served.items() if settings.split in splits]
         has = f"takes {', '.join(served[data])}" if data in served else "has a split of its own"
@@ -38,7 +39,8 @@ def load(settings: Settings, view: Photographs = PHOTOS, only: Literal["train", 
     if data in FETCHED:
         from . import published
 
-        return published.load(data, settings.root, view, download=settings.download, only=only)
+        known = settings.split == "known"
+        return published.load(data, settings.root, view, download=settings.download, known=known, only=only)
     if data == "in-shop":
         from . import inshop
 

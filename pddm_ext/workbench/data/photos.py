@@ -17,7 +17,7 @@ from . import files
 from .augment import PHOTOS, Photographs
 from .files import Archive
 from .reading import OPTIONAL, decoded, extensions
-from .splits import Dataset, Split, TestClasses, legible
+from .splits import Dataset, Split, TestClasses, held_out, legible
 
 # Class names, and the classes' files by paths relative to a folder.
 Classes = Sequence[tuple[str, Sequence[str]]]
@@ -160,6 +160,57 @@ def dataset(
         val=made.get("val"),
         others=made.get("others"),
         protocol=protocol,
+    )
+
+
+#: What :func:`parted` leaves on either side, in words.
+KNOWN = {"train": "all but the last fifth of each class's pictures by name", "test": "the last fifth of them"}
+
+
+def parted(classes: Classes) -> tuple[Classes, Classes]:
+    """Each class's pictures without the last fifth by name, and that fifth, which is one at least of three or more.
+
+    Neighbours by name may be nearly the same picture; they stay on one side.
+    """
+    held = [(name, paths, held_out(len(paths))) for name, paths in classes]
+    return [(name, paths[: len(paths) - h]) for name, paths, h in held], [(n, paths[-h:]) for n, paths, h in held if h]
+
+
+def known(data: Dataset, where: str, expected: str) -> Dataset:
+    """The data of two sides, each of photographs in files and classes of its own, with all classes on both
+    (:func:`parted`).
+
+    Args:
+        data: as :func:`dataset` makes it.
+        where: as there.
+        expected: as there.
+
+    Raises:
+        ValueError: fewer than two classes of three pictures or more.
+    """
+    both: list[tuple[str, list[str]]] = []
+    first = data.train.pictures
+    assert isinstance(first, Photos)
+    for split in (data.train, data.test):
+        assert isinstance(split.pictures, Photos)
+        by_class: list[list[str]] = [[] for _ in split.names]
+        for path, label in zip(split.pictures.paths, split.labels.tolist(), strict=True):
+            by_class[label].append(path)
+        both += zip(split.names, by_class, strict=True)
+    train, test = parted(both)
+    assert isinstance(data.view, Photographs)
+    return dataset(
+        data.name,
+        first.folder,
+        train,
+        test,
+        gallery=train,
+        protocol="known",
+        words=KNOWN,
+        where=where,
+        expected=expected,
+        view=data.view,
+        listed=False,
     )
 
 
@@ -419,18 +470,8 @@ def _of_classes(listing: _Listing, split: str, seed: int, only: Only | None) -> 
     if split == "none":
         train = test = tuple(classes)
     if split == "known":
-        # Neighbours by name may be nearly the same picture; they stay on one side.
-        held = [max(1, len(paths) // 5) for _, paths in classes]
-        train, test = (
-            tuple((name, paths[part] if paths else paths) for (name, paths), part in zip(classes, parts, strict=True))
-            for parts in ([slice(None, -h) for h in held], [slice(-h, None) for h in held])
-        )
-        few = [name for (name, paths), h in zip(classes, held, strict=True) if 0 < len(paths) < 2 + h]
-        if few and only != "test":
-            raise ValueError(
-                f"{listing.root}: --split known holds a fifth of each class's pictures out, and one at least; class "
-                f"{legible(few[0])} has fewer than 3"
-            )
+        listing.refuse_empty(classes)
+        train, test = map(tuple, parted(classes))
     if only != "test":
         listing.refuse_empty(train)
     if only != "train":
@@ -440,8 +481,7 @@ def _of_classes(listing: _Listing, split: str, seed: int, only: Only | None) -> 
         words = {"train": "all that are there", "test": what}
         return {"train": train, "test": test, "protocol": "seen", "words": words}
     if split == "known":
-        words = {"train": "all but the last fifth of each class's pictures by name", "test": "the last fifth of them"}
-        return {"train": train, "test": test, "gallery": train, "protocol": "known", "words": words}
+        return {"train": train, "test": test, "gallery": train, "protocol": "known", "words": KNOWN}
     words = {"train": "the first half of the classes by name", "test": "the second half of the classes by name"}
     if split == "random":
         words = dict.fromkeys(words, f"half of the classes, drawn by seed {seed}")

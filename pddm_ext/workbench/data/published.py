@@ -110,6 +110,7 @@ def load(
     view: Photographs = PHOTOS,
     *,
     download: bool = False,
+    known: bool = False,
     only: photos.Only | None = None,
 ) -> Dataset:
     """A published data set with its usual split; warns where its size is not the published one.
@@ -122,6 +123,7 @@ def load(
             itself, once.
         view: how the photographs are seen.
         download: fetch the data set into ``root`` where neither is there.
+        known: whether the last fifth of each class's pictures, of both sides, is searched for among the others instead.
         only: the half whose pictures have to be there, if the other one does not matter.
 
     Raises:
@@ -149,7 +151,7 @@ def load(
     found = tuple(len(each) for split in (dataset.train, dataset.test) for each in (split.labels, split.names))
     told = "{:,} training pictures of {:,} classes and {:,} test pictures of {:,} classes"
     warn_of_size(str(root), layout.title, told, found, layout.figures)
-    return dataset
+    return photos.known(dataset, str(root), layout.expected) if known else dataset
 
 
 def warn_of_size(where: str, title: str, told: str, found: tuple[int, ...], figures: tuple[int, ...]) -> None:

@@ -95,13 +95,14 @@ class Split:
         return replace(self, labels=labels)
 
     def parted(self) -> tuple[Split, Split]:
-        """The pictures without the last fifth of each class, one at least, and that fifth; neighbours stay together."""
+        """The pictures without the last fifth of each class (:func:`held_out`), and that fifth; neighbours stay
+        together."""
         kept, out = [], []
         for c in range(len(self.names)):
             rows = (self.labels == c).nonzero().flatten()
-            held = max(1, len(rows) // 5)
-            kept.append(rows[:-held])
-            out.append(rows[-held:])
+            first = len(rows) - held_out(len(rows))
+            kept.append(rows[:first])
+            out.append(rows[first:])
         return self.some(torch.cat(kept).sort().values), self.some(torch.cat(out).sort().values)
 
     def named(self, names: Collection[str]) -> Split:
@@ -110,6 +111,11 @@ class Split:
         if not chosen:
             raise ValueError(f"none of {', '.join(sorted(names)[:3])} is among {', '.join(self.groups)}")
         return self.classes(torch.tensor(chosen))
+
+
+def held_out(count: int) -> int:
+    """How many of a class's pictures are a fifth of them, one at least, where two are left to train on."""
+    return max(1, count // 5) if count > 2 else 0
 
 
 @dataclass(frozen=True)
