@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,14 @@ class Similarity:
     unit: pddm_ext.PDDM
     cosine: float = 0.0
     floor: float = -math.inf
+
+    @overload
+    @classmethod
+    def of(cls, given: Similarity | pddm_ext.PDDM) -> Similarity: ...
+
+    @overload
+    @classmethod
+    def of(cls, given: Similarity | pddm_ext.PDDM | None) -> Similarity | None: ...
 
     @classmethod
     def of(cls, given: Similarity | pddm_ext.PDDM | None) -> Similarity | None:

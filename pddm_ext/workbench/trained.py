@@ -341,21 +341,18 @@ def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trai
     if not all(type(name) is str and type(value) is Tensor for name, value in weights.items()):
         raise ValueError("damaged; its weights are no tensors by name")
     of_net, of_unit = _under("net.", weights), _under("objective.unit.", weights)
-    cosine, floor = 0.0, -math.inf
+    cosine, floor = torch.tensor(0.0), torch.tensor(-math.inf)
     if settings.unit_updates:
         of_unit = _under("fitted.unit.", weights)
-        beside = {name: weights.get(f"fitted.{name}", torch.empty(0)) for name in ("cosine", "floor")}
-        if not of_unit or any(value.shape != () for value in beside.values()):
+        cosine, floor = (weights.get(f"fitted.{name}", torch.empty(0)) for name in ("cosine", "floor"))
+        if not of_unit or cosine.shape != () or floor.shape != ():
             raise ValueError("damaged; it has no weights of a unit")
-        if beside["cosine"].isfinite() and not beside["floor"].isnan():
-            cosine, floor = (float(value) for value in beside.values())
-        else:
-            of_unit["cosine"] = torch.tensor(math.nan)  # refused below
         if not state["fitted"]:
             of_unit = {}
     if tuple(of_net.get("head.bias", torch.empty(0)).shape) != (settings.dim,):
         raise ValueError(f"damaged; it has no weights of a net with features of length {settings.dim}")
-    if not all(value.isfinite().all() for value in (*of_net.values(), *of_unit.values())):
+    # No floor is -inf.
+    if floor.isnan() or not all(value.isfinite().all() for value in (*of_net.values(), *of_unit.values(), cosine)):
         raise ValueError("its weights are not all finite; train again with a lower --lr")
     if isinstance(backbone, str) and backbone != settings.backbone:
         raise ValueError(f"its backbone is {settings.backbone}; --backbone is {backbone}")
@@ -393,8 +390,8 @@ def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trai
         settings,
         thresholds,
         checkpoint.digest(of_net, facts),
-        cosine,
-        floor,
+        float(cosine),
+        float(floor),
     )
 
 

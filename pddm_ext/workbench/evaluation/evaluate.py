@@ -116,7 +116,6 @@ def measure(
         raise ValueError(f"{of.format(classes)}; at least 2 are accepted")
     _numbers.size("candidates", candidates)
     inputs.seed(seed)
-    unit = Similarity.of(unit)
     if unit is not None:
         _checks._unit(unit.unit if isinstance(unit, Similarity) else unit, features.shape[1])
     if structure is not None:

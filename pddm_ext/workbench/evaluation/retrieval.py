@@ -58,17 +58,13 @@ def by_score(
     features: Tensor, queries: Tensor, k: int, unit: Similarity | pddm_ext.PDDM, gallery: Tensor | None = None
 ) -> Tensor:
     """:func:`by_distance` with the score in the distance's place, best first; NaN scores come last."""
-    similarity = _scoring(unit)
+    similarity = Similarity.of(unit)
     features = inputs.features(features, scored=True).to(similarity.device)
 
     def search(queries: Tensor, among: Tensor, k: int) -> Tensor:
         return similarity.best(queries, among, k)
 
     return _ranked(features, queries, k, gallery, search)
-
-
-def _scoring(unit: Similarity | pddm_ext.PDDM) -> Similarity:
-    return Similarity(unit) if isinstance(unit, pddm_ext.PDDM) else unit
 
 
 def _ranked(
@@ -103,7 +99,7 @@ def rerank(
     ranked = inputs.ranked(ranked, queries, len(features))
     _numbers.size("candidates", candidates)
     first, rest = ranked[:, :candidates], ranked[:, candidates:]
-    scores = _scoring(unit).pairs(features, queries.repeat_interleave(first.shape[1]), first.flatten())
+    scores = Similarity.of(unit).pairs(features, queries.repeat_interleave(first.shape[1]), first.flatten())
     # Ascending, since a sort takes NaN for the largest value.
     order = (-scores.cpu().reshape(first.shape)).sort(dim=1, stable=True).indices
     return torch.cat([first.gather(1, order), rest], dim=1)
