@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 
-from pddm_ext.workbench import compare
+from pddm_ext.workbench import compare, measuring
 from pddm_ext.workbench.checkpoint import write_bytes
+from pddm_ext.workbench.console import Progress
+from pddm_ext.workbench.data.splits import batches
 from pddm_ext.workbench.evaluation import retrieval
-from pddm_ext.workbench.evaluation.separation import pairs, verification
-from pddm_ext.workbench.fitting import SCALE
+from pddm_ext.workbench.evaluation.separation import pairs, separation, verification
+from pddm_ext.workbench.fitting import SCALE, FittedUnit, fit
 from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.report import figures, page
 from pddm_ext.workbench.settings import Settings
@@ -94,7 +96,7 @@ class Experiment:
     Attributes:
         methods: as ``pddm-ext compare --methods`` takes them.
         common: settings that they share; ``every`` is of the curves.
-        lrs: learning rates to choose from; a single one is not chosen.
+        lrs: learning rates to choose from; a single one is not chosen, and without any the settings have it.
         seeds: how many.
     """
 
@@ -145,22 +147,24 @@ STAGE = (
     "recommended",
     "recommended:unit_start=random",
     "recommended:unit_start=distance",
-    "recommended:unit_noise=0",
-    "recommended:unit_noise=0.4",
+    "recommended:unit_noise=0.001",
+    "recommended:unit_noise=0.8",
     "recommended:unit_noise=1.6",
     "recommended:unit_steps=500",
     "recommended:unit_steps=3000",
     "recommended:unit_width=256",
     "recommended:alpha=0.1",
 )
+#: Length of the layers of a unit on a backbone's own features, which are ten times as many as an embedding's.
+NARROW = 256
+#: What else than an embedding a unit is trained on (:func:`elsewhere`).
+PLACES = ("the backbone's features", "both")
 #: The two-stage method on another loss's embedding.
 OTHERS = tuple(f"{name}:unit_steps=1500" for name in STRONGEST[1:])
-#: Wrong labels, and few of them.
-SPOILT = tuple(
-    f"{name}:{spoilt}"
-    for name in ("multi-similarity", "recommended", "joint", "pddm-pair", "triplet-semihard", "norm-softmax", "sup-con")
-    for spoilt in ("label_noise=0.2", "label_noise=0.4", "train_share=0.25")
-)
+#: Wrong labels, and few of them; at the learning rates that are best with all of them right.
+SPOILS = ("label_noise=0.2", "label_noise=0.4", "train_share=0.25")
+ROBUST = ("recommended", "joint", "pddm-pair", "triplet-semihard", "norm-softmax:lr=0.003", "sup-con:lr=0.003")
+SPOILT = {base: tuple(f"{base}{',' if ':' in base else ':'}{spoilt}" for spoilt in SPOILS) for base in ROBUST}
 #: PDDM's siblings on photographs.
 SIBLINGS_SEEN = tuple(
     f"{base}{term}"
@@ -168,16 +172,16 @@ SIBLINGS_SEEN = tuple(
     for term in ("", ":density=0.03", ":density=0.3", ":structure=0.3", ":structure=0.3,centres=all", ":structure=1")
 )
 #: The closest methods with the whole network trained, its backbone at a tenth of the rate.
-FINE = ("recommended", "joint", "sup-con")
+FINE = ("recommended", "joint", "sup-con:lr=0.003")
 WHOLE = {"freeze": False, "augment": True, "picture": 128, "steps": 300, "every": 150, "backbone_lr_factor": 0.1}
 GRIDS = {
     "grocery-known": _photographs((*SCORING[:1], FALLING_BACK, *SCORING[1:], *STRONGEST)),
     "grocery-unseen": _photographs((*SCORING[:1], ALONE, *SCORING[1:], *STRONGEST), unseen=True),
     "grocery-stage": _photographs((*STAGE, *OTHERS), lrs=LRS[1:2]),
     "grocery-stage-unseen": _photographs((*STAGE, *OTHERS), unseen=True, lrs=LRS[1:2]),
-    "grocery-spoilt": _photographs(SPOILT, lrs=LRS[1:2]),
+    "grocery-spoilt": _photographs(("triplet-semihard", *sum(SPOILT.values(), ())), lrs=()),
     "grocery-siblings": _photographs(SIBLINGS_SEEN, lrs=LRS[1:2]),
-    "grocery-fine": _photographs(FINE, changed=WHOLE, lrs=LRS[1:2], seeds=2),
+    "grocery-fine": _photographs(FINE, changed=WHOLE, lrs=(), seeds=2),
     "omniglot-known": _known("omniglot", (*SCORING[:1], FALLING_BACK, *SCORING[1:], *STRONGEST)),
     "glyphs-known": _known("glyphs", (*SCORING[:1], FALLING_BACK, *SCORING[1:], *STRONGEST)),
     "omniglot": _drawings("omniglot", METHODS),
@@ -210,6 +214,9 @@ def run(name: str, roots: dict[str, str], jobs: int) -> None:
     stored = {"raw": raw, "cells": {label: [_kept(metrics) for metrics in seeds] for label, seeds in cells.items()}}
     if name.endswith("-known"):
         stored["classifier"] = [_rounded(classifier(cell)) for cell in grid.cells() if cell.label == CLASSIFIED]
+    if name == "grocery-stage":
+        seeds = [elsewhere(cell) for cell in grid.cells() if cell.label == "recommended"]
+        stored["cells"] |= {place: [_rounded(seed[place]) for seed in seeds] for place in seeds[0]}
     if name == "grocery-known":  # whose validation photographs are of all classes, and none is trained on
         stored["calibration"] = {
             label: [_rounded(calibration(cell)) for cell in grid.cells() if cell.label == label] for label in CALIBRATED
@@ -233,6 +240,39 @@ def classifier(cell: compare.Cell) -> dict[str, Any]:
     found = retrieval.summary(retrieval.per_query(ranked, test.queries, labels, test.gallery), cell.settings.seed)
     same = labels[test.queries][:, None] == labels[test.gallery]
     return {"results": found, "pairs": verification(alike[same].numpy(), alike[~same].numpy())}
+
+
+def elsewhere(cell: compare.Cell) -> dict[str, Any]:
+    """The second stage of a finished run on other features than its embedding: the backbone's, and both side by side.
+
+    A unit with room for each of so many numbers would take hours, so that its layers are as long as :data:`NARROW`."""
+    run = _finished(cell)
+    run.look()
+    test = run.test
+    bar = Progress("measuring", len(test), 0, "picture", False)
+    seen = measuring.look(run.learner.net, test, run._known.get(test), bare=True, bar=bar)
+    assert seen.bare is not None
+    assert test.gallery is not None
+    both = torch.cat([seen.features, seen.bare], dim=1) / 2**0.5
+    found: dict[str, Any] = {}
+    for name, features in zip(PLACES, (seen.bare, both), strict=True):
+        settings = replace(cell.settings, dim=features.shape[1], unit_width=NARROW)
+        rows, labels = features[test.gallery], test.labels[test.gallery]
+        fitted = FittedUnit(settings, int(labels.max()) + 1)
+        split = replace(run.dataset.train, pictures=torch.arange(len(rows)), labels=labels)
+        drawn = batches(split, settings.classes, settings.samples, settings.unit_updates, seed=settings.seed)
+        for _ in fit(fitted, rows, labels, drawn, settings, fall_back=False):
+            pass
+        sides = {"queries": test.queries, "gallery": test.gallery}
+        results = retrieval.retrieval(features, test.labels, fitted.similarity, settings.seed, 1, **sides)
+        separated = separation(features, test.labels, fitted.similarity, settings.seed, *sides.values())
+        kept = ("overlap", "auc", "tpr", "eer")
+        found[name] = {
+            "settings": asdict(settings) | {"root": ""},
+            "results": {by: results[by] for by in ("distance", "score")},
+            "pairs": {by: {key: separated[by][key] for key in kept} for by in ("distance", "score")},
+        }
+    return found
 
 
 def calibration(cell: compare.Cell) -> dict[str, Any]:
@@ -447,6 +487,8 @@ def _filled(template: str) -> str:
         stage=STAGE,
         others=OTHERS,
         spoilt=SPOILT,
+        places=PLACES,
+        fine=FINE,
         seen=SIBLINGS_SEEN,
         baselines=BASELINES,
         causes=CAUSES,

@@ -22,6 +22,9 @@ RATE, CLASSIFIER = 1e-3, 0.3
 SCALE = 16.0
 #: Layers are so many times as long as a feature, or so long, at most.
 _WIDEST, _LONGEST = 4, 512
+#: Length of the noise over a feature's own, of a score by itself; and of one that falls back to the distance, which is
+#: to be high of fewer pairs: unseen classes come between those it knows.
+NOISE, CAUTIOUS = 0.3, 1.0
 #: The cosine's weight beside the score, in standard deviations of either.
 WEIGHT = 2.0
 #: Pairs of training rows whose scores the cosine's weight and the floor are taken from, and the share of those of
@@ -104,6 +107,7 @@ def fit(
     rows, group = _knowing(unit, features, labels, settings)
     unit.requires_grad_(True)
     loss_of = pddm_ext.QuadrupletLoss(settings.alpha)
+    length = settings.unit_noise or (CAUTIOUS if fall_back else NOISE)
     optimizer = torch.optim.Adam(unit.parameters(), lr=RATE, weight_decay=settings.weight_decay)
     steps = settings.unit_updates
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
@@ -111,7 +115,7 @@ def fit(
         for places, classes in batches:
             clean = features[places.to(device)]
             noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=device)
-            seen = F.normalize(clean + settings.unit_noise * noise / settings.dim**0.5, dim=1)
+            seen = F.normalize(clean + length * noise / settings.dim**0.5, dim=1)
             classes = classes.to(device)
             loss = loss_of.similarity(pddm_ext.mine_and_score(seen, classes, unit, mode="pair"))
             if rows:

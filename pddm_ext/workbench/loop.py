@@ -368,6 +368,7 @@ class Run:
         if self._best:
             self._best |= {name: value.detach().cpu().clone() for name, value in self._of_unit().items()}
         self.fitted = True
+        bar.report(f"a PDDM unit trained in {steps} steps of its own")
 
     @property
     def _falls_back(self) -> bool:

@@ -104,7 +104,11 @@ class Settings:
         "recommended, and no unit for others",
     )
     unit_width: int = _setting(0, "with --unit-steps: length of the unit's layers; 0 has room for each class")
-    unit_noise: float = _setting(0.8, "with --unit-steps: length of the noise that is added to a feature, over its own")
+    unit_noise: float = _setting(
+        0.0,
+        "with --unit-steps: length of the noise that is added to a feature, over its own; 0 is 0.3, and 1 where the "
+        "score falls back",
+    )
     unit_fallback: str = _setting(
         "own",
         "with --unit-steps: what the score falls back to where the unit knows neither picture: the distance, or none; "
