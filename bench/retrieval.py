@@ -114,8 +114,9 @@ def _drawings(data: str, methods: tuple[str, ...], steps: int = STEPS, augment: 
 FALLING_BACK, ALONE = "recommended:unit_fallback=distance", "recommended:unit_fallback=none"
 
 
-def _known(data: str, methods: tuple[str, ...]) -> Experiment:
-    return Experiment(methods, {"data": data, "split": "known", "steps": 600, "every": 300}, LRS[1:])
+def _classes(data: str, methods: tuple[str, ...], *, known: bool) -> Experiment:
+    common = {"data": data, "split": "known" if known else "half", "steps": 600, "every": 300}
+    return Experiment(methods, common, LRS[1:])
 
 
 def _photographs(
@@ -159,8 +160,8 @@ STAGE = (
 NARROW = 256
 #: What else than an embedding a unit is trained on (:func:`elsewhere`).
 PLACES = ("the backbone's features", "both")
-#: The two-stage method on another loss's embedding.
-OTHERS = tuple(f"{name}:unit_steps=1500" for name in STRONGEST[1:])
+#: The two-stage method on other losses' embeddings.
+OTHERS = ("proxy-anchor:unit_steps=1500", "sup-con:unit_steps=1500")
 #: Wrong labels, and few of them; at the learning rates that are best with all of them right.
 SPOILS = ("label_noise=0.2", "label_noise=0.4", "train_share=0.25")
 ROBUST = ("recommended", "joint", "pddm-pair", "triplet-semihard", "norm-softmax:lr=0.003", "sup-con:lr=0.003")
@@ -173,7 +174,7 @@ SIBLINGS_SEEN = tuple(
 )
 #: The closest methods with the whole network trained, its backbone at a tenth of the rate.
 FINE = ("recommended", "joint", "sup-con:lr=0.003")
-WHOLE = {"freeze": False, "augment": True, "picture": 128, "steps": 300, "every": 150, "backbone_lr_factor": 0.1}
+WHOLE = {"freeze": False, "augment": True, "picture": 128, "steps": 200, "every": 200, "backbone_lr_factor": 0.1}
 GRIDS = {
     "grocery-known": _photographs((*SCORING[:1], FALLING_BACK, *SCORING[1:], *STRONGEST)),
     "grocery-unseen": _photographs((*SCORING[:1], ALONE, *SCORING[1:], *STRONGEST), unseen=True),
@@ -182,8 +183,11 @@ GRIDS = {
     "grocery-spoilt": _photographs(("triplet-semihard", *sum(SPOILT.values(), ())), lrs=()),
     "grocery-siblings": _photographs(SIBLINGS_SEEN, lrs=LRS[1:2]),
     "grocery-fine": _photographs(FINE, changed=WHOLE, lrs=(), seeds=2),
-    "omniglot-known": _known("omniglot", (*SCORING[:1], FALLING_BACK, *SCORING[1:], *STRONGEST)),
-    "glyphs-known": _known("glyphs", (*SCORING[:1], FALLING_BACK, *SCORING[1:], *STRONGEST)),
+    **{
+        f"{data}-known": _classes(data, (*SCORING[:1], FALLING_BACK, *SCORING[1:], *STRONGEST), known=True)
+        for data in ("omniglot", "glyphs")
+    },
+    **{f"{data}-unseen": _classes(data, (*SCORING, *STRONGEST), known=False) for data in ("omniglot", "glyphs")},
     "omniglot": _drawings("omniglot", METHODS),
     "glyphs": _drawings("glyphs", METHODS),
     "omniglot-plain": _drawings("omniglot", METHODS, augment=False),
