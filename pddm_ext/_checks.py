@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._numbers import integer
+from ._numbers import integer, size
 from .parameters import Parameters
 from .quadruplets import MODES
 
@@ -144,9 +144,16 @@ def mode(mode: str) -> None:
 
 
 def mining(
-    feats: Tensor, labels: Tensor, unit: U | None, mode_name: str, default: Callable[[int, torch.device], U]
+    feats: Tensor,
+    labels: Tensor,
+    unit: U | None,
+    mode_name: str,
+    default: Callable[[int, torch.device], U],
+    candidates: int | None = None,
 ) -> U:
     mode(mode_name)
+    if candidates is not None:
+        size("candidates", candidates)
     _matrix("feats", feats)
     _vector("labels", labels, feats.shape[0], "feats")
     _devices(feats, labels)

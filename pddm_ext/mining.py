@@ -16,6 +16,7 @@ def mine_and_score(
     *,
     mode: Mode = "batch",
     ignore_label: int | None = None,
+    candidates: int | None = None,
 ) -> Quadruplets:
     """Find the hard quadruplets of a batch under the unit's score, and the scores of their pairs.
 
@@ -35,6 +36,10 @@ def mine_and_score(
             ``"pair"``: one per positive pair, n²/2 scores.
         ignore_label: the label of rows whose class is not known, such as −1. They are in no quadruplet, neither as
             positives of each other nor as negatives of anybody. None: every number is a class, −1 too.
+        candidates: C, to score only pairs of a row and the C rows of other classes nearest to it by the dot product of
+            unit rows, and of a row and its positives (the C farthest, where there are more); k and l are the best of
+            these. At most 2nC + P scores, n² dot products and memory O(nC). In mode ``"pair"`` the slots are the
+            positive pairs that are scored. From C = n on nothing is left out; None is the same.
 
     A batch from which nothing can be learned is told once in words; see :func:`pddm_ext.set_health_checks`.
 
@@ -42,12 +47,12 @@ def mine_and_score(
         :class:`Quadruplets` of (Q,) tensors; see there for Q and for slots that are not valid.
 
     Raises:
-        ValueError: a shape, length, mode or feature dimension that does not fit.
-        TypeError: a dtype that is not accepted.
+        ValueError: a shape, length, mode, number of candidates or feature dimension that does not fit.
+        TypeError: a dtype that is not accepted, or candidates that are no int.
         RuntimeError: tensors on different devices, or on one this build has no kernels for.
 
     Source: Huang, Loy, Tang, NIPS 2016, section 3.2.
     """
     if not isinstance(unit, PDDM | reference.PDDM):  # a unit checks its own arguments
-        unit = _checks.mining(feats, labels, unit, mode, default_unit)
-    return unit.mine(feats, labels, mode=mode, ignore_label=ignore_label)
+        unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates)
+    return unit.mine(feats, labels, mode=mode, ignore_label=ignore_label, candidates=candidates)

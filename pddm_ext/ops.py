@@ -56,7 +56,7 @@ def _refuse_onnx() -> None:
         raise NotImplementedError(NO_ONNX)
 
 
-def _shapes(name: str) -> Callable[[Callable[..., Any]], Any]:
+def shapes(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Registers what an operator's results look like, which ``torch.export`` asks for, also on behalf of ONNX."""
 
     def register(fake: Callable[..., Any]) -> Any:
@@ -70,9 +70,9 @@ def _shapes(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-@_shapes("mine")
-def _(feats: Tensor, labels: Tensor, *unit_and_mode: Any) -> tuple[Tensor, ...]:
-    mode = unit_and_mode[-1]
+@shapes("mine")
+def shapes_of_mining(feats: Tensor, labels: Tensor, *unit_and_mode: Any) -> tuple[Tensor, ...]:
+    mode = unit_and_mode[10]
     if mode == 0:
         slots: Any = 1
     elif mode == 1:
@@ -84,19 +84,19 @@ def _(feats: Tensor, labels: Tensor, *unit_and_mode: Any) -> tuple[Tensor, ...]:
     return (*scores, *indices, feats.new_empty(slots, dtype=torch.bool))
 
 
-@_shapes("score_pairs")
+@shapes("score_pairs")
 def _(feats: Tensor, i: Tensor, j: Tensor, *unit: Any) -> Tensor:
     return feats.new_empty(i.shape[0], dtype=score_dtype(feats))
 
 
-@_shapes("score_matrix")
+@shapes("score_matrix")
 def _(feats: Tensor, split: int, *unit: Any) -> Tensor:
     n = feats.shape[0]
     shape = (n, n) if split < 0 else (split, n - split)
     return feats.new_empty(shape, dtype=score_dtype(feats))
 
 
-@_shapes("topk")
+@shapes("topk")
 def _(queries: Tensor, gallery: Tensor, k: int, *unit: Any) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=score_dtype(queries)), queries.new_empty(shape, dtype=torch.int64)
@@ -106,33 +106,36 @@ def _gradients_like(feats: Tensor, unit: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (feats, *unit[:8]))
 
 
-@_shapes("score_pairs_backward")
+@shapes("score_pairs_backward")
 def _(weight: Tensor, feats: Tensor, i: Tensor, j: Tensor, *unit: Any) -> tuple[Tensor, ...]:
     return _gradients_like(feats, unit)
 
 
-@_shapes("score_matrix_backward")
+@shapes("score_matrix_backward")
 def _(weight: Tensor, feats: Tensor, split: int, *unit: Any) -> tuple[Tensor, ...]:
     return _gradients_like(feats, unit)
 
 
-def _keep_mined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    feats, _, *unit, _ = inputs
+def keep_mined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    feats, _, *unit_and_mode = inputs
+    unit, ctx.others = unit_and_mode[:10], len(unit_and_mode) - 8
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(feats, *unit[:8], *output[3:7])
     ctx.switches = unit[8:]
 
 
-def _mine_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+def mine_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     feats, *unit, i, j, k, l = ctx.saved_tensors  # noqa: E741
     # Slots that are not valid have negative indices, which the kernel skips.
     given = [(g, a, b) for g, a, b in zip(upstream[:3], (i, i, j), (j, k, l), strict=True) if g is not None]
     if not given:
-        return (None,) * 13
+        nothing: tuple[None, ...] = (None,) * (10 + ctx.others)
+        return nothing
     weight, first, second = (torch.cat(parts) for parts in zip(*given, strict=True))
     d_feats, *d_unit = call("score_pairs_backward", weight, feats, first, second, *unit, *ctx.switches)
-    return d_feats, None, *d_unit, None, None, None
+    others: list[None] = [None] * ctx.others
+    return d_feats, None, *d_unit, *others
 
 
 def _keep_pairs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -173,16 +176,13 @@ def _no_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
 
 
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "mine": (_mine_backward, _keep_mined),
+    "mine": (mine_backward, keep_mined),
     "score_pairs": (_score_pairs_backward, _keep_pairs),
     "score_matrix": (_score_matrix_backward, _keep_matrix),
     "score_pairs_backward": (_no_second_derivative, _keep_nothing),
     "score_matrix_backward": (_no_second_derivative, _keep_nothing),
     "topk": (_no_gradient, _keep_nothing),
 }
-for _name, (_backward, _keep) in _GRADIENTS.items():
-    if _name != "topk":
-        torch.library.register_autograd(f"pddm::{_name}", _backward, setup_context=_keep)
 
 
 def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
@@ -217,7 +217,18 @@ def _transformable(name: str, backward: Callable[..., Any], keep: Callable[..., 
     return type(f"Transformable_{name}", (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
 
 
-_TRANSFORMABLE = {name: _transformable(name, *gradient) for name, gradient in _GRADIENTS.items()}
+_TRANSFORMABLE: dict[str, Any] = {}
+
+
+def differentiable(name: str, backward: Callable[..., Any], keep: Callable[..., Any]) -> None:
+    """Give an operator its gradient, in both of the forms that :func:`call` takes."""
+    if backward is not _no_gradient:
+        torch.library.register_autograd(f"pddm::{name}", backward, setup_context=keep)
+    _TRANSFORMABLE[name] = _transformable(name, backward, keep)
+
+
+for _name, _gradient in _GRADIENTS.items():
+    differentiable(_name, *_gradient)
 
 
 def call(name: str, *arguments: Any) -> Any:

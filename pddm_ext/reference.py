@@ -41,10 +41,16 @@ class PDDM(Parameters):
         return _score(_unit_rows(x), _unit_rows(y), self)
 
     def mine(
-        self, feats: Tensor, labels: Tensor, *, mode: Mode = "batch", ignore_label: int | None = None
+        self,
+        feats: Tensor,
+        labels: Tensor,
+        *,
+        mode: Mode = "batch",
+        ignore_label: int | None = None,
+        candidates: int | None = None,
     ) -> Quadruplets:
         """:func:`mine_and_score` with this unit."""
-        return mine_and_score(feats, labels, self, mode=mode, ignore_label=ignore_label)
+        return mine_and_score(feats, labels, self, mode=mode, ignore_label=ignore_label, candidates=candidates)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -102,15 +108,31 @@ def select_quadruplets(
     ``ignore_label`` are in no pair.
     """
     _checks.mode(mode)
-    n = labels.shape[0]
-    rows = torch.arange(n, device=labels.device)
+    return _select(scores, *_pairs(labels, ignore_label), mode)
+
+
+def _pairs(labels: Tensor, ignore_label: int | None) -> tuple[Tensor, Tensor]:
+    """Which pairs are positive, and which negative: (n, n) bool each."""
+    rows = torch.arange(labels.shape[0], device=labels.device)
     same = labels[:, None] == labels[None, :]
     left_out = unlabelled(labels, ignore_label)
     paired = torch.ones_like(same) if left_out is None else ~(left_out[:, None] | left_out[None, :])
-    positive = same & paired & (rows[:, None] != rows[None, :])
+    return same & paired & (rows[:, None] != rows[None, :]), ~same & paired
+
+
+def _largest(values: Tensor, allowed: Tensor, count: int) -> Tensor:
+    """Where each row's ``count`` largest allowed values are, the first of equal ones, NaN last: (n, n) bool."""
+    values = values.nan_to_num(nan=torch.finfo(values.dtype).min).masked_fill(~allowed, -torch.inf)
+    order = values.sort(dim=1, descending=True, stable=True).indices
+    return torch.zeros_like(allowed).scatter(1, order[:, :count], True) & allowed
+
+
+def _select(scores: Tensor, positive: Tensor, negative: Tensor, mode: Mode) -> Quadruplets:
+    n = scores.shape[0]
+    rows = torch.arange(n, device=scores.device)
     detached = scores.detach()
 
-    k_of, has_negative = _first_best(detached, ~same & paired, smallest=False)
+    k_of, has_negative = _first_best(detached, negative, smallest=False)
     if mode == "batch":
         flat, found = _first_best(detached.flatten(), positive.triu().flatten(), smallest=True)
         i, j = flat.reshape(1) // max(n, 1), flat.reshape(1) % max(n, 1)
@@ -146,11 +168,24 @@ def mine_and_score(
     *,
     mode: Mode = "batch",
     ignore_label: int | None = None,
+    candidates: int | None = None,
 ) -> Quadruplets:
-    """Hard quadruplets of feats (n, d) with labels (n,) under the unit's score, and the scores of their pairs."""
-    unit = _checks.mining(feats, labels, unit, mode, default_unit)
+    """Hard quadruplets of feats (n, d) with labels (n,) under the unit's score, and the scores of their pairs.
+
+    With candidates, a row's negatives are those of them with the largest dot products, its positives those with the
+    smallest; a pair is one that either of its rows has, or, with a slot for each row, that this row has.
+    """
+    unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates)
     left_out = unlabelled(labels, ignore_label)
-    quads = select_quadruplets(score_matrix(feats, unit), labels, mode, ignore_label=ignore_label)
+    positive, negative = _pairs(labels, ignore_label)
+    if candidates is not None and candidates < feats.shape[0]:
+        f = _unit_rows(feats).detach()
+        with no_autocast(f):
+            alike = f @ f.T
+        negative = _largest(alike, negative, candidates)
+        positive = _largest(-alike, positive, candidates)
+        positive = positive if mode == "anchor" else positive | positive.T
+    quads = _select(score_matrix(feats, unit), positive, negative, mode)
     health.after_mining(quads, autocast(feats), labels, unit, left_out)
     return quads.of_rows(feats.shape[0])
 

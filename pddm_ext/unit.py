@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, health
+from .candidates import mine_candidates
 from .ops import call, unit_arguments
 from .parameters import Parameters
 from .precision import autocast
@@ -39,14 +40,24 @@ class PDDM(Parameters):
         return scores.reshape(x.shape[:-1])
 
     def mine(
-        self, feats: Tensor, labels: Tensor, *, mode: Mode = "batch", ignore_label: int | None = None
+        self,
+        feats: Tensor,
+        labels: Tensor,
+        *,
+        mode: Mode = "batch",
+        ignore_label: int | None = None,
+        candidates: int | None = None,
     ) -> Quadruplets:
         """:func:`pddm_ext.mine_and_score` with this unit."""
-        _checks.mining(feats, labels, self, mode, default_unit)
+        _checks.mining(feats, labels, self, mode, default_unit, candidates)
         left_out = unlabelled(labels, ignore_label)
         rows, classes = (feats, labels) if left_out is None else set_aside(feats, labels, left_out)
         rows = autocast(rows)
-        mined = call("mine", rows, classes, *unit_arguments(self), MODES.index(mode))
+        arguments = (rows, classes, *unit_arguments(self), MODES.index(mode))
+        if candidates is None or candidates >= feats.shape[0]:
+            mined = call("mine", *arguments)
+        else:
+            mined = mine_candidates(*arguments, int(candidates))
         s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
         quads = Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid)
         health.after_mining(quads, rows, labels, self, left_out)

@@ -27,6 +27,10 @@ def operator_calls(dtype: torch.dtype, requires_grad: bool) -> dict[str, tuple]:
     p = ops.unit_arguments(unit)
     return {
         **{f"mine {mode}": (torch.ops.pddm.mine, (x, labels, *p, number)) for number, mode in enumerate(MODES)},
+        **{
+            f"mine_candidates {mode}": (torch.ops.pddm.mine_candidates, (x, labels, *p, number, 2))
+            for number, mode in enumerate(MODES)
+        },
         "score_pairs": (torch.ops.pddm.score_pairs, (x, i, j, *p)),
         "score_matrix": (torch.ops.pddm.score_matrix, (x, -1, *p)),
         "score_matrix of two": (torch.ops.pddm.score_matrix, (x, 4, *p)),
@@ -107,7 +111,9 @@ def test_a_batch_of_another_size_does_not_break_a_compiled_step():
         compare_steps(step, compiled, n)
 
 
-@pytest.mark.parametrize("call", ["score_pairs", "score_matrix", "score_matrix of two", "topk", "unit", "method"])
+@pytest.mark.parametrize(
+    "call", ["score_pairs", "score_matrix", "score_matrix of two", "topk", "unit", "method", "some"]
+)
 def test_every_entry_compiles_into_one_graph(call):
     unit, x, labels = make_unit(5), make_features(12, 5), make_labels(12)
     i = torch.arange(12, device=DEVICE)
@@ -117,7 +123,8 @@ def test_every_entry_compiles_into_one_graph(call):
         "score_matrix of two": lambda x: pddm_ext.score_matrix(x[:5], unit, x[5:]),
         "topk": lambda x: pddm_ext.topk(x[:3], x, 4, unit)[1],
         "unit": lambda x: unit(x, x.flip(0)),
-        "method": lambda x: unit.mine(x, labels, mode="anchor").s_ik,
+        "mine": lambda x: unit.mine(x, labels, mode="anchor").s_ik,
+        "some": lambda x: unit.mine(x, labels, mode="anchor", candidates=3).s_ik,
     }
     compiled = torch.compile(functions[call], fullgraph=True, backend="aot_eager")
     assert_same_bits(compiled(x), functions[call](x))
@@ -153,10 +160,10 @@ def test_fake_shapes_are_the_real_ones():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     unit, x, labels = make_unit(5, 4, 3), make_features(12, 5), make_labels(12)
-    for mode in ("batch", "anchor"):
-        real = unit.mine(x, labels, mode=mode)
+    for mode, some in (("batch", None), ("anchor", None), ("batch", 3), ("anchor", 3)):
+        real = unit.mine(x, labels, mode=mode, candidates=some)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
-            fake = unit.mine(fake_mode.from_tensor(x), fake_mode.from_tensor(labels), mode=mode)
+            fake = unit.mine(fake_mode.from_tensor(x), fake_mode.from_tensor(labels), mode=mode, candidates=some)
         assert [(f.shape, f.dtype) for f in fake] == [(r.shape, r.dtype) for r in real]
 
 

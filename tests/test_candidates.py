@@ -1,0 +1,234 @@
+"""Candidates: who they are, what is mined among them, what it costs, and that enough of them leave nothing out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import pddm_ext
+from helpers import (
+    ANY_CALL,
+    DEVICE,
+    FLOATS,
+    MODES,
+    ON_GPU_KERNELS,
+    Batch,
+    Largest,
+    assert_same_bits,
+    batches,
+    counters,
+    cpu_only,
+    instruction_set,
+    make_features,
+    make_labels,
+    make_unit,
+    reset_counters,
+)
+from pddm_ext import candidates, reference
+
+COUNTS = st.integers(1, 12)
+
+
+def mask(columns: Tensor, n: int) -> Tensor:
+    """Rows' columns, −1 where there are fewer, as (n, n) bool."""
+    found = torch.zeros(n, n + 1, dtype=torch.bool, device=columns.device)
+    found.scatter_(1, columns % (n + 1), True)
+    return found[:, :n]
+
+
+def cost(call) -> int:
+    reset_counters()
+    call()
+    return counters()["pairs_scored"]
+
+
+def assert_largest(chosen: Tensor, alike: Tensor, allowed: Tensor, count: int) -> None:
+    """Chosen (n, c) are ``count`` of the largest allowed values, give or take rounding; all where there are fewer."""
+    for row, columns in enumerate(chosen.tolist()):
+        there = [c for c in columns if c >= 0]
+        assert there == sorted(set(there))
+        assert columns == there + [-1] * (len(columns) - len(there))
+        assert bool(allowed[row, there].all())
+        values = alike[row, allowed[row]].sort(descending=True).values
+        assert len(there) == min(count, len(values))
+        if there:
+            assert float(alike[row, there].min()) >= float(values[len(there) - 1]) - 1e-5
+
+
+@given(batches(dtypes=(torch.float32, torch.float64)), COUNTS)
+def test_they_are_the_nearest_of_other_classes_and_the_farthest_of_the_own(batch: Batch, count: int):
+    feats, labels = batch.feats, batch.labels
+    n = len(feats)
+    if count >= n:
+        return
+    near, far = (t.cpu() for t in candidates.choose(feats, labels, count))
+    rows = F.normalize(feats.cpu().double(), dim=1)
+    alike, same = rows @ rows.T, labels.cpu()[:, None] == labels.cpu()
+    assert near.shape == (n, count)
+    assert_largest(near, alike, ~same, count)
+    assert_largest(far, -alike, same & ~torch.eye(n, dtype=torch.bool), count)
+
+
+def test_of_equal_products_the_lowest_rows_are_taken():
+    rows = torch.eye(4, device=DEVICE).repeat(5, 1)  # whose products are exactly 0 and 1
+    labels = torch.arange(20, device=DEVICE)
+    near = candidates.choose(rows, labels, 3).near
+    assert near[0].tolist() == [4, 8, 12]
+    assert near[19].tolist() == [3, 7, 11]
+    assert candidates.choose(rows, labels, 6).near[0].tolist() == [1, 2, 4, 8, 12, 16]
+    one = candidates.choose(rows, torch.zeros_like(labels), 4)
+    assert one.near.tolist() == [[-1] * 4] * 20
+    assert one.far[0].tolist() == [1, 2, 3, 5]
+
+
+def test_rows_that_are_not_finite_come_last():
+    feats = make_features(8, 3)
+    feats[3] = torch.nan
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3], device=DEVICE)
+    near, far = candidates.choose(feats, labels, 5)
+    assert 3 not in near[0].tolist()
+    assert candidates.choose(feats, labels, 6).near[0].tolist() == [2, 3, 4, 5, 6, 7]
+    assert far.tolist() == [[1], [0], [3], [2], [5], [4], [7], [6]]
+
+
+@cpu_only(ANY_CALL)
+@given(batches(dtypes=(torch.float32, torch.float64, torch.bfloat16)), COUNTS)
+def test_what_is_mined_is_the_best_of_them_by_the_units_score(batch: Batch, count: int):
+    feats, labels, unit = batch.feats, batch.labels, batch.unit
+    n = len(feats)
+    if count >= n:
+        return
+    near, far = candidates.choose(feats, labels, count)
+    negative, positive = mask(near, n), mask(far, n)
+    with instruction_set(batch.capability), torch.no_grad():
+        scores = pddm_ext.score_matrix(feats, unit)
+        for mode in MODES:
+            pairs = positive if mode == "anchor" else positive | positive.T
+            expected = reference._select(scores, pairs, negative, mode)
+            assert_same_bits(unit.mine(feats, labels, mode=mode, candidates=count), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", FLOATS if ON_GPU_KERNELS else FLOATS[:3])
+def test_it_is_what_the_reference_mines(dtype, mode):
+    feats, labels = make_features(60, 17, dtype=dtype), make_labels(60, per_class=6)
+    unit = make_unit(17, 13, 9)
+    plain = reference.PDDM(17, 13, 9).to(DEVICE)
+    plain.load_state_dict(unit.state_dict())
+    got = unit.mine(feats, labels, mode=mode, candidates=4)
+    expected = plain.mine(feats, labels, mode=mode, candidates=4)
+    assert got.valid.shape == expected.valid.shape
+    if dtype in (torch.float32, torch.float64):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    else:  # where rounding may decide who is best
+        for name in ("s_ij", "s_ik", "s_jl"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_as_many_as_rows_leave_nothing_out(capability, mode):
+    feats, labels, unit = make_features(50, 9), make_labels(50), make_unit(9)
+    exact = unit.mine(feats, labels, mode=mode)
+    for count in (50, 51, 10**9):
+        assert_same_bits(unit.mine(feats, labels, mode=mode, candidates=count), exact)
+    nearly = unit.mine(feats, labels, mode=mode, candidates=49)
+    if ON_GPU_KERNELS:
+        torch.testing.assert_close(nearly.s_ij, exact.s_ij)
+    else:
+        assert_same_bits(nearly, exact)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("per_class", [2, 4, 20])
+def test_it_scores_no_more_than_it_may(per_class, count, mode):
+    feats, labels, unit = make_features(80, 5), make_labels(80, per_class=per_class), make_unit(5)
+    positives = 80 * (per_class - 1) // 2
+    scored = cost(lambda: unit.mine(feats, labels, mode=mode, candidates=count))
+    assert scored <= 80 * count + min(positives, 80 * count)
+    near, far = candidates.choose(feats, labels, count)
+    assert scored == sum(int((m | m.T).triu().sum()) for m in (mask(near, 80), mask(far, 80)))
+
+
+def test_nothing_of_the_size_of_the_matrix_is_kept(monkeypatch):
+    feats, labels, unit = make_features(300, 8), make_labels(300, per_class=100), make_unit(8)
+    for mode in MODES:
+        monkeypatch.setattr(candidates, "_ENTRIES", 2**22)
+        whole = unit.mine(feats, labels, mode=mode, candidates=3)
+        monkeypatch.setattr(candidates, "_ENTRIES", 900)  # three rows at a time
+        with Largest() as largest:
+            parts = unit.mine(feats, labels, mode=mode, candidates=3)
+        for a, b in zip(whole, parts, strict=True):
+            torch.testing.assert_close(a, b)
+        assert largest.elements <= 300 * 8
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_gradients_are_those_of_the_reference(mode):
+    labels = make_labels(30)
+    unit = make_unit(6, 5, 4).double()
+    plain = reference.PDDM(6, 5, 4).double().to(DEVICE)
+    plain.load_state_dict(unit.state_dict())
+    gradients = []
+    for scorer in (unit, plain):
+        feats = make_features(30, 6, dtype=torch.float64).requires_grad_()
+        quads = scorer.mine(feats, labels, mode=mode, candidates=3)
+        loss = (quads.s_ij * 2 - quads.s_ik - quads.s_jl * 3).sum()
+        gradients.append(torch.autograd.grad(loss, [feats, *scorer.parameters()]))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("package", [pddm_ext, reference])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_no_class_are_nobodys_candidates(package, mode):
+    feats, labels = make_features(40, 6), make_labels(40)
+    unit = package.PDDM(6).to(DEVICE)
+    known = torch.arange(40, device=DEVICE) % 5 != 0
+    marked = torch.where(known, labels, -1)
+    got = package.mine_and_score(feats, marked, unit, mode=mode, ignore_label=-1, candidates=4)
+    kept = known.nonzero().flatten()
+    alone = package.mine_and_score(feats[known], labels[known], unit, mode=mode, candidates=4)
+    expected = [torch.where(alone.valid, kept[index], -1) for index in alone[:4]]
+    if mode == "anchor":
+        assert not got.valid[~known].any()
+        got = package.Quadruplets(*(field[known] for field in got))
+    for a, b in zip(got, (*expected, *alone[4:]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_scores_in_its_dtype():
+    feats, labels, unit = make_features(30, 8), make_labels(30), make_unit(8)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        got = unit.mine(feats, labels, mode="anchor", candidates=3)
+    expected = unit.mine(feats.bfloat16(), labels, mode="anchor", candidates=3)
+    assert got.s_ij.dtype == torch.float32
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("package", [pddm_ext, reference])
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [
+        (0, ValueError, "candidates is 0; at least 1 is accepted"),
+        (-3, ValueError, "candidates is -3; at least 1"),
+        (2.0, TypeError, "candidates is a float; an int is accepted"),
+        (True, TypeError, "candidates is a bool; an int is accepted"),
+        ("8", TypeError, "candidates is a str; an int is accepted"),
+    ],
+)
+def test_what_is_no_number_of_candidates_is_refused(package, count, error, message):
+    feats, labels, unit = make_features(6, 3), make_labels(6, per_class=2), package.PDDM(3).to(DEVICE)
+    for call in (
+        lambda: package.mine_and_score(feats, labels, unit, candidates=count),
+        lambda: package.mine_and_score(feats, labels, candidates=count),
+        lambda: unit.mine(feats, labels, candidates=count),
+    ):
+        with pytest.raises(error, match=message):
+            call()
