@@ -143,6 +143,11 @@ def mode(mode: str) -> None:
         raise ValueError(f"mode is {mode!r}; {', '.join(map(repr, MODES))} are accepted")
 
 
+def number_of_candidates(count: int | None) -> None:
+    if count is not None:
+        size("candidates", count)
+
+
 def mining(
     feats: Tensor,
     labels: Tensor,
@@ -152,8 +157,7 @@ def mining(
     candidates: int | None = None,
 ) -> U:
     mode(mode_name)
-    if candidates is not None:
-        size("candidates", candidates)
+    number_of_candidates(candidates)
     _matrix("feats", feats)
     _vector("labels", labels, feats.shape[0], "feats")
     _devices(feats, labels)

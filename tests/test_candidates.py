@@ -232,3 +232,32 @@ def test_what_is_no_number_of_candidates_is_refused(package, count, error, messa
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_mine_among_them(mode):
+    lightning = pytest.importorskip("pddm_ext.adapters.lightning")
+    pml = pytest.importorskip("pddm_ext.adapters.pml")
+    feats, labels, unit = make_features(20, 4), make_labels(20), make_unit(4)
+    quads = unit.mine(feats, labels, mode=mode, candidates=2)
+    assert not torch.equal(quads.k, unit.mine(feats, labels, mode=mode).k)
+    i, j, k, l = torch.stack(quads[:4])[:, quads.valid]  # noqa: E741
+    expected = torch.cat([i, j]), torch.cat([j, i]), torch.cat([k, l])
+    got = pml.PDDMMiner(unit, mode, candidates=2)(feats, labels)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    loss = pddm_ext.QuadrupletLoss()(feats, quads)
+    torch.testing.assert_close(pml.QuadrupletLoss(unit, mode, candidates=2)(feats, labels), loss)
+    for made in (pml.PDDMMiner(unit, candidates=2), pml.QuadrupletLoss(unit, candidates=2)):
+        with pytest.raises(NotImplementedError, match="candidates is 2, for pairs of the batch"):
+            made(feats, labels, ref_emb=feats.clone(), ref_labels=labels.clone())
+    module = lightning.MetricLearningModule(torch.nn.Identity(), 4, mode=mode, candidates=2).to(DEVICE)
+    module.unit.load_state_dict(unit.state_dict())
+    module.log = module.log_dict = lambda *_, **__: None
+    torch.testing.assert_close(module.training_step((feats, labels), 0), loss)
+    for wrong in (
+        lambda: pml.PDDMMiner(unit, candidates=0),
+        lambda: pml.QuadrupletLoss(unit, candidates=0),
+        lambda: lightning.MetricLearningModule(torch.nn.Identity(), 4, candidates=0),
+    ):
+        with pytest.raises(ValueError, match="candidates is 0; at least 1 is accepted"):
+            wrong()

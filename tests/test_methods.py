@@ -60,6 +60,16 @@ def test_first_updates_can_be_mined_by_distance(tiny: Dataset) -> None:
         torch.testing.assert_close(quads.s_jl, pddm_ext.score_pairs(feats, quads.j, quads.l, made.unit))
 
 
+def test_a_unit_can_score_the_nearest_alone() -> None:
+    feats, labels = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4).repeat(3)
+    mined = {count: objective(Settings(method="pddm-pair", dim=8, candidates=count), 8) for count in (0, 2, 40)}
+    quads = {count: made.mine(feats, labels) for count, made in mined.items()}
+    expected = pddm_ext.mine_and_score(feats, labels, mined[2].unit, mode="pair", candidates=2)
+    assert all(torch.equal(one, other) for one, other in zip(quads[2], expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(quads[0], quads[40], strict=True))
+    assert not torch.equal(quads[0].k, quads[2].k)
+
+
 @pytest.mark.parametrize("flows", [True, False])
 def test_the_score_loss_trains_the_embedding_only_if_asked(flows: bool) -> None:
     made = objective(Settings(method="pddm-pair", dim=8, unit_gradient=flows), 8)

@@ -236,6 +236,7 @@ def test_configuration_and_citation_are_for_the_model_card():
         "beta": 0.8,
         "weight": 0.3,
         "ignore_label": None,
+        "candidates": None,
     }
     assert loss.citation.startswith("\n@inproceedings{huang2016local,")
 

@@ -93,6 +93,7 @@ class MetricLearningModule(LightningModule):
         gather: mine the rows of all processes together.
         ignore_label: the label of images whose class is not known: they are in no quadruplet, and in validation
             neither queries nor found.
+        candidates: score only each row's so many nearest of other classes, see :func:`pddm_ext.mine_and_score`.
 
     Attributes:
         net: as given.
@@ -124,11 +125,13 @@ class MetricLearningModule(LightningModule):
         weight_decay: float = 5e-4,
         gather: bool = False,
         ignore_label: int | None = None,
+        candidates: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
             raise TypeError(f"net is a {type(net).__name__}; a torch.nn.Module is accepted")
         _checks.mode(mode)
+        _checks.number_of_candidates(candidates)
         for name, value in (("lr", lr), ("unit_lr_factor", unit_lr_factor)):
             _numbers.number(name, value, "a positive finite number")
         for name, value in (("alpha", alpha), ("beta", beta), ("weight", weight), ("weight_decay", weight_decay)):
@@ -141,7 +144,7 @@ class MetricLearningModule(LightningModule):
         self.loss = QuadrupletLoss(alpha, beta, weight)
         if ignore_label is not None:
             _numbers.integer("ignore_label", ignore_label)
-        self.mode, self.gather, self.ignore_label = mode, gather, ignore_label
+        self.mode, self.gather, self.ignore_label, self.candidates = mode, gather, ignore_label, candidates
         self.lr, self.unit_lr_factor, self.weight_decay = lr, unit_lr_factor, weight_decay
         self._validated: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._finite: Tensor | None = None
@@ -168,7 +171,9 @@ class MetricLearningModule(LightningModule):
         feats, zero = unmasked(feats)
         # Autocast would round the features for scoring.
         with torch.autocast(feats.device.type, enabled=False):
-            quads = self.unit.mine(feats, labels, mode=self.mode, ignore_label=self.ignore_label)
+            quads = self.unit.mine(
+                feats, labels, mode=self.mode, ignore_label=self.ignore_label, candidates=self.candidates
+            )
             similarity = self.loss.similarity(quads)
             embedding = self.loss.weight * self.loss.embedding(feats, quads)
             loss = similarity + embedding + zero

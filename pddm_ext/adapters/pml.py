@@ -21,7 +21,7 @@ from .. import _checks, _numbers, density, health, losses
 from ..mining import mine_and_score
 from ..parameters import Parameters
 from ..precision import autocast
-from ..quadruplets import Mode
+from ..quadruplets import Mode, Quadruplets
 from ..reference import _first_best
 from ..scoring import score_matrix, score_pairs
 from ..unit import PDDM, default_unit
@@ -110,6 +110,7 @@ class PDDMMiner(BaseMiner):  # type: ignore[misc]
         mode: ``"anchor"``: each row's own hardest positive. ``"batch"``: the one hardest positive pair.
             ``"pair"``: every positive pair.
         ignore_label: the label of rows whose class is not known: they are in no triplet.
+        candidates: score only each row's so many nearest of other classes, see :func:`pddm_ext.mine_and_score`.
         **kwargs: of the library's ``BaseMiner``, but ``distance``.
 
     Shape:
@@ -123,13 +124,20 @@ class PDDMMiner(BaseMiner):  # type: ignore[misc]
     """
 
     def __init__(
-        self, unit: PDDM | None = None, mode: Mode = "anchor", *, ignore_label: int | None = None, **kwargs: Any
+        self,
+        unit: PDDM | None = None,
+        mode: Mode = "anchor",
+        *,
+        ignore_label: int | None = None,
+        candidates: int | None = None,
+        **kwargs: Any,
     ) -> None:
         _checks.mode(mode)
+        _checks.number_of_candidates(candidates)
         _refuse_distance(kwargs)
         super().__init__(distance=PDDMSimilarity(unit), **kwargs)
         self.mode: Mode = mode
-        self.ignore_label = _ignored(ignore_label)
+        self.ignore_label, self.candidates = _ignored(ignore_label), candidates
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}"
@@ -137,7 +145,7 @@ class PDDMMiner(BaseMiner):  # type: ignore[misc]
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Triplets:
         if ref_emb is not embeddings or ref_labels is not labels:
             return _from_reference(self, embeddings, labels, ref_emb, ref_labels)
-        quads = mine_and_score(embeddings, labels, self.distance.unit, mode=self.mode, ignore_label=self.ignore_label)
+        quads = _from_batch(self, embeddings, labels)
         i, j, k, l = torch.stack(quads[:4])[:, quads.valid]  # noqa: E741 - the paper's names
         return torch.cat([i, j]), torch.cat([j, i]), torch.cat([k, l])
 
@@ -167,6 +175,7 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
         beta: margin β of the squared distances, which lie in [0, 4].
         weight: of the distances' term.
         ignore_label: the label of rows whose class is not known: what this mines has none of them.
+        candidates: of what this mines, as in :class:`PDDMMiner`.
         **kwargs: of the library's ``BaseMetricLossFunction``, but ``distance``: reducer, embedding_regularizer, …
 
     Shape:
@@ -188,13 +197,15 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
         weight: float = 0.5,
         *,
         ignore_label: int | None = None,
+        candidates: int | None = None,
         **kwargs: Any,
     ) -> None:
         _checks.mode(mode)
+        _checks.number_of_candidates(candidates)
         _refuse_distance(kwargs)
         super().__init__(distance=PDDMSimilarity(unit), **kwargs)
         self.mode: Mode = mode
-        self.ignore_label = _ignored(ignore_label)
+        self.ignore_label, self.candidates = _ignored(ignore_label), candidates
         self._each = losses.QuadrupletLoss(alpha, beta, weight, reduction="none")
         self.alpha, self.beta, self.weight = alpha, beta, weight
         self.add_to_recordable_attributes(list_of_names=["alpha", "beta", "weight"], is_stat=False)
@@ -221,9 +232,7 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 triplets = _from_reference(self, embeddings, labels, ref_emb, ref_labels)
             values = self._of_triplets(embeddings, ref_emb, *triplets)
         else:
-            quads = mine_and_score(
-                embeddings, labels, self.distance.unit, mode=self.mode, ignore_label=self.ignore_label
-            )
+            quads = _from_batch(self, embeddings, labels)
             values = self._each(embeddings, quads)[quads.valid]
             triplets = tuple(torch.stack(quads[:3])[:, quads.valid])
         if len(values) == 0:
@@ -347,6 +356,17 @@ def _ignored(ignore_label: int | None) -> int | None:
     return ignore_label
 
 
+def _from_batch(mining: PDDMMiner | QuadrupletLoss, embeddings: Tensor, labels: Tensor) -> Quadruplets:
+    return mine_and_score(
+        embeddings,
+        labels,
+        mining.distance.unit,
+        mode=mining.mode,
+        ignore_label=mining.ignore_label,
+        candidates=mining.candidates,
+    )
+
+
 def _from_reference(
     mining: PDDMMiner | QuadrupletLoss,
     embeddings: Tensor,
@@ -356,6 +376,10 @@ def _from_reference(
 ) -> Triplets:
     """The hard (i, j, k), of which i is a row of the embeddings, and j and k are rows of the reference."""
     ref_labels = labels if ref_labels is None else ref_labels  # the library's reading
+    if mining.candidates is not None:
+        raise NotImplementedError(
+            f"candidates is {mining.candidates}, for pairs of the batch; with a reference (ref_emb) None is accepted"
+        )
     _checks._vector("labels", labels, len(embeddings), "embeddings")
     _checks._vector("ref_labels", ref_labels, len(ref_emb), "ref_emb")
     health.before_mining(embeddings=embeddings, ref_emb=ref_emb)

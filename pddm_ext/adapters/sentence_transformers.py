@@ -67,6 +67,7 @@ class PDDMQuadrupletLoss(nn.Module):
         beta: margin β of the squared distances.
         weight: λ, of the embedding term.
         ignore_label: the label of sentences whose class is not known: they are in no quadruplet.
+        candidates: score only each sentence's so many nearest of other classes, see :func:`pddm_ext.mine_and_score`.
 
     Attributes:
         unit: the :class:`pddm_ext.PDDM`, for :func:`pddm_ext.topk` or :func:`pddm_ext.score_matrix` after training.
@@ -92,11 +93,13 @@ class PDDMQuadrupletLoss(nn.Module):
         weight: float = 0.5,
         *,
         ignore_label: int | None = None,
+        candidates: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, SentenceTransformer):
             raise TypeError(f"model is a {type(model).__name__}; a SentenceTransformer is accepted")
         _checks.mode(mode)
+        _checks.number_of_candidates(candidates)
         with model.truncate_embeddings(None):  # which is done in encoding, not in training
             dim = model.get_embedding_dimension()
         if dim is None:
@@ -107,7 +110,7 @@ class PDDMQuadrupletLoss(nn.Module):
         self.model = model  # by this name the trainer puts a wrapped model in its place
         if ignore_label is not None:
             _numbers.integer("ignore_label", ignore_label)
-        self.unit, self.mode, self.ignore_label = unit, mode, ignore_label
+        self.unit, self.mode, self.ignore_label, self.candidates = unit, mode, ignore_label, candidates
         self.quadruplet_loss = QuadrupletLoss(alpha, beta, weight)
         self._shared = False
 
@@ -126,7 +129,9 @@ class PDDMQuadrupletLoss(nn.Module):
             self._share_unit()
         # Autocast would round the features for scoring.
         with torch.autocast(feats.device.type, enabled=False):
-            quads = self.unit.mine(feats, labels, mode=self.mode, ignore_label=self.ignore_label)
+            quads = self.unit.mine(
+                feats, labels, mode=self.mode, ignore_label=self.ignore_label, candidates=self.candidates
+            )
             loss: Tensor = self.quadruplet_loss(feats, quads)
         return loss
 
@@ -146,6 +151,7 @@ class PDDMQuadrupletLoss(nn.Module):
             "beta": self.quadruplet_loss.beta,
             "weight": self.quadruplet_loss.weight,
             "ignore_label": self.ignore_label,
+            "candidates": self.candidates,
         }
 
     @property

@@ -25,7 +25,7 @@ class Quadruplet(nn.Module):
 
     def __init__(self, settings: Settings, mode: Mode, unit: pddm_ext.PDDM | None) -> None:
         super().__init__()
-        self.mode, self.unit = mode, unit
+        self.mode, self.unit, self.candidates = mode, unit, settings.candidates or None
         self.unit_gradient, self.distance_batches = (
             settings.unit_gradient,
             settings.distance_steps * settings.accumulate,
@@ -37,7 +37,7 @@ class Quadruplet(nn.Module):
         """What the trained method mines; its scores are the unit's, or negative squared distances."""
         if self.unit is None:
             return mine_by_distance(feats, labels, self.mode)
-        return pddm_ext.mine_and_score(feats, labels, self.unit, mode=self.mode)
+        return pddm_ext.mine_and_score(feats, labels, self.unit, mode=self.mode, candidates=self.candidates)
 
     def forward(self, feats: Tensor, labels: Tensor) -> dict[str, Tensor]:
         quads = self._mine(feats if self.unit_gradient else feats.detach(), labels)

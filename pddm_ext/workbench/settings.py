@@ -116,6 +116,7 @@ class Settings:
         FALLBACKS,
     )
     unit_gradient: bool = _setting(True, "PDDM: let the score loss train the embedding, too")
+    candidates: int = _setting(0, "PDDM: score only each row's so many nearest of other classes; 0 scores all")
     distance_steps: int = _setting(0, "PDDM: first updates whose quadruplets are mined by distance")
     alpha: float = _setting(0.5, "PDDM: margin of the scores")
     beta: float = _setting(1.0, "quadruplets: margin of the squared distances")
@@ -149,7 +150,17 @@ class Settings:
             if choices and value not in choices:
                 raise ValueError(f"{option(setting.name)} is {value!r}; {', '.join(choices)} are accepted")
         least = {
-            0: ("picture", "warmup", "distance_steps", "unit_steps", "unit_width", "workers", "seed", "patience"),
+            0: (
+                "picture",
+                "warmup",
+                "candidates",
+                "distance_steps",
+                "unit_steps",
+                "unit_width",
+                "workers",
+                "seed",
+                "patience",
+            ),
             1: ("steps", "accumulate", "dim", "devices", "every"),
             2: ("classes", "samples", "clusters"),
         }
@@ -218,7 +229,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_SCORED = {"unit_lr_factor", "unit_gradient", "distance_steps", "alpha"}
+_SCORED = {"unit_lr_factor", "unit_gradient", "candidates", "distance_steps", "alpha"}
 #: Of a unit that is trained afterwards, beside its number of updates.
 FITTED = {"unit_start", "unit_width", "unit_noise", "unit_fallback", "alpha"}
 _PARTICULAR = _SCORED | FITTED | {"unit_steps", "beta", "weight", "margin", "proxy_lr_factor"}
