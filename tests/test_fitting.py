@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pddm_ext
-from pddm_ext.workbench import checkpoint, fitting, outcome
+from pddm_ext.workbench import checkpoint, cli, fitting, outcome
 from pddm_ext.workbench.data.splits import Dataset, TestClasses
 from pddm_ext.workbench.evaluation.evaluate import measure
 from pddm_ext.workbench.fitting import FittedUnit, fit
@@ -279,7 +279,11 @@ def test_a_start_by_classes_is_for_a_unit_trained_afterwards(tiny: Dataset) -> N
 
 @pytest.mark.parametrize("patience", [0, 3])
 def test_ctrl_c_while_the_unit_is_trained_loses_no_step(
-    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int
+    tiny: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    patience: int,
 ) -> None:
     data, changed = with_gallery(tiny), {**RECOMMENDED, "patience": patience, "augment": False}
     whole = trained(data, tmp_path / "whole", **changed)
@@ -302,6 +306,13 @@ def test_ctrl_c_while_the_unit_is_trained_loses_no_step(
     assert early.unit is None
     with pytest.raises(ValueError, match="recommended, whose PDDM unit is trained when the run has ended"):
         early.score(data.test.pictures[torch.arange(1)], data.test.pictures[torch.arange(1)])
+    with monkeypatch.context() as patch:
+        patch.setattr("pddm_ext.workbench.export.export", lambda *_: [])
+        assert cli.main(["export", str(tmp_path / "stopped"), "--out", str(tmp_path / "graphs")]) == 0
+    assert (
+        "not written: a unit of recommended, whose PDDM unit is trained when the run has ended"
+        in capsys.readouterr().out
+    )
     resumed = trained(data, tmp_path / "stopped", **changed)
     assert not differences(whole.learner.state_dict(), resumed.learner.state_dict())
     assert untimed(outcome.figures(whole)) == untimed(outcome.figures(resumed))

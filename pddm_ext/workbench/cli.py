@@ -532,6 +532,8 @@ def _export(arguments: argparse.Namespace) -> int:
     embedder = trained.load(arguments.checkpoint, backbone=arguments.backbone)
     for path in export.export(embedder, arguments.out, arguments.format):
         print(path)
+    if embedder.unit is None and embedder.settings.unit_updates:
+        print(f"not written: a unit of {embedder.settings.method}, {embedder.lacks}")
     if without_onnx and arguments.format is None:
         print(f"not written: ONNX, whose packages come with {bring('export')}")
     return 0
