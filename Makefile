@@ -64,7 +64,7 @@ test-native: $(VENV)/tools ## the kernels' own tests, and those of the CUDA kern
 	$(BIN)/ctest --test-dir build/native --output-on-failure
 
 test-python: $(VENV)/installed ## the Python tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=20
 
 # Not -m pytest, which would find the source folder first.
 PYTEST := -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))'
@@ -80,7 +80,7 @@ $(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/*) $(PACKAGE)
 
 test-emulated: $(EMULATED)/built ## the same tests of the CUDA kernels, emulated on the host
 	$(EMULATED)/venv/bin/python $(PYTEST) -n 2 \
-	  $(patsubst %,tests/test_%.py,numerics mining gradients autograd laws emulation)
+	  $(patsubst %,tests/test_%.py,numerics mining candidates gradients autograd laws emulation)
 
 test-arm: $(VENV)/tools ## the native tests, cross-compiled for 64-bit Arm and run under emulation
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \

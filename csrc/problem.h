@@ -56,6 +56,18 @@ struct Quadruplets {
   bool* valid;
 };
 
+// The same as inputs of the loss; what is valid has rows for indices.
+struct Picked {
+  int64_t slots;
+  const int64_t *i, *j, *k, *l;
+  const void *s_ij, *s_ik, *s_jl;
+  const bool* valid;
+};
+
+struct Margins {
+  double alpha, beta, weight;  // of the scores, of the squared distances, and the weight of these
+};
+
 // Calls body(context, 0..count-1) from the host framework's threads and returns when all have returned.
 struct Parallel {
   int threads;

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from . import _checks, _numbers
+from . import _checks, _numbers, ops
 from .quadruplets import Quadruplets
 
 Reduction = Literal["mean", "sum", "none"]
@@ -46,6 +47,9 @@ class QuadrupletLoss(nn.Module):
         TypeError: an argument of another type, or feats of a dtype that is not accepted.
     """
 
+    #: One operator forward and one backward, where there is one.
+    _fused = True
+
     def __init__(
         self,
         alpha: float = 0.5,
@@ -76,7 +80,13 @@ class QuadrupletLoss(nn.Module):
     def forward(self, feats: Tensor, quads: Quadruplets, labels: Tensor | None = None) -> Tensor:
         if self.regularizer is not None and labels is None:
             raise ValueError("labels are missing; a loss with a regularizer is called as loss(feats, quads, labels)")
-        loss = self._reduced(self._similarity(quads) + self.weight * self._embedding(feats, quads), quads.valid)
+        if self._fused and self.reduction == "mean" and _fits(feats, quads):
+            _same_batch(feats, quads)
+            i, j, k, l, s_ij, s_ik, s_jl, valid = quads  # noqa: E741 - the paper's names
+            margins = float(self.alpha), float(self.beta), float(self.weight)
+            loss: Tensor = ops.call("quadruplet_loss", feats, s_ij, s_ik, s_jl, i, j, k, l, valid, *margins)[0]
+        else:
+            loss = self._reduced(self._similarity(quads) + self.weight * self._embedding(feats, quads), quads.valid)
         if self.regularizer is None or labels is None:
             return loss
         return loss + self.regularizer_weight * self.regularizer(feats, labels)
@@ -114,6 +124,47 @@ class QuadrupletLoss(nn.Module):
         if self.reduction == "none":
             return values
         return values.sum() if self.reduction == "sum" else values.sum() / valid.sum().clamp(min=1)
+
+
+def _fits(feats: Tensor, quads: Quadruplets) -> bool:
+    """Whether the operator has this: tensors of the CPU, of whom nobody asks for more than first derivatives yet."""
+    return (
+        isinstance(feats, Tensor)
+        and isinstance(quads, Quadruplets)
+        and feats.dim() == 2
+        and feats.dtype in _checks.FLOATS
+        and quads.s_ij.dtype in (torch.float32, torch.float64)
+        and feats.device.type == quads.i.device.type == "cpu"
+        and _checks.concrete(feats)
+        and forward_ad._current_level < 0
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.alpha, ctx.beta, ctx.weight = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Any, ...]:
+    feats, s_ij, s_ik, s_jl, i, j, k, l, valid, opened = ctx.saved_tensors  # noqa: E741 - the paper's names
+    given = (feats, s_ij, s_ik, s_jl)
+    gradients: tuple[Tensor | None, ...] = (None,) * 4
+    if upstream is not None and torch.is_grad_enabled():  # these are to be differentiated in turn
+        plain = QuadrupletLoss(ctx.alpha, ctx.beta, ctx.weight)
+        plain._fused = False
+        with torch.enable_grad():
+            loss = plain(feats, Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid))
+            wanted = [x for x in given if x.requires_grad]
+            found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True, allow_unused=True))
+        gradients = tuple(next(found) if x.requires_grad else None for x in given)
+    elif upstream is not None:
+        gradients = ops.call("quadruplet_loss_backward", upstream, opened, *given, i, j, k, l, valid, ctx.weight)
+    return (*gradients, *(None,) * 8)
+
+
+ops.differentiable("quadruplet_loss", _backward, _keep)
 
 
 def _same_batch(feats: Tensor, quads: Quadruplets) -> None:

@@ -102,6 +102,17 @@ def _(queries: Tensor, gallery: Tensor, k: int, *unit: Any) -> tuple[Tensor, Ten
     return queries.new_empty(shape, dtype=score_dtype(queries)), queries.new_empty(shape, dtype=torch.int64)
 
 
+@shapes("quadruplet_loss")
+def _(feats: Tensor, s_ij: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return s_ij.new_empty(()), s_ij.new_empty(s_ij.shape, dtype=torch.uint8)
+
+
+@shapes("quadruplet_loss_backward")
+def _(upstream: Tensor, opened: Tensor, feats: Tensor, *scores: Any) -> tuple[Tensor, ...]:
+    like = torch.empty_like(feats, memory_format=torch.contiguous_format)
+    return (like, *(score.new_empty(score.shape) for score in scores[:3]))
+
+
 def _gradients_like(feats: Tensor, unit: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (feats, *unit[:8]))
 
@@ -179,6 +190,7 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "mine": (mine_backward, keep_mined),
     "score_pairs": (_score_pairs_backward, _keep_pairs),
     "score_matrix": (_score_matrix_backward, _keep_matrix),
+    "quadruplet_loss_backward": (_no_second_derivative, _keep_nothing),
     "score_pairs_backward": (_no_second_derivative, _keep_nothing),
     "score_matrix_backward": (_no_second_derivative, _keep_nothing),
     "topk": (_no_gradient, _keep_nothing),

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks, health
-from .losses import QuadrupletLoss
+from . import _checks, health, losses
 from .parameters import Parameters
 from .precision import autocast, no_autocast, score_dtype
 from .quadruplets import Mode, Quadruplets
@@ -30,6 +29,11 @@ __all__ = [
     "select_quadruplets",
     "topk",
 ]
+
+
+class QuadrupletLoss(losses.QuadrupletLoss):
+    __doc__ = losses.QuadrupletLoss.__doc__
+    _fused = False
 
 
 class PDDM(Parameters):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pddm_ext
-from helpers import DEVICE, assert_same_bits, host_only, make_features, make_labels, make_unit, threads
+from helpers import DEVICE, ON_CUDA, assert_same_bits, host_only, make_features, make_labels, make_unit, threads
 from pddm_ext import ops, reference
 from pddm_ext.quadruplets import MODES
 
@@ -17,6 +17,22 @@ def _fresh_graphs():
     with threads(1):  # tracing is many small operations
         yield
     torch._dynamo.reset()
+
+
+def loss_calls(x: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple]:
+    if ON_CUDA:  # the operator is the CPU's
+        return {}
+    *indices, s_ij, s_ik, s_jl, valid = make_unit(5).mine(x.detach(), labels, mode="anchor")
+    scores = [s.detach().to(dtype).requires_grad_(x.requires_grad) for s in (s_ij, s_ik, s_jl)]
+    margins = (0.5, 1.0, 0.5)
+    loss, opened = torch.ops.pddm.quadruplet_loss(x.detach(), *(s.detach() for s in scores), *indices, valid, *margins)
+    return {
+        "quadruplet_loss": (torch.ops.pddm.quadruplet_loss, (x, *scores, *indices, valid, *margins)),
+        "quadruplet_loss_backward": (
+            torch.ops.pddm.quadruplet_loss_backward,
+            (loss.detach(), opened, x, *scores, *indices, valid, 0.5),
+        ),
+    }
 
 
 def operator_calls(dtype: torch.dtype, requires_grad: bool) -> dict[str, tuple]:
@@ -35,6 +51,7 @@ def operator_calls(dtype: torch.dtype, requires_grad: bool) -> dict[str, tuple]:
         "score_matrix": (torch.ops.pddm.score_matrix, (x, -1, *p)),
         "score_matrix of two": (torch.ops.pddm.score_matrix, (x, 4, *p)),
         "topk": (torch.ops.pddm.topk, (x[:4].detach(), x.detach(), 3, *(t.detach() for t in p[:8]), *p[8:])),
+        **loss_calls(x, labels, out),
         "score_pairs_backward": (
             torch.ops.pddm.score_pairs_backward,
             (torch.ones(4, dtype=out, device=DEVICE), x, i, j, *p),

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 import pddm_ext
-from helpers import DEVICE, MODES, make_features, make_labels, make_unit
+from helpers import (
+    DEVICE,
+    MODES,
+    assert_same_bits,
+    cpu_only,
+    make_features,
+    make_labels,
+    make_unit,
+    threads,
+)
+from pddm_ext import reference
 
 
 def test_the_loss_of_an_example_worked_by_hand():
@@ -47,6 +57,95 @@ def test_the_loss_is_the_formula_over_valid_quadruplets(dtype, mode):
     assert loss.dtype == dtype
     # Sums of at most 30 terms of order 1, each of a handful of roundings.
     assert loss.item() == pytest.approx(total / count, rel=1e-5 if dtype == torch.float32 else 1e-13)
+
+
+def leaves(feats, quads):
+    """Copies that ask for gradients of their own."""
+    scores = {name: getattr(quads, name).detach().clone().requires_grad_() for name in ("s_ij", "s_ik", "s_jl")}
+    return feats.detach().clone().requires_grad_(), quads._replace(**scores)
+
+
+def derived(loss, feats, quads, dtype):
+    """The loss, and three times its gradients, in a dtype: of features, s_ij, s_ik and s_jl."""
+    feats, quads = leaves(feats.to(dtype), quads)
+    if dtype == torch.float64:
+        quads = quads._replace(**{name: getattr(quads, name).double() for name in ("s_ij", "s_ik", "s_jl")})
+    value = loss(feats, quads)
+    return value, *torch.autograd.grad(3 * value, [feats, quads.s_ij, quads.s_ik, quads.s_jl])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d"), [(12, 1), (30, 6), (200, 67)])
+def test_the_value_and_the_gradients_are_those_of_the_plain_loss_in_double(n, d, dtype, mode):
+    feats, labels = make_features(n, d, dtype=dtype), make_labels(n, per_class=3)
+    feats[4] = torch.nan
+    quads = make_unit(d).mine(feats, labels, mode=mode)
+    quads = pddm_ext.Quadruplets(*(field.detach() for field in quads))
+    # What cancels is of the order of 1 over a row's norm.
+    least = feats.double().norm(dim=1).nan_to_num(1).amin().item()
+    rtol, eps = {torch.float64: (1e-12, 2e-15), torch.float32: (1e-4, 1e-6), torch.bfloat16: (1e-2, 1e-4)}[dtype]
+    for arguments in ({}, {"alpha": 0.0, "beta": 0.01, "weight": 2.0}, {"alpha": 3, "weight": 0}):
+        found = derived(pddm_ext.QuadrupletLoss(**arguments), feats, quads, dtype)
+        wanted = derived(reference.QuadrupletLoss(**arguments), feats, quads, torch.float64)
+        for a, b in zip(found, wanted, strict=True):
+            assert a.isfinite().all()
+            torch.testing.assert_close(a.double(), b, rtol=rtol, atol=eps * max(1, 1 / least))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_bits_do_not_depend_on_the_number_of_threads(count):
+    feats, labels = make_features(300, 90), make_labels(300, per_class=6)
+    quads = pddm_ext.Quadruplets(*(field.detach() for field in make_unit(90).mine(feats, labels, mode="pair")))
+    with threads(1):
+        alone = derived(pddm_ext.QuadrupletLoss(), feats, quads, torch.float32)
+    with threads(count):
+        assert_same_bits(derived(pddm_ext.QuadrupletLoss(), feats, quads, torch.float32), alone)
+
+
+def test_where_a_score_or_a_row_is_not_a_number_neither_is_the_loss():
+    feats, labels = make_features(12, 6), make_labels(12)
+    quads = make_unit(6).mine(feats, labels, mode="anchor")
+    for loss in (pddm_ext.QuadrupletLoss(), reference.QuadrupletLoss()):
+        assert loss(feats, quads._replace(s_ik=quads.s_ik * torch.nan)).isnan()
+        assert loss(feats * torch.nan, quads).isnan()
+
+
+def test_at_zero_a_row_has_the_gradient_that_normalising_has():
+    feats, quads = make_features(6, 3, dtype=torch.float64), make_unit(3).double()
+    feats[0] = 0
+    feats[1] *= 1e-13  # below the least norm
+    quads = quads.mine(feats, torch.tensor([0, 0, 1, 1, 2, 2], device=DEVICE), mode="anchor")
+    found, wanted = (
+        derived(loss(alpha=9, beta=9), feats, quads, torch.float64)
+        for loss in (pddm_ext.QuadrupletLoss, reference.QuadrupletLoss)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_are_those_of_the_plain_loss():
+    feats, labels = make_features(12, 4, dtype=torch.float64), make_labels(12)
+    quads = make_unit(4).double().mine(feats, labels, mode="anchor")
+    seconds = []
+    for loss in (pddm_ext.QuadrupletLoss(), reference.QuadrupletLoss()):
+        x, q = leaves(feats, quads)
+        (first,) = torch.autograd.grad(loss(x, q), x, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
+        assert seconds[-1].abs().max() > 0
+    torch.testing.assert_close(*seconds)
+
+
+@cpu_only("the operator is the CPU's")
+def test_the_operator_checks_what_would_be_read_out_of_bounds():
+    feats, labels = make_features(12, 6), make_labels(12)
+    i, j, k, l, *scores, valid = make_unit(6).mine(feats, labels, mode="anchor")  # noqa: E741
+    call = torch.ops.pddm.quadruplet_loss
+    for wrong in (12, -1):
+        with pytest.raises(RuntimeError, match=f"quadruplet 3 has row {wrong}, out of range for 12 rows"):
+            call(feats, *scores, i, j, k.clone().index_fill_(0, torch.tensor(3), wrong), l, valid, 0.5, 1.0, 0.5)
+    with pytest.raises(RuntimeError, match="must be of one length"):
+        call(feats, *scores, i[:5], j, k, l, valid, 0.5, 1.0, 0.5)
 
 
 def test_the_loss_takes_half_precision_features():

@@ -10,6 +10,7 @@
 
 #include "dense.h"
 #include "gradient.h"
+#include "loss.h"
 #include "mine.h"
 
 namespace pddm {
@@ -133,6 +134,31 @@ std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel&
     case Precision::float64: return made(set->float64(), parallel);
     case Precision::bfloat16: return made(set->bfloat16(), parallel);
     default: return made(set->float32(), parallel);
+  }
+}
+
+void quadruplet_loss(bool float64, const Parallel& parallel, const Rows& rows, int64_t dim, const Picked& quads,
+                     const Margins& margins, void* loss, uint8_t* open) {
+  if (float64) {
+    quadruplet_loss(parallel, rows, dim, quads, margins, static_cast<double*>(loss), open);
+  } else {
+    quadruplet_loss(parallel, rows, dim, quads, margins, static_cast<float*>(loss), open);
+  }
+}
+
+void quadruplet_loss_backward(bool float64, const Parallel& parallel, const Rows& rows, int64_t dim,
+                              const Picked& quads, double embedding_weight, const void* upstream, const uint8_t* open,
+                              void* d_rows, void* d_s_ij, void* d_s_ik, void* d_s_jl) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    quadruplet_loss_backward(parallel, rows, dim, quads, embedding_weight, *static_cast<const T*>(upstream), open,
+                             static_cast<T*>(d_rows), static_cast<T*>(d_s_ij), static_cast<T*>(d_s_ik),
+                             static_cast<T*>(d_s_jl));
+  };
+  if (float64) {
+    run(double());
+  } else {
+    run(float());
   }
 }
 

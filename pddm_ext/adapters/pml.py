@@ -154,8 +154,7 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
     """:class:`pddm_ext.QuadrupletLoss` as a loss of the library: one element for the reducer per quadruplet or triplet.
 
     Called without ``indices_tuple``, it mines with its unit, and a quadruplet (i, j, k, l) is one element with the
-    indices (i, j, k). Their mean, which the default reducer takes, is ``pddm_ext.QuadrupletLoss()``'s (to the last bit
-    where every quadruplet is valid; the others are left out here, which may add the same values in another order).
+    indices (i, j, k). Their mean, which the default reducer takes, is ``pddm_ext.QuadrupletLoss()``'s, to rounding.
 
     Called with ``indices_tuple``, triplets or pairs from any miner, or with a reference, in which there is no l, it has
     one element for each triplet, S being the score and D the squared Euclidean distance of the unit embeddings::
