@@ -87,20 +87,25 @@ def _unit(unit: Any, dim: int) -> None:
     if unit.dim != dim:
         raise ValueError(f"unit scores features of dimension {unit.dim}; these have {dim}")
     hidden, combined = unit.hidden, unit.combined
-    parameters: list[Tensor] = []
-    layers = {"u": (hidden, dim), "v": (hidden, dim), "c": (combined, 2 * hidden), "s": (1, combined)}
-    for name, shape in layers.items():
-        layer = getattr(unit, name)
-        _plain(name, layer)
-        for kind, p, wanted in (("weight", layer.weight, shape), ("bias", layer.bias, shape[:1])):
-            if not isinstance(p, Tensor) or tuple(p.shape) != wanted:
-                found = f"has shape {tuple(p.shape)}" if isinstance(p, Tensor) else "is missing"
-                raise ValueError(f"unit's {name}.{kind} {found}; {wanted} is accepted")
-            _features(f"unit's {name}.{kind}", p)
-            parameters.append(p)
-            if type(p) is not nn.Parameter and hasattr(p, "device_mesh"):
-                raise TypeError(f"unit's {name}.{kind} is a DTensor, a part of a sharded parameter; {_SHARDED}")
-    _devices(*parameters)
+    for name in "uvcs":
+        _plain(name, unit._modules[name])
+    tensors = unit.tensors()
+    shapes = ((hidden, dim), (hidden,)) * 2 + ((combined, 2 * hidden), (combined,), (1, combined), (1,))
+    for place, (p, wanted) in enumerate(zip(tensors, shapes, strict=True)):
+        # In one look, since every small batch waits for it.
+        if type(p) is nn.Parameter and p.shape == wanted and p.dtype in FLOATS and p.layout is torch.strided:
+            continue
+        _parameter(f"unit's {'uvcs'[place // 2]}.{('weight', 'bias')[place % 2]}", p, wanted)
+    _devices(*tensors)
+
+
+def _parameter(name: str, p: Any, wanted: tuple[int, ...]) -> None:
+    if not isinstance(p, Tensor) or tuple(p.shape) != wanted:
+        found = f"has shape {tuple(p.shape)}" if isinstance(p, Tensor) else "is missing"
+        raise ValueError(f"{name} {found}; {wanted} is accepted")
+    _features(name, p)
+    if type(p) is not nn.Parameter and hasattr(p, "device_mesh"):
+        raise TypeError(f"{name} is a DTensor, a part of a sharded parameter; {_SHARDED}")
 
 
 _SHARDED = (

@@ -37,18 +37,8 @@ UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 
 
 def unit_arguments(unit: Parameters) -> UnitArguments:
-    return (
-        unit.u.weight,
-        unit.u.bias,
-        unit.v.weight,
-        unit.v.bias,
-        unit.c.weight,
-        unit.c.bias,
-        unit.s.weight,
-        unit.s.bias,
-        unit.normalize_input,
-        allow_tf32(),
-    )
+    w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s = unit.tensors()
+    return w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s, unit.normalize_input, allow_tf32()
 
 
 def _refuse_onnx() -> None:
@@ -229,13 +219,30 @@ def _transformable(name: str, backward: Callable[..., Any], keep: Callable[..., 
     return type(f"Transformable_{name}", (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
 
 
+def _eager(name: str, backward: Callable[..., Any], keep: Callable[..., Any]) -> Any:
+    """The operator once more, without the half of a small batch's time that the registered gradient takes to find out
+    what it is called with."""
+    operator = getattr(torch.ops.pddm, name).default
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = operator(*arguments)
+        keep(ctx, arguments, output)
+        return output
+
+    members = {"forward": forward, "backward": backward}
+    return type(f"Eager_{name}", (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
+
+
 _TRANSFORMABLE: dict[str, Any] = {}
+_EAGER: dict[str, Any] = {}
 
 
 def differentiable(name: str, backward: Callable[..., Any], keep: Callable[..., Any]) -> None:
-    """Give an operator its gradient, in both of the forms that :func:`call` takes."""
+    """Give an operator its gradient, in all of the forms that :func:`call` takes."""
     if backward is not _no_gradient:
         torch.library.register_autograd(f"pddm::{name}", backward, setup_context=keep)
+        _EAGER[name] = _eager(name, backward, keep)
     _TRANSFORMABLE[name] = _transformable(name, backward, keep)
 
 
@@ -249,6 +256,8 @@ def call(name: str, *arguments: Any) -> Any:
         _refuse_onnx()  # of its exporter before torch.export
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _TRANSFORMABLE[name].apply(*arguments)
+    if torch.is_grad_enabled() and name in _EAGER and not torch.compiler.is_compiling():
+        return _EAGER[name].apply(*arguments)
     return getattr(torch.ops.pddm, name)(*arguments)
 
 

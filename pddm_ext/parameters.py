@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 
 from ._numbers import size, switch
 
@@ -43,6 +45,19 @@ class Parameters(nn.Module):
         self.v = nn.Linear(dim, hidden)
         self.c = nn.Linear(2 * hidden, combined)
         self.s = nn.Linear(combined, 1)
+
+    def tensors(self) -> list[Tensor]:
+        """Weights and biases of u, v, c and s, in the order in which operators take them.
+
+        Of a plain layer without the detour of a module's attributes, which a small batch would notice.
+        """
+        found: list[Any] = []
+        for name in "uvcs":
+            layer: Any = self._modules[name]
+            own = layer._parameters
+            plain = "weight" in own and "bias" in own
+            found += (own["weight"], own["bias"]) if plain else (layer.weight, layer.bias)
+        return found
 
     def extra_repr(self) -> str:
         return f"{self.dim}, hidden={self.hidden}, combined={self.combined}, normalize_input={self.normalize_input}"
