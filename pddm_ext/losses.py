@@ -80,8 +80,8 @@ class QuadrupletLoss(nn.Module):
     def forward(self, feats: Tensor, quads: Quadruplets, labels: Tensor | None = None) -> Tensor:
         if self.regularizer is not None and labels is None:
             raise ValueError("labels are missing; a loss with a regularizer is called as loss(feats, quads, labels)")
+        _of_batch(feats, quads)
         if self._fused and self.reduction == "mean" and _fits(feats, quads):
-            _same_batch(feats, quads)
             i, j, k, l, s_ij, s_ik, s_jl, valid = quads  # noqa: E741 - the paper's names
             margins = float(self.alpha), float(self.beta), float(self.weight)
             loss: Tensor = ops.call("quadruplet_loss", feats, s_ij, s_ik, s_jl, i, j, k, l, valid, *margins)[0]
@@ -93,23 +93,20 @@ class QuadrupletLoss(nn.Module):
 
     def similarity(self, quads: Quadruplets) -> Tensor:
         """E_m: pulls the unit (and the features through it) to score positives above negatives by α."""
+        _quadruplets(quads)
         return self._reduced(self._similarity(quads), quads.valid)
 
     def embedding(self, feats: Tensor, quads: Quadruplets) -> Tensor:
         """E_e: pulls the features themselves, whoever mined the quadruplets."""
+        _of_batch(feats, quads)
         return self._reduced(self._embedding(feats, quads), quads.valid)
 
     # Of every slot. At Q = 1 the loss is nothing but launches, so what can be one operator over all pairs is.
 
     def _similarity(self, quads: Quadruplets) -> Tensor:
-        if not isinstance(quads, Quadruplets):
-            raise TypeError(f"quads is a {type(quads).__name__}; Quadruplets are accepted")
         return F.relu(torch.stack([quads.s_ik, quads.s_jl]) - quads.s_ij + self.alpha).sum(0)
 
     def _embedding(self, feats: Tensor, quads: Quadruplets) -> Tensor:
-        _checks._matrix("feats", feats)
-        _checks._devices(feats, quads.i)
-        _same_batch(feats, quads)
         if feats.shape[0] == 0:
             return feats.sum().to(quads.s_ij.dtype)
         # Slots that are not valid are cut off before the norm, for the gradient of a row of NaN would be NaN even
@@ -129,12 +126,8 @@ class QuadrupletLoss(nn.Module):
 def _fits(feats: Tensor, quads: Quadruplets) -> bool:
     """Whether the operator has this: tensors of the CPU, of whom nobody asks for more than first derivatives yet."""
     return (
-        isinstance(feats, Tensor)
-        and isinstance(quads, Quadruplets)
-        and feats.dim() == 2
-        and feats.dtype in _checks.FLOATS
-        and quads.s_ij.dtype in (torch.float32, torch.float64)
-        and feats.device.type == quads.i.device.type == "cpu"
+        quads.s_ij.dtype in (torch.float32, torch.float64)
+        and feats.device.type == "cpu"
         and _checks.concrete(feats)
         and forward_ad._current_level < 0
     )
@@ -167,8 +160,16 @@ def _backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Any, ...]:
 ops.differentiable("quadruplet_loss", _backward, _keep)
 
 
-def _same_batch(feats: Tensor, quads: Quadruplets) -> None:
+def _quadruplets(quads: Quadruplets) -> None:
+    if not isinstance(quads, Quadruplets):
+        raise TypeError(f"quads is a {type(quads).__name__}; Quadruplets are accepted")
+
+
+def _of_batch(feats: Tensor, quads: Quadruplets) -> None:
     """Refuses features that are not those of the quadruplets, as far as their number tells."""
+    _quadruplets(quads)
+    _checks._matrix("feats", feats)
+    _checks._devices(feats, quads.i)
     rows = feats.shape[0]
     mined = None if torch.compiler.is_compiling() else quads.mined_rows()
     if mined is not None and mined != rows:

@@ -140,7 +140,7 @@ def test_every_entry_compiles_into_one_graph(call):
         "score_matrix of two": lambda x: pddm_ext.score_matrix(x[:5], unit, x[5:]),
         "topk": lambda x: pddm_ext.topk(x[:3], x, 4, unit)[1],
         "unit": lambda x: unit(x, x.flip(0)),
-        "mine": lambda x: unit.mine(x, labels, mode="anchor").s_ik,
+        "method": lambda x: unit.mine(x, labels, mode="anchor").s_ik,
         "some": lambda x: unit.mine(x, labels, mode="anchor", candidates=3).s_ik,
     }
     compiled = torch.compile(functions[call], fullgraph=True, backend="aot_eager")
