@@ -1,0 +1,54 @@
+"""Mining by candidates over exact mining: what it saves, and how its cost grows. A row of the table is a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pddm_ext import mine_and_score
+from races import batch, race, row
+
+COUNT = 32
+
+
+@pytest.mark.parametrize(("dim", "wanted"), [(512, 25), (128, 15)])
+@torch.no_grad()
+def test_over_exact(benchmark: Any, dim: int, wanted: float) -> None:
+    given = batch(4096, dim)
+    ratio = race(
+        benchmark,
+        lambda: mine_and_score(*given, mode="anchor", candidates=COUNT),
+        {"exact": lambda: mine_and_score(*given, mode="anchor")},
+        rounds=3,
+    )
+    row(
+        benchmark,
+        f'`"anchor"` by {COUNT} candidates, n=4096, 4 per class, d=h=m={dim}',
+        **{"exact mining": (ratio["exact"], wanted)},
+    )
+
+
+@torch.no_grad()
+def test_growth(benchmark: Any) -> None:
+    small, large = batch(4096, 128), batch(32768, 128)
+    ratio = race(
+        benchmark,
+        lambda: mine_and_score(*small, mode="anchor", candidates=COUNT),
+        {"n=32768": lambda: mine_and_score(*large, mode="anchor", candidates=COUNT)},
+        rounds=5,
+    )
+    # Of which the products alone, which grow with n²: what is left grows with n.
+    rows = large[0] / large[0].norm(dim=1, keepdim=True)
+    products = race(
+        benchmark,
+        lambda: mine_and_score(*small, mode="anchor", candidates=COUNT),
+        {"products": lambda: [part @ rows.T for part in rows.split(128)]},
+        rounds=5,
+    )
+    row(
+        benchmark,
+        f"the same by {COUNT} candidates, n=4096, d=128",
+        **{"n=32768": (ratio["n=32768"], -12), "the dot products alone of n=32768": (products["products"], 0)},
+    )
