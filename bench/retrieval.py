@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 
+from pddm_ext import PDDM, mine_and_score
 from pddm_ext.workbench import compare, measuring
 from pddm_ext.workbench.checkpoint import write_bytes
 from pddm_ext.workbench.console import Progress
@@ -29,13 +30,18 @@ from pddm_ext.workbench.evaluation import retrieval
 from pddm_ext.workbench.evaluation.separation import pairs, separation, verification
 from pddm_ext.workbench.fitting import SCALE, FittedUnit, fit
 from pddm_ext.workbench.loop import CHECKPOINT, Run
+from pddm_ext.workbench.methods import rank_by_distance
 from pddm_ext.workbench.report import figures, page
 from pddm_ext.workbench.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE, DOCS, README = ROOT / "bench/results/retrieval", ROOT / "docs", ROOT / "README.md"
 #: Pages and their templates.
-PAGES = {DOCS / "results.md": "results.md.j2", DOCS / "results-drawings.md": "drawings.md.j2"}
+PAGES = {
+    DOCS / "results.md": "results.md.j2",
+    DOCS / "results-drawings.md": "drawings.md.j2",
+    DOCS / "candidates.md": "candidates.md.j2",
+}
 BEGIN, END = (f"<!-- bench/results/retrieval: {mark} -->\n" for mark in ("begin", "end"))
 RUNS = ROOT / "runs/results"
 
@@ -141,6 +147,10 @@ STRONGEST = ("multi-similarity", "proxy-anchor", "norm-softmax", "sub-center-arc
 SCORING = ("recommended", "joint", "pddm-pair")
 #: On whose embedding a classifier is trained, too.
 CLASSIFIED = "multi-similarity"
+#: Numbers of candidates that are compared with exact mining, and the most rows it is done of.
+COUNTS, MOST = (8, 16, 32, 64, 128), 2048
+#: Whose units mine there: one trained together with the embedding, one afterwards.
+MINING = ("pddm-pair", "recommended")
 #: Whose thresholds are carried from validation to test.
 CALIBRATED = (*SCORING, "multi-similarity")
 #: What the second stage consists of, one change at a time.
@@ -187,6 +197,12 @@ GRIDS = {
         f"{data}-known": _classes(data, (*SCORING[:1], FALLING_BACK, *SCORING[1:], *STRONGEST), known=True)
         for data in ("omniglot", "glyphs")
     },
+    **{
+        f"{data}-candidates": _drawings(
+            data, ("pddm-pair", "pddm-pair:candidates=32", "pddm-pair:candidates=8"), lrs=LRS[1:2]
+        )
+        for data in ("omniglot", "glyphs")
+    },
     **{f"{data}-unseen": _classes(data, (*SCORING, *STRONGEST), known=False) for data in ("omniglot", "glyphs")},
     "omniglot": _drawings("omniglot", METHODS),
     "glyphs": _drawings("glyphs", METHODS),
@@ -218,6 +234,8 @@ def run(name: str, roots: dict[str, str], jobs: int) -> None:
     stored = {"raw": raw, "cells": {label: [_kept(metrics) for metrics in seeds] for label, seeds in cells.items()}}
     if name.endswith("-known"):
         stored["classifier"] = [_rounded(classifier(cell)) for cell in grid.cells() if cell.label == CLASSIFIED]
+        of = {label: [cell for cell in grid.cells() if cell.label == label] for label in MINING}
+        stored["agreement"] = [_rounded(agreement(*both)) for both in zip(*of.values(), strict=True)]
     if name == "grocery-stage":
         seeds = [elsewhere(cell) for cell in grid.cells() if cell.label == "recommended"]
         stored["cells"] |= {place: [_rounded(seed[place]) for seed in seeds] for place in seeds[0]}
@@ -276,6 +294,54 @@ def elsewhere(cell: compare.Cell) -> dict[str, Any]:
             "results": {by: results[by] for by in ("distance", "score")},
             "pairs": {by: {key: separated[by][key] for key in kept} for by in ("distance", "score")},
         }
+    return found
+
+
+def agreement(joint: compare.Cell, two_stages: compare.Cell) -> dict[str, dict[str, dict[str, float]]]:
+    """How much of exact mining is left where each row has few candidates, on the features of finished runs' galleries.
+
+    Returns:
+        For each unit, by the number of candidates: ``k`` and ``l``, the shares of rows whose hardest negative, and
+        whose positive's, is the exact one; ``loss``, by how much the score of k is lower in the mean, in standard
+        deviations of all scores of k.
+    """
+    runs = {label: _finished(cell) for label, cell in zip(MINING, (joint, two_stages), strict=True)}
+    rows, labels = {}, {}
+    for label, run in runs.items():
+        assert run.test.gallery is not None
+        chosen = run.test.gallery[:MOST]
+        rows[label], labels[label] = run.look().features[chosen], run.test.labels[chosen]
+    generator = torch.Generator().manual_seed(joint.settings.seed)
+    torch.manual_seed(joint.settings.seed)
+    dim = joint.settings.dim
+    near, far = PDDM(dim), PDDM(dim)
+    rank_by_distance(near)
+    rank_by_distance(far)
+    with torch.no_grad():
+        far.s.weight.neg_()
+    trained = {label: (rows[label], run.learner.unit) for label, run in runs.items()}
+    nowhere = torch.randn(rows["pddm-pair"].shape, generator=generator)
+    cases = {
+        "trained together (`pddm-pair`)": trained["pddm-pair"],
+        "trained afterwards (`recommended`)": trained["recommended"],
+        "starts as a function of the distance": (rows["pddm-pair"], near),
+        "starts at random": (rows["pddm-pair"], PDDM(dim)),
+        "trained together, on rows without any order": (nowhere, trained["pddm-pair"][1]),
+        "says the opposite of the distance": (rows["pddm-pair"], far),
+    }
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, (features, unit) in cases.items():
+        classes = labels["recommended" if name.startswith("trained afterwards") else "pddm-pair"]
+        with torch.no_grad():
+            exact = mine_and_score(features, classes, unit, mode="anchor")
+            found[name] = {}
+            for count in COUNTS:
+                some = mine_and_score(features, classes, unit, mode="anchor", candidates=count)
+                found[name][str(count)] = {
+                    "k": float((some.k == exact.k).double().mean()),
+                    "l": float((some.l == exact.l).double().mean()),
+                    "loss": float((exact.s_ik - some.s_ik).mean() / exact.s_ik.std()),
+                }
     return found
 
 
@@ -369,6 +435,7 @@ class Grid:
     def __init__(self, name: str) -> None:
         stored = json.loads((STORE / f"{name}.json").read_text())
         self.raw, self.cells = stored["raw"], stored["cells"]
+        self.agreement = stored.get("agreement", [])
         self.classifier, self.calibration = stored.get("classifier", []), stored.get("calibration", {})
 
     def recall(self, label: str, ranking: str = "distance") -> list[float]:
@@ -418,6 +485,10 @@ class Grid:
                 value = value if key == "by" else value[key]
             found.append(100 * value)
         return found
+
+    def agreed(self, case: str, count: int, what: str) -> list[float]:
+        """``"k"`` and ``"l"`` in percent, or ``"loss"``, of :func:`agreement`."""
+        return [seed[case][str(count)][what] * (1 if what == "loss" else 100) for seed in self.agreement]
 
     def carried(self, label: str, by: str, rate: str, what: str) -> list[float]:
         """``"tpr"`` or ``"fpr"`` on the test pictures at a threshold of the validation ones, in percent."""
@@ -501,6 +572,7 @@ def _filled(template: str) -> str:
         seeds=SEEDS,
         steps=STEPS,
         lrs=LRS,
+        counts=COUNTS,
     )
     return text.strip() + "\n"
 
@@ -521,9 +593,30 @@ def _reliability(grid: Grid) -> Figure:
     return figure
 
 
+def _agreement(stored: dict[str, Grid]) -> Figure:
+    figure = Figure(figsize=(4.2 * len(stored), 3.6), layout="constrained")
+    for axes, (name, grid) in zip(figure.subplots(1, len(stored), squeeze=False)[0], stored.items(), strict=True):
+        for case in grid.agreement[0]:
+            shares = [statistics.fmean(grid.agreed(case, count, "k")) for count in COUNTS]
+            axes.plot(COUNTS, shares, marker="o", markersize=3, linewidth=1.2, label=case.replace("`", ""))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        axes.set_xlabel("candidates")
+        axes.set_ylabel("rows whose k is the exact one, %")
+        axes.set_title(name.capitalize(), fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
 def draw() -> None:
     """The pages' plots, docs/results-*.svg."""
     write_bytes(DOCS / "results-reliability.svg", figures.svg(_reliability(Grid("grocery-known"))))
+    known = {name: STORE / f"{name}-known.json" for name in ("grocery", "omniglot", "glyphs")}
+    grids = {name: Grid(f"{name}-known") for name, path in known.items() if path.exists()}
+    compared = {name: grid for name, grid in grids.items() if grid.agreement}
+    if compared:
+        write_bytes(DOCS / "results-candidates.svg", figures.svg(_agreement(compared)))
     for name in ("omniglot", "glyphs"):
         grid = Grid(name)
         for against in ("step", "seconds"):
