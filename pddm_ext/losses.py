@@ -26,6 +26,9 @@ class QuadrupletLoss(nn.Module):
 
     The paper's γ is the optimizer's weight decay (5e-4 there). No valid quadruplet gives 0 with zero gradients.
 
+    The mean over tensors of the CPU is one operator forward and one backward; what it does not have (other devices and
+    reductions, compiled graphs, ``torch.func``, second derivatives) plain PyTorch computes, as in ``reference``.
+
     Source: Huang, Loy, Tang, NIPS 2016, equations 3 to 5.
 
     Args:
