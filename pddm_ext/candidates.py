@@ -6,6 +6,7 @@ nothing but each row's nearest is kept of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,53 +20,72 @@ from .quadruplets import MODES
 #: Dot products in memory at once.
 _ENTRIES = 2**22
 
-
-class Candidates(NamedTuple):
-    """Rows that a row is scored with, in ascending order, −1 where there are fewer."""
-
-    #: (n, C) int64, of other classes: the C nearest.
-    near: Tensor
-    #: (n, F) int64, F ≤ C, of its own class: the F farthest, which are all where a class has no more.
-    far: Tensor
+_Score = Callable[[Tensor], Tensor]
+"""Scores of pairs of rows, i·n + j."""
 
 
-@torch.no_grad()
-def choose(feats: Tensor, labels: Tensor, count: int) -> Candidates:
-    """Each row's candidates, by the dot product of unit rows; of equal ones the lowest rows, and NaN last.
+class Rows(NamedTuple):
+    """A batch as its candidates are chosen from it."""
+
+    #: (n, d) unit rows, in the scores' dtype.
+    unit: Tensor
+    #: (n,) bool, whether a row has no NaN and no infinity.
+    finite: Tensor
+    #: (n,) int64, numbers of classes from 0.
+    classes: Tensor
+    #: (c,) int64, rows of each class.
+    sizes: Tensor
+
+
+def rows_of(feats: Tensor, labels: Tensor) -> Rows:
+    """Of feats (n, d), any strides and norms, and labels (n,), any integers."""
+    unit = F.normalize(feats.to(score_dtype(feats)), dim=1)
+    classes, sizes = torch.unique(labels.long(), return_inverse=True, return_counts=True)[1:]
+    return Rows(unit, unit.isfinite().all(1), classes, sizes)
+
+
+def nearest(rows: Rows, of: Tensor, count: int) -> Tensor:
+    """Rows of other classes with the largest dot products, in ascending order: (m, count), −1 where there are fewer.
+
+    Of products that are equal as they are computed those of the lowest rows. Rows that are not finite are nobody's, and
+    have none, since no score of theirs wins.
 
     Args:
-        feats: (n, d), any strides and norms.
-        labels: (n,), any integers.
-        count: C, from 1 to n − 1.
+        rows: n of them.
+        of: (m,), whose.
+        count: from 1 to n − 1.
     """
-    with no_autocast(feats):
-        rows = F.normalize(feats.to(score_dtype(feats)), dim=1)
-        n = len(rows)
-        classes, size = torch.unique(labels.long(), return_inverse=True, return_counts=True)[1:]
-        order = classes.argsort(stable=True)
-        begin = size.cumsum(0) - size
-        near = torch.empty(n, count, dtype=torch.int64, device=rows.device)
-        for lot in torch.split(torch.arange(n, device=rows.device), max(1, _ENTRIES // n)):
-            same = classes[lot, None] == classes
-            near[lot] = _first(rows[lot] @ rows.T, same, count)
+    found = torch.empty(len(of), count, dtype=torch.int64, device=of.device)
+    for part in torch.split(torch.arange(len(of), device=of.device), max(1, _ENTRIES // len(rows.unit))):
+        at = of[part]
+        but = (rows.classes[at, None] == rows.classes) | ~rows.finite | ~rows.finite[at, None]
+        found[part] = _first(rows.unit[at] @ rows.unit.T, but, count)
+    return found
 
-        most = min(int(size.max()) - 1, count)
-        far = torch.full((n, most), -1, device=rows.device)
-        others = torch.arange(most, device=rows.device)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(n, device=rows.device) - begin[classes[order]]
-        # Of a small class the others, itself skipped.
-        small = size[classes] - 1 <= count
-        at = others + (others >= place[small, None])
-        there = others < size[classes[small], None] - 1
-        at = (begin[classes[small], None] + at).clamp(max=n - 1)
-        far[small] = torch.where(there, order[at], -1)
-        for c in (size - 1 > count).nonzero().flatten().tolist():
-            own = order[begin[c] : begin[c] + size[c]]
-            for lot in torch.split(torch.arange(len(own), device=rows.device), max(1, _ENTRIES // len(own))):
-                itself = lot[:, None] == torch.arange(len(own), device=rows.device)
-                far[own[lot]] = own[_first(-(rows[own[lot]] @ rows[own].T), itself, most)]
-    return Candidates(near, far)
+
+def farthest(rows: Rows, count: int) -> Tensor:
+    """Each row's positives, or those of the least dot products, in ascending order: (n, ≤ count), −1 for none.
+
+    Of equal ones the lowest rows, and rows that are not finite last.
+    """
+    n, device = len(rows.unit), rows.unit.device
+    order = rows.classes.argsort(stable=True)
+    begin = rows.sizes.cumsum(0) - rows.sizes
+    most = min(int(rows.sizes.max()) - 1, count)
+    far = torch.full((n, most), -1, device=device)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(n, device=device) - begin[rows.classes[order]]
+    # Of a small class the others, itself skipped.
+    small = rows.sizes[rows.classes] - 1 <= count
+    classes, others = rows.classes[small], torch.arange(most, device=device)
+    at = begin[classes, None] + others + (others >= place[small, None])
+    far[small] = torch.where(others < rows.sizes[classes, None] - 1, order[at.clamp(max=n - 1)], -1)
+    for c in (rows.sizes - 1 > count).nonzero().flatten().tolist():
+        own = order[begin[c] : begin[c] + rows.sizes[c]]
+        for part in torch.split(torch.arange(len(own), device=device), max(1, _ENTRIES // len(own))):
+            itself = part[:, None] == torch.arange(len(own), device=device)
+            far[own[part]] = own[_first(-(rows.unit[own[part]] @ rows.unit[own].T), itself, most)]
+    return far
 
 
 def _first(values: Tensor, but: Tensor, count: int) -> Tensor:
@@ -94,36 +114,63 @@ def _mine(feats: Tensor, labels: Tensor, *unit_mode_and_count: Any) -> tuple[Ten
     Each unordered pair is scored once, though both of its rows may ask for it.
     """
     *unit, mode, count = unit_mode_and_count
-    n = len(feats)
-    near, far = choose(feats, labels, count)
-    rows = torch.arange(n, device=feats.device)
-    (negative, of_near), (positive, of_far) = (_distinct(rows, asked) for asked in (near, far))
-    pairs = torch.cat([positive, negative])
-    scores = torch.ops.pddm.score_pairs(feats, pairs // n, pairs % n, *unit)
-    positives, negatives = scores.split([len(positive), len(negative)])
 
+    def score(pairs: Tensor) -> Tensor:
+        scored: Tensor = torch.ops.pddm.score_pairs(feats, pairs // len(feats), pairs % len(feats), *unit)
+        return scored
+
+    with no_autocast(feats):
+        rows = rows_of(feats, labels)
+        if MODES[mode] == "batch":
+            return _hardest(rows, score, count)
+        return _hard(rows, score, count, anchors=MODES[mode] == "anchor")
+
+
+def _hardest(rows: Rows, score: _Score, count: int) -> tuple[Tensor, ...]:
+    """The quadruplet of the hardest positive pair: the candidates of two rows are enough."""
+    n = len(rows.unit)
+    every = torch.arange(n, device=rows.unit.device)
+    pairs, _ = _distinct(every, farthest(rows, count), n)
+    pair, s_ij, valid = _largest(-score(pairs)[None], pairs[None])
+    both = torch.cat([pair // n, pair % n])
+    near = nearest(rows, both, count)
+    negative, place = _distinct(both, near, n)
+    k, s_k, found = _largest(_spread(score(negative), place, near), near)
+    i, j, s_ik, s_jl = both[:1], both[1:], s_k[:1], s_k[1:]
+    return _slots(valid & found.all(), (i, j, k[:1], k[1:]), (-s_ij, s_ik, s_jl))
+
+
+def _hard(rows: Rows, score: _Score, count: int, *, anchors: bool) -> tuple[Tensor, ...]:
+    """The quadruplet of each row with its own hardest positive, or of each positive pair that is scored."""
+    n = len(rows.unit)
+    every = torch.arange(n, device=rows.unit.device)
+    near, far = nearest(rows, every, count), farthest(rows, count)
+    (negative, of_near), (positive, of_far) = _distinct(every, near, n), _distinct(every, far, n)
+    scores = score(torch.cat([negative, positive]))
+    negatives, positives = scores[: len(negative)], scores[len(negative) :]
     k, s_k, found = _largest(_spread(negatives, of_near, near), near)
-    if MODES[mode] == "anchor":
-        i = rows
-        j, s_ij, valid = _largest(-_spread(positives, of_far, far), far)
+    if anchors:
+        i, (j, s_ij, valid) = every, _largest(-_spread(positives, of_far, far), far)
         s_ij = -s_ij
     else:
-        i, j, s_ij = positive // n, positive % n, positives
-        valid = torch.ones_like(i, dtype=torch.bool)
-        if MODES[mode] == "batch":
-            every = torch.arange(len(positive), device=feats.device)[None]
-            at, s_ij, valid = _largest(-positives[None], every)
-            i, j, s_ij = (i[at], j[at], -s_ij) if len(positive) else (rows[:1], rows[:1], s_ij)
-    valid = valid & found[i] & found[j]
-    slots = [torch.where(valid, index, -1) for index in (i, j, k[i], k[j])]
-    return (*(torch.where(valid, s, 0) for s in (s_ij, s_k[i], s_k[j])), *slots, valid)
+        i, j, s_ij, valid = positive // n, positive % n, positives, torch.ones_like(positive, dtype=torch.bool)
+    return _slots(valid & found[i] & found[j], (i, j, k[i], k[j]), (s_ij, s_k[i], s_k[j]))
 
 
-def _distinct(rows: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+def _slots(valid: Tensor, indices: tuple[Tensor, ...], scores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In the operator's order: scores, indices, and which are valid."""
+    return (
+        *(torch.where(valid, s, 0) for s in scores),
+        *(torch.where(valid, index, -1) for index in indices),
+        valid,
+    )
+
+
+def _distinct(rows: Tensor, asked: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The unordered pairs of rows with those they ask for, i·n + j of i < j in ascending order; and where each is."""
     rows = rows[:, None].expand_as(asked)[asked >= 0]
     others = asked[asked >= 0]
-    keys = torch.minimum(rows, others) * len(asked) + torch.maximum(rows, others)
+    keys = torch.minimum(rows, others) * n + torch.maximum(rows, others)
     distinct, place = torch.unique(keys, return_inverse=True)
     return distinct, place
 
@@ -137,7 +184,7 @@ def _spread(scores: Tensor, places: Tensor, asked: Tensor) -> Tensor:
 
 def _largest(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row the column of its largest score that is no NaN (the first of equal ones), the score, and whether
-    there is one."""
+    there is one; column 0 where there is none at all."""
     if scores.shape[1] == 0:
         none = scores.new_zeros(len(scores), dtype=torch.bool)
         return none.long(), scores.new_zeros(len(scores)), none
@@ -159,7 +206,8 @@ def _operator() -> torch.library.Library:
     schema = schema.replace("pddm::mine(", "mine_candidates(").replace(", int mode)", ", int mode, SymInt candidates)")
     library = torch.library.Library("pddm", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(schema)  # type: ignore[no-untyped-call]
-    library.impl("mine_candidates", _mine, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    # This way the compiler leaves it alone where a graph breaks at it.
+    torch.library.register_kernel("pddm::mine_candidates", ("cpu", "cuda"), _mine, lib=library)
     ops.shapes("mine_candidates")(ops.shapes_of_mining)
     ops.differentiable("mine_candidates", ops.mine_backward, ops.keep_mined)
     return library

@@ -127,10 +127,17 @@ class QuadrupletLoss(nn.Module):
 
 
 def _fits(feats: Tensor, quads: Quadruplets) -> bool:
-    """Whether the operator has this: tensors of the CPU, of whom nobody asks for more than first derivatives yet."""
+    """Whether the operator has this: tensors of the CPU, of whom nobody asks for more than first derivatives yet, and
+    quadruplets as mining makes them."""
+    shape, scores = quads.valid.shape, quads.s_ij.dtype
     return (
-        quads.s_ij.dtype in (torch.float32, torch.float64)
-        and feats.device.type == "cpu"
+        feats.device.type == "cpu"
+        and scores in (torch.float32, torch.float64)
+        and quads.valid.dtype is torch.bool
+        and len(shape) == 1
+        and all(t.dtype is torch.int64 and t.shape == shape and t.device.type == "cpu" for t in quads[:4])
+        and all(t.dtype is scores and t.shape == shape and t.device.type == "cpu" for t in quads[4:7])
+        and quads.valid.device.type == "cpu"
         and _checks.concrete(feats)
         and forward_ad._current_level < 0
     )
@@ -151,7 +158,9 @@ def _backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Any, ...]:
         plain = QuadrupletLoss(ctx.alpha, ctx.beta, ctx.weight)
         plain._fused = False
         with torch.enable_grad():
-            loss = plain(feats, Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid))
+            # Of copies, or what leads from the features to the scores would be gone through here as well.
+            given = tuple(x.view_as(x) for x in given)
+            loss = plain(given[0], Quadruplets(i, j, k, l, *given[1:], valid))
             wanted = [x for x in given if x.requires_grad]
             found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True, allow_unused=True))
         gradients = tuple(next(found) if x.requires_grad else None for x in given)

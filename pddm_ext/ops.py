@@ -252,11 +252,12 @@ for _name, _gradient in _GRADIENTS.items():
 
 def call(name: str, *arguments: Any) -> Any:
     """``torch.ops.pddm.<name>``, also under the transforms of ``torch.func`` and within forward-mode levels."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing:
         _refuse_onnx()  # of its exporter before torch.export
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _TRANSFORMABLE[name].apply(*arguments)
-    if torch.is_grad_enabled() and name in _EAGER and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and name in _EAGER and not (tracing or torch.compiler.is_compiling()):
         return _EAGER[name].apply(*arguments)
     return getattr(torch.ops.pddm, name)(*arguments)
 

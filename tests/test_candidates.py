@@ -40,15 +40,23 @@ def mask(columns: Tensor, n: int) -> Tensor:
     return found[:, :n]
 
 
+def chosen(feats: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Every row's nearest of other classes, and the farthest of its own."""
+    rows = candidates.rows_of(feats, labels)
+    return candidates.nearest(rows, torch.arange(len(feats), device=feats.device), count), candidates.farthest(
+        rows, count
+    )
+
+
 def cost(call) -> int:
     reset_counters()
     call()
     return counters()["pairs_scored"]
 
 
-def assert_largest(chosen: Tensor, alike: Tensor, allowed: Tensor, count: int) -> None:
-    """Chosen (n, c) are ``count`` of the largest allowed values, give or take rounding; all where there are fewer."""
-    for row, columns in enumerate(chosen.tolist()):
+def assert_largest(found: Tensor, alike: Tensor, allowed: Tensor, count: int) -> None:
+    """Those found (n, c) are ``count`` of the largest allowed values, give or take rounding, or all of fewer."""
+    for row, columns in enumerate(found.tolist()):
         there = [c for c in columns if c >= 0]
         assert there == sorted(set(there))
         assert columns == there + [-1] * (len(columns) - len(there))
@@ -65,7 +73,7 @@ def test_they_are_the_nearest_of_other_classes_and_the_farthest_of_the_own(batch
     n = len(feats)
     if count >= n:
         return
-    near, far = (t.cpu() for t in candidates.choose(feats, labels, count))
+    near, far = (t.cpu() for t in chosen(feats, labels, count))
     rows = F.normalize(feats.cpu().double(), dim=1)
     alike, same = rows @ rows.T, labels.cpu()[:, None] == labels.cpu()
     assert near.shape == (n, count)
@@ -76,23 +84,25 @@ def test_they_are_the_nearest_of_other_classes_and_the_farthest_of_the_own(batch
 def test_of_equal_products_the_lowest_rows_are_taken():
     rows = torch.eye(4, device=DEVICE).repeat(5, 1)  # whose products are exactly 0 and 1
     labels = torch.arange(20, device=DEVICE)
-    near = candidates.choose(rows, labels, 3).near
+    near, _ = chosen(rows, labels, 3)
     assert near[0].tolist() == [4, 8, 12]
     assert near[19].tolist() == [3, 7, 11]
-    assert candidates.choose(rows, labels, 6).near[0].tolist() == [1, 2, 4, 8, 12, 16]
-    one = candidates.choose(rows, torch.zeros_like(labels), 4)
-    assert one.near.tolist() == [[-1] * 4] * 20
-    assert one.far[0].tolist() == [1, 2, 3, 5]
+    assert chosen(rows, labels, 6)[0][0].tolist() == [1, 2, 4, 8, 12, 16]
+    near, far = chosen(rows, torch.zeros_like(labels), 4)
+    assert near.tolist() == [[-1] * 4] * 20
+    assert far[0].tolist() == [1, 2, 3, 5]
 
 
-def test_rows_that_are_not_finite_come_last():
+def test_rows_that_are_not_finite_are_nobodys_candidates_and_have_none():
     feats = make_features(8, 3)
-    feats[3] = torch.nan
-    labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3], device=DEVICE)
-    near, far = candidates.choose(feats, labels, 5)
-    assert 3 not in near[0].tolist()
-    assert candidates.choose(feats, labels, 6).near[0].tolist() == [2, 3, 4, 5, 6, 7]
-    assert far.tolist() == [[1], [0], [3], [2], [5], [4], [7], [6]]
+    feats[3], feats[6] = torch.nan, torch.inf
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2], device=DEVICE)
+    near, far = chosen(feats, labels, 7)
+    assert near[0].tolist() == [2, 4, 5, 7, -1, -1, -1]
+    assert near[3].tolist() == near[6].tolist() == [-1] * 7
+    assert far[2].tolist() == [3, -1, -1]
+    assert far[4].tolist() == [5, 6, 7]
+    assert chosen(feats, labels, 2)[1][4].tolist() == [5, 7]
 
 
 @cpu_only(ANY_CALL)
@@ -102,7 +112,7 @@ def test_what_is_mined_is_the_best_of_them_by_the_units_score(batch: Batch, coun
     n = len(feats)
     if count >= n:
         return
-    near, far = candidates.choose(feats, labels, count)
+    near, far = chosen(feats, labels, count)
     negative, positive = mask(near, n), mask(far, n)
     with instruction_set(batch.capability), torch.no_grad():
         scores = pddm_ext.score_matrix(feats, unit)
@@ -151,8 +161,20 @@ def test_it_scores_no_more_than_it_may(per_class, count, mode):
     positives = 80 * (per_class - 1) // 2
     scored = cost(lambda: unit.mine(feats, labels, mode=mode, candidates=count))
     assert scored <= 80 * count + min(positives, 80 * count)
-    near, far = candidates.choose(feats, labels, count)
-    assert scored == sum(int((m | m.T).triu().sum()) for m in (mask(near, 80), mask(far, 80)))
+    near, far = (mask(t, 80) for t in chosen(feats, labels, count))
+    pairs = int((far | far.T).triu().sum())
+    assert scored == pairs + (2 * count if mode == "batch" else int((near | near.T).triu().sum()))
+
+
+def test_rows_of_no_class_cost_nothing():
+    feats, labels, unit = make_features(80, 5), make_labels(80), make_unit(5)
+    known = torch.arange(80, device=DEVICE) < 20
+    marked = torch.where(known, labels, -1)
+    costs = [
+        cost(lambda: unit.mine(feats, marked, mode="anchor", ignore_label=-1, candidates=3)),
+        cost(lambda: unit.mine(feats[known], labels[known], mode="anchor", candidates=3)),
+    ]
+    assert costs[0] == costs[1] > 0
 
 
 def test_nothing_of_the_size_of_the_matrix_is_kept(monkeypatch):

@@ -12,6 +12,7 @@ from helpers import (
     MODES,
     assert_same_bits,
     cpu_only,
+    host_only,
     make_features,
     make_labels,
     make_unit,
@@ -124,6 +125,52 @@ def test_at_zero_a_row_has_the_gradient_that_normalising_has():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_gradient_is_the_same_where_it_is_to_be_differentiated_in_turn(mode):
+    """Also through scores that were mined from the same features."""
+    x, labels = make_features(12, 5, dtype=torch.float64).requires_grad_(), make_labels(12)
+    unit = reference.PDDM(5).double().to(DEVICE)
+    gradients = [
+        torch.autograd.grad(loss(x, unit.mine(x, labels, mode=mode)), [x, *unit.parameters()], create_graph=graph)
+        for loss in (pddm_ext.QuadrupletLoss(), reference.QuadrupletLoss())
+        for graph in (False, True)
+    ]
+    for others in gradients[1:]:
+        torch.testing.assert_close(others, gradients[0])
+
+
+def test_other_fields_than_mining_makes_are_computed_plainly():
+    feats, labels = make_features(12, 6), make_labels(12)
+    quads = make_unit(6).mine(feats, labels, mode="anchor")
+    for changed in (
+        {"s_ik": quads.s_ik.double()},
+        {name: getattr(quads, name).int() for name in "ijkl"},
+        {"s_ij": quads.s_ij[:1]},
+    ):
+        given = quads._replace(**changed)
+        found, wanted = pddm_ext.QuadrupletLoss()(feats, given), reference.QuadrupletLoss()(feats, given)
+        assert_same_bits(found, wanted)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        pddm_ext.QuadrupletLoss()(feats, quads._replace(valid=quads.valid.to("meta")))
+
+
+@host_only("the tracer runs what it has traced once more")
+def test_a_step_can_be_traced():
+    feats, labels = make_features(12, 6), make_labels(12)
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unit = make_unit(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return pddm_ext.QuadrupletLoss()(x, self.unit.mine(x, labels, mode="anchor"))
+
+    step = Step()
+    traced = torch.jit.trace(step, (feats,))
+    torch.testing.assert_close(traced(2 * feats + 1), step(2 * feats + 1))
+
+
 def test_second_derivatives_are_those_of_the_plain_loss():
     feats, labels = make_features(12, 4, dtype=torch.float64), make_labels(12)
     quads = make_unit(4).double().mine(feats, labels, mode="anchor")
@@ -146,6 +193,12 @@ def test_the_operator_checks_what_would_be_read_out_of_bounds():
             call(feats, *scores, i, j, k.clone().index_fill_(0, torch.tensor(3), wrong), l, valid, 0.5, 1.0, 0.5)
     with pytest.raises(RuntimeError, match="must be of one length"):
         call(feats, *scores, i[:5], j, k, l, valid, 0.5, 1.0, 0.5)
+    # What is not valid is not looked at, whatever its hinges.
+    nowhere, no_slot, every = torch.full_like(i, 10**8), torch.zeros_like(valid), torch.full((12,), 15).byte()
+    gradients = torch.ops.pddm.quadruplet_loss_backward(
+        torch.ones(()), every, feats, *scores, *[nowhere] * 4, no_slot, 0.5
+    )
+    assert not any(gradient.any() for gradient in gradients)
 
 
 def test_the_loss_takes_half_precision_features():

@@ -16,6 +16,7 @@ namespace pddm::cpu {
 
 // A thread costs more than so many numbers do: the batches that most people train with stay on one.
 constexpr int64_t kLossPart = 1 << 16;
+constexpr int64_t kLossColumns = 64;  // at least, where columns are shared out: whole cache lines
 
 // body(first, last) over all of [0, count), in parts of about kLossPart numbers.
 template <class Body>
@@ -118,15 +119,16 @@ void quadruplet_loss_backward(const Parallel& parallel, const Rows& rows, int64_
   const UnitRows<T> unit(parallel, rows, dim, quads);
   const T each = upstream / T(count_valid(quads)), weight = T(2) * each * T(embedding_weight);
   for (int64_t q = 0; q < quads.slots; ++q) {
-    const T k = open[q] & kScoreK ? each : T(0), l = open[q] & kScoreL ? each : T(0);
+    const uint8_t hinges = quads.valid[q] ? open[q] : 0;
+    const T k = hinges & kScoreK ? each : T(0), l = hinges & kScoreL ? each : T(0);
     d_s_ij[q] = -(k + l), d_s_ik[q] = k, d_s_jl[q] = l;
   }
   std::fill_n(d_rows, rows.count * dim, T(0));
   // Of unit rows, by columns, so that the quadruplets of a row are added in one order on any number of threads.
-  in_parts(parallel, dim, 8 * quads.slots, [&](int64_t first, int64_t last) {
+  in_parts(parallel, dim, std::min(8 * quads.slots, kLossPart / kLossColumns), [&](int64_t first, int64_t last) {
     for (int64_t q = 0; q < quads.slots; ++q) {
       const bool on_k = open[q] & kDistanceK, on_l = open[q] & kDistanceL;
-      if (!on_k && !on_l) continue;
+      if (!quads.valid[q] || (!on_k && !on_l)) continue;
       const T pull = weight * T(on_k + on_l), push_k = on_k ? weight : T(0), push_l = on_l ? weight : T(0);
       const int64_t i = quads.i[q] * dim, j = quads.j[q] * dim, k = quads.k[q] * dim, l = quads.l[q] * dim;
       const T *f_i = unit.f + i, *f_j = unit.f + j, *f_k = unit.f + k, *f_l = unit.f + l;
