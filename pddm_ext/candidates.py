@@ -55,10 +55,13 @@ def nearest(rows: Rows, of: Tensor, count: int) -> Tensor:
         of: (m,), whose.
         count: from 1 to n − 1.
     """
+    all_finite = bool(rows.finite.all())
     found = torch.empty(len(of), count, dtype=torch.int64, device=of.device)
     for part in torch.split(torch.arange(len(of), device=of.device), max(1, _ENTRIES // len(rows.unit))):
         at = of[part]
-        but = (rows.classes[at, None] == rows.classes) | ~rows.finite | ~rows.finite[at, None]
+        but = rows.classes[at, None] == rows.classes
+        if not all_finite:
+            but |= ~rows.finite | ~rows.finite[at, None]
         found[part] = _first(rows.unit[at] @ rows.unit.T, but, count)
     return found
 
