@@ -38,8 +38,9 @@ def mine_and_score(
             positives of each other nor as negatives of anybody. None: every number is a class, −1 too.
         candidates: C, to score only pairs of a row and the C rows of other classes nearest to it by the dot product of
             unit rows, and of a row and its positives (the C farthest, where there are more); k and l are the best of
-            these. At most 2nC + P scores, n² dot products and memory O(nC). In mode ``"pair"`` the slots are the
-            positive pairs that are scored. From C = n on nothing is left out; None is the same.
+            these. At most nC + P scores, n² dot products and memory O(nC); in mode ``"batch"``, which has little to
+            save, P + 2C scores and 2n dot products. In mode ``"pair"`` the slots are the positive pairs that are
+            scored. From C = n on nothing is left out; None is the same.
 
     A batch from which nothing can be learned is told once in words; see :func:`pddm_ext.set_health_checks`.
 
