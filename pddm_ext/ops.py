@@ -212,7 +212,7 @@ def _transformable(name: str, backward: Callable[..., Any], keep: Callable[..., 
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         if len({field.shape for result in results for field in result[:1]}) > 1:
-            raise ValueError("mode 'pair' has a slot for each positive pair that is scored, and vmap needs as many in every batch")
+            raise ValueError("mode 'pair' has a slot for each pair scored, and vmap needs as many in every batch")
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
     members = {"forward": forward, "setup_context": keep, "backward": backward, "jvp": _no_forward_mode, "vmap": vmap}

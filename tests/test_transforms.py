@@ -500,7 +500,7 @@ def test_vmap_mines_each_batch(mode: str) -> None:
 
 def test_vmap_of_pairs_wants_as_many_in_every_batch() -> None:
     labels, unit = torch.stack([LABELS, torch.arange(N) // 4]), unit_of(pddm_ext.PDDM)
-    with pytest.raises(ValueError, match="a slot for each positive pair, and vmap needs as many in every batch"):
+    with pytest.raises(ValueError, match="a slot for each pair scored, and vmap needs as many in every batch"):
         vmap(lambda x, y: tuple(unit.mine(x, y, mode="pair")))(torch.stack([rows(), rows()]), labels)
 
 
