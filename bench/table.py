@@ -56,7 +56,7 @@ def text(name: str, value: float) -> str:
     if name == "MiB":
         return f"{value:.1f} MiB"
     if "÷" in name:
-        return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+        return (f"{value:.1f}" if value >= 1 else f"{value:.2f}") + (f" {name}" if "," in name else "")
     return f"{value:.{1 if value < 100 else 0}f}× {name}"
 
 
@@ -122,10 +122,8 @@ def machine(run: dict[str, Any]) -> str:
     if "cuda" in run:
         return f"{run['processor']}, CUDA {run['cuda']}, {built}"
     peaks = sorted(r["peak_gflops"] for r in run["rows"] if "peak_gflops" in r)
-    return (
-        f"{run['processor']}, {run['threads']} threads, {run['instructions']}, multiply-add peak "
-        f"{peaks[len(peaks) // 2]:.0f} GFLOP/s (median), {built}"
-    )
+    peak = f"multiply-add peak {peaks[len(peaks) // 2]:.0f} GFLOP/s (median), " if peaks else ""
+    return f"{run['processor']}, {run['threads']} threads, {run['instructions']}, {peak}{built}"
 
 
 def cuda_notes(run: dict[str, Any]) -> str:
@@ -148,7 +146,7 @@ def cpu_notes(run: dict[str, Any]) -> str:
                 f" Of the {ours:.1f} ms of the {what}, mining is {r['mining_ms']:.1f} ms, of which "
                 f"{r['floor_ms']:.1f} ms are its pairs' multiply-adds at the peak."
             )
-    if not run["bfloat16"]:
+    if not run["bfloat16"] and any("mining_ms" in r for r in run["rows"]):
         notes += " No AVX-512-BF16 here: the two bfloat16 rows were not measured."
     return notes
 
@@ -173,7 +171,12 @@ def search_table(run: dict[str, Any]) -> str:
 
 
 _KERNELS = {README: reader_table, GOALS: goals_table}
-TABLES = {"cpu": _KERNELS, "cuda": _KERNELS, "search": {PHOTOGRAPHS: search_table}}
+TABLES = {
+    "cpu": _KERNELS,
+    "cuda": _KERNELS,
+    "candidates": {GOALS: goals_table},
+    "search": {PHOTOGRAPHS: search_table},
+}
 
 
 def page_with(page: Path, subject: str, run: dict[str, Any]) -> str:
