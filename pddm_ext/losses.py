@@ -84,10 +84,12 @@ class QuadrupletLoss(nn.Module):
         if self.regularizer is not None and labels is None:
             raise ValueError("labels are missing; a loss with a regularizer is called as loss(feats, quads, labels)")
         _of_batch(feats, quads)
-        if self._fused and self.reduction == "mean" and _fits(feats, quads):
+        margins = self.alpha, self.beta, self.weight
+        numbers = not any(isinstance(margin, Tensor) for margin in margins)  # one that learns has a gradient, too
+        if self._fused and self.reduction == "mean" and numbers and _fits(feats, quads):
             i, j, k, l, s_ij, s_ik, s_jl, valid = quads  # noqa: E741 - the paper's names
-            margins = float(self.alpha), float(self.beta), float(self.weight)
-            loss: Tensor = ops.call("quadruplet_loss", feats, s_ij, s_ik, s_jl, i, j, k, l, valid, *margins)[0]
+            given = (feats, s_ij, s_ik, s_jl, i, j, k, l, valid, *map(float, margins))
+            loss: Tensor = ops.call("quadruplet_loss", *given)[0]
         else:
             loss = self._reduced(self._similarity(quads) + self.weight * self._embedding(feats, quads), quads.valid)
         if self.regularizer is None or labels is None:
@@ -135,9 +137,9 @@ def _fits(feats: Tensor, quads: Quadruplets) -> bool:
         and scores in (torch.float32, torch.float64)
         and quads.valid.dtype is torch.bool
         and len(shape) == 1
-        and all(t.dtype is torch.int64 and t.shape == shape and t.device.type == "cpu" for t in quads[:4])
-        and all(t.dtype is scores and t.shape == shape and t.device.type == "cpu" for t in quads[4:7])
-        and quads.valid.device.type == "cpu"
+        and all(t.shape == shape and t.device.type == "cpu" for t in quads)
+        and all(t.dtype is torch.int64 for t in quads[:4])
+        and all(t.dtype is scores for t in quads[4:7])
         and _checks.concrete(feats)
         and forward_ad._current_level < 0
     )

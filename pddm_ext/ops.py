@@ -220,8 +220,8 @@ def _transformable(name: str, backward: Callable[..., Any], keep: Callable[..., 
 
 
 def _eager(name: str, backward: Callable[..., Any], keep: Callable[..., Any]) -> Any:
-    """The operator once more, without the half of a small batch's time that the registered gradient takes to find out
-    what it is called with."""
+    """The operator once more, without what the registered gradient takes to find out what it is called with: a small
+    batch would notice."""
     operator = getattr(torch.ops.pddm, name).default
 
     def forward(ctx: Any, *arguments: Any) -> Any:

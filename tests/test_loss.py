@@ -154,6 +154,15 @@ def test_other_fields_than_mining_makes_are_computed_plainly():
         pddm_ext.QuadrupletLoss()(feats, quads._replace(valid=quads.valid.to("meta")))
 
 
+def test_a_margin_that_learns_has_its_gradient():
+    feats, labels = make_features(12, 6), make_labels(12)
+    quads = make_unit(6).mine(feats, labels, mode="anchor")
+    loss = pddm_ext.QuadrupletLoss()
+    loss.alpha = torch.tensor(0.5, device=DEVICE, requires_grad=True)
+    loss(feats, quads).backward()
+    assert loss.alpha.grad > 0
+
+
 @host_only("the tracer runs what it has traced once more")
 def test_a_step_can_be_traced():
     feats, labels = make_features(12, 6), make_labels(12)

@@ -97,6 +97,18 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # --- The loss itself --------------------------------------------------------------------------------------------------
 
 
+def test_it_mines_among_candidates():
+    model = made()
+    unit = pddm_ext.PDDM(16)
+    embeddings, labels = torch.randn(20, 16, generator=torch.Generator().manual_seed(0)), torch.arange(20) // 4
+    value = PDDMQuadrupletLoss(model, unit, candidates=2).compute_loss_from_embeddings([embeddings], labels)
+    quads = unit.mine(embeddings, labels, mode="pair", candidates=2)
+    torch.testing.assert_close(value, pddm_ext.QuadrupletLoss()(embeddings, quads))
+    assert not torch.equal(quads.k, unit.mine(embeddings, labels, mode="pair").k)
+    with pytest.raises(ValueError, match="candidates is 0; at least 1 is accepted"):
+        PDDMQuadrupletLoss(model, unit, candidates=0)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @on_one_thread
 def test_value_and_gradients_are_those_of_the_definition(mode):
