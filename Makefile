@@ -111,7 +111,7 @@ cuda: $(VENV)/nvcc ## compile the CUDA kernels for every architecture: registers
 
 bench: $(VENV)/bench ## benchmark the CPU's kernels and the search; STORE=--store writes the results and the pages, too
 	@mkdir -p build
-	for subject in cpu candidates search; do \
+	for subject in cpu steps candidates search; do \
 	  $(BIN)/python -m pytest bench/test_$$subject.py --benchmark-json=build/bench-$$subject.json --benchmark-quiet \
 	    -p no:cacheprovider && \
 	  $(BIN)/python bench/table.py $$subject build/bench-$$subject.json $(STORE) || exit 1; \

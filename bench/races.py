@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pddm_ext import PDDM, QuadrupletLoss
+from pddm_ext import _C, PDDM, QuadrupletLoss
 
 Contender = Callable[[], Any]
 
@@ -49,6 +49,19 @@ def race(benchmark: Any, ours: Contender, peers: dict[str, Contender], rounds: i
         **{name: statistics.median(t) * 1e3 for name, t in times.items()},
     }
     return {name: statistics.median(a / b for a, b in zip(t, own, strict=True)) for name, t in times.items()}
+
+
+def efficiency(benchmark: Any, ours: Contender, operations: float, dtype: str, rounds: int = 15) -> float:
+    """Median over rounds of ours' rate ÷ the multiply-add peak measured just before and after it."""
+    ours()
+    shares, peaks = [], []
+    for _ in range(rounds):
+        before = _C.multiply_add_peak(dtype, 0.02)
+        rate = operations / seconds(ours)
+        peaks.append((before + _C.multiply_add_peak(dtype, 0.02)) / 2)
+        shares.append(rate / peaks[-1])
+    benchmark.extra_info["peak_gflops"] = statistics.median(peaks) / 1e9
+    return statistics.median(shares)
 
 
 def row(benchmark: Any, what: str, **figures: tuple[float, float]) -> None:

@@ -175,6 +175,7 @@ TABLES = {
     "cpu": _KERNELS,
     "cuda": _KERNELS,
     "candidates": {GOALS: goals_table},
+    "steps": {GOALS: goals_table},
     "search": {PHOTOGRAPHS: search_table},
 }
 

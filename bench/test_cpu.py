@@ -10,24 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_metric_learning.losses import MultiSimilarityLoss
 
 from pddm_ext import _C, mine_and_score, reference
 from peers import chunked_mine, compiled_mine
-from races import Contender, batch, pair_operations, race, row, seconds, training_step
-
-
-def efficiency(benchmark: Any, ours: Contender, operations: float, dtype: str, rounds: int = 15) -> float:
-    """Median over rounds of ours' rate ÷ the multiply-add peak measured just before and after it."""
-    ours()
-    shares, peaks = [], []
-    for _ in range(rounds):
-        before = _C.multiply_add_peak(dtype, 0.02)
-        rate = operations / seconds(ours)
-        peaks.append((before + _C.multiply_add_peak(dtype, 0.02)) / 2)
-        shares.append(rate / peaks[-1])
-    benchmark.extra_info["peak_gflops"] = statistics.median(peaks) / 1e9
-    return statistics.median(shares)
+from races import batch, efficiency, pair_operations, race, row, seconds, training_step
 
 
 @pytest.mark.parametrize(
@@ -112,25 +98,6 @@ def test_training_step(benchmark: Any, mode: str, wanted: float, rounds: int) ->
         f'training step `"{mode}"`, n=256, 4 per class, d=512',
         reference=(ratio["reference"], wanted),
         chunked=(ratio["chunked"], 1),
-    )
-
-
-@pytest.mark.parametrize(("mode", "wanted"), [("batch", 0.5), ("anchor", 0.9)])
-def test_small_training_step(benchmark: Any, mode: str, wanted: float) -> None:
-    """What most people train with, where operators and their bookkeeping cost as much as the scores."""
-    feats, labels, unit = batch(64, 64)
-    ours = training_step(feats, labels, unit, mode, mine_and_score)
-    multi_similarity = MultiSimilarityLoss()
-
-    def theirs() -> None:
-        feats.grad = None
-        multi_similarity(feats, labels).backward()
-
-    ratio = race(benchmark, ours, {"multi-similarity": theirs}, rounds=301)
-    row(
-        benchmark,
-        f'training step `"{mode}"`, n=64, 4 per class, d=64, over a multi-similarity step of pytorch-metric-learning',
-        **{"÷ multi-similarity": (1 / ratio["multi-similarity"], -wanted)},
     )
 
 

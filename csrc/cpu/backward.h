@@ -78,14 +78,21 @@ PDDM_INLINE void pack_rows(T* panel, const T* weights, int64_t stride, int64_t r
     }
 }
 
-// tile += rows [row, row + C) of x, from its panel `first` on, times a packed panel.
+// tile += rows [row, row + C) of x, from its panel `first` on, times a packed panel. The rows' lines of the panel after
+// the next are asked for: panels lie a slab apart, where no hardware would guess.
 template <class T, int C>
 PDDM_INLINE void accumulate(Tile<T, C>& tile, const Slab<T>& x, int64_t first, int64_t row, const T* panel,
                             int64_t steps) {
   constexpr int lanes = kLanes<T>;
-  for (int64_t s = 0; s < steps; s += lanes)
-    multiply<Plain<T>>(tile, at(x, first + s / lanes, row), {1, lanes}, panel + s * lanes, lanes,
-                       steps - s < lanes ? steps - s : lanes);
+  Tile<T, C> t = tile;
+  const T* from = at(x, first, row);
+  const int64_t apart = x.rows * lanes;
+  for (int64_t s = 0; s < steps; s += lanes, from += apart, panel += lanes * lanes) {
+    PDDM_UNROLL
+    for (int c = 0; c < C; ++c) PDDM_PREFETCH(from + 2 * apart + c * lanes);
+    multiply<Plain<T>>(t, from, {1, lanes}, panel, lanes, steps - s < lanes ? steps - s : lanes);
+  }
+  tile = t;
 }
 
 // Blocks of rows that the owners of `panels` panels are split into when there are fewer of them than threads to feed.
@@ -113,7 +120,17 @@ PDDM_INLINE void product(const Backward<T>& b, int64_t rows, int64_t panels, int
   });
 }
 
-// out[o][:] (+)= Σ_row d[row][o] · x[row][:], for the outputs of one panel of d.
+// A whole panel of columns in strips as even as can be, so that none has too few accumulators to hide a multiply-add.
+template <class T, class Body>
+PDDM_INLINE void for_even_strips(int64_t n, const Body& body) {
+  constexpr int lanes = kLanes<T>, strips = (lanes + kStrip - 1) / kStrip, even = lanes / strips, more = lanes % strips;
+  if (n < lanes) return for_strips(n, body);
+  for (int s = 0; s < more; ++s) body(Columns<even + 1>{}, s * (even + 1));
+  for (int s = more; s < strips; ++s) body(Columns<even>{}, s * even + more);
+}
+
+// out[o][:] (+)= Σ_row d[row][o] · x[row][:], for the outputs of one panel of d. A panel of x comes from afar once and
+// serves all of them.
 template <class T>
 PDDM_INLINE void weight_gradient(void* gradient, int64_t stride, int64_t outputs, int64_t inputs, const Slab<T>& d,
                                  int64_t d_first, int64_t panel, const Slab<T>& x, int64_t x_first, int64_t rows,
@@ -121,21 +138,21 @@ PDDM_INLINE void weight_gradient(void* gradient, int64_t stride, int64_t outputs
   constexpr int width = kWidth<T>, lanes = kLanes<T>;
   const int64_t o = panel * lanes, left = outputs - o < lanes ? outputs - o : lanes;
   T* out = static_cast<T*>(gradient) + o * stride;
-  for_strips(left, [&](auto columns, int64_t c) {
-    constexpr int C = decltype(columns)::value;
-    for (int64_t k = 0; k < inputs; k += lanes) {
+  for (int64_t k = 0; k < inputs; k += lanes)
+    for_even_strips<T>(left, [&](auto columns, int64_t c) {
+      constexpr int C = decltype(columns)::value;
+      T* to = out + c * stride + k;
       Tile<T, C> tile;
       tile.clear();
       if (!first)
         for (int r = 0; r < C && c + r < left; ++r)
           for (int half = 0; half < 2; ++half)
-            tile.acc[r][half] = load_some(out + (c + r) * stride + k + half * width, inputs - k - half * width);
+            tile.acc[r][half] = load_some(to + r * stride + half * width, inputs - k - half * width);
       multiply<Plain<T>>(tile, at(d, d_first + panel, 0) + c, {lanes, 1}, at(x, x_first + k / lanes, 0), lanes, rows);
       for (int r = 0; r < C && c + r < left; ++r)
         for (int half = 0; half < 2; ++half)
-          store_some(out + (c + r) * stride + k + half * width, tile.acc[r][half], inputs - k - half * width);
-    }
-  });
+          store_some(to + r * stride + half * width, tile.acc[r][half], inputs - k - half * width);
+    });
 }
 
 // The same for a bias: out[o] (+)= the sum over a chunk's pairs.

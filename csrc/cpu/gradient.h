@@ -9,7 +9,7 @@
 namespace pddm::cpu {
 
 // Bytes of a chunk's buffers; the pairs in it follow from the dimensions alone.
-constexpr int64_t kChunkBytes = 8 << 20;
+constexpr int64_t kChunkBytes = 16 << 20;
 constexpr int64_t kMaxChunkPairs = 1024;
 
 // The rows that the pairs name; see Backward.

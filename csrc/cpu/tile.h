@@ -86,7 +86,7 @@ PDDM_INLINE void multiply(Tile<typename Op::Scalar, C>& tile, const typename Op:
   for (int64_t s = 0; s < steps; ++s, w += w_stride.step, x += x_step) {
     const Vec<Element> x0 = load(x), x1 = load(x + kWidth<T>);
     PDDM_PREFETCH(x + kAhead * x_step);
-    PDDM_PREFETCH(x + kAhead * x_step + kWidth<T>);
+    if constexpr (kLanes<T> * sizeof(Element) > 64) PDDM_PREFETCH(x + kAhead * x_step + kWidth<T>);
     PDDM_UNROLL
     for (int c = 0; c < C; ++c) {
       const Vec<Element> b = broadcast(w[c * w_stride.column]);
