@@ -12,6 +12,7 @@ from ._installing import bring as _bring
 from .density import DensityRegularizer
 from .health import HealthError, HealthWarning, set_health_checks
 from .losses import QuadrupletLoss
+from .memory_bank import MemoryBank
 from .mining import mine_and_score
 from .quadruplets import Quadruplets
 from .scoring import score_matrix, score_pairs, topk
@@ -32,6 +33,7 @@ __all__ = [
     "DensityRegularizer",
     "HealthError",
     "HealthWarning",
+    "MemoryBank",
     "MultiClusterRankingLoss",
     "QuadrupletLoss",
     "Quadruplets",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,46 @@ def number_of_candidates(count: int | None) -> None:
         size("candidates", count)
 
 
+class References(NamedTuple):
+    """What else than the batch a miner may pair: features and labels of m rows, and samples' numbers on both sides."""
+
+    feats: Tensor | None = None
+    labels: Tensor | None = None
+    ids: Tensor | None = None
+    ref_ids: Tensor | None = None
+
+
+NO_REFERENCES = References()
+
+
+def _references(feats: Tensor, given: References, candidates: int | None) -> None:
+    if given.feats is None:
+        for name, x in (("ref_labels", given.labels), ("ids", given.ids), ("ref_ids", given.ref_ids)):
+            if x is not None:
+                raise ValueError(
+                    f"{name} is given and ref_feats is not; they belong to references, so both are accepted"
+                )
+        return
+    _matrix("ref_feats", given.feats)
+    if given.feats.shape[1] != feats.shape[1]:
+        raise ValueError(f"ref_feats has shape {tuple(given.feats.shape)}; feats has dimension {feats.shape[1]}")
+    if given.labels is None:
+        raise ValueError(
+            f"ref_labels is missing; ref_feats has {given.feats.shape[0]} rows, and one label each is accepted"
+        )
+    _vector("ref_labels", given.labels, given.feats.shape[0], "ref_feats")
+    if (given.ids is None) != (given.ref_ids is None):
+        missing, there = ("ids", "ref_ids") if given.ids is None else ("ref_ids", "ids")
+        raise ValueError(f"{missing} is missing beside {there}; samples are told apart on both sides or on none")
+    _devices(feats, given.feats, given.labels)
+    if given.ids is not None and given.ref_ids is not None:
+        _vector("ids", given.ids, feats.shape[0], "feats")
+        _vector("ref_ids", given.ref_ids, given.feats.shape[0], "ref_feats")
+        _devices(feats, given.ids, given.ref_ids)
+    if candidates is not None:
+        raise ValueError(f"candidates is {candidates}, for pairs of the batch; beside ref_feats None is accepted")
+
+
 def mining(
     feats: Tensor,
     labels: Tensor,
@@ -160,12 +200,14 @@ def mining(
     mode_name: str,
     default: Callable[[int, torch.device], U],
     candidates: int | None = None,
+    references: References = NO_REFERENCES,
 ) -> U:
     mode(mode_name)
     number_of_candidates(candidates)
     _matrix("feats", feats)
     _vector("labels", labels, feats.shape[0], "feats")
     _devices(feats, labels)
+    _references(feats, references, candidates)
     if feats.shape[1] == 0:
         raise ValueError("feats has shape (n, 0); a dimension of at least 1 is accepted")
     if unit is None:

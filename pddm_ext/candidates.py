@@ -140,7 +140,7 @@ def _hardest(rows: Rows, score: _Score, count: int) -> tuple[Tensor, ...]:
     negative, place = _distinct(both, near, n)
     k, s_k, found = _largest(_spread(score(negative), place, near), near)
     i, j, s_ik, s_jl = both[:1], both[1:], s_k[:1], s_k[1:]
-    return _slots(valid & found.all(), (i, j, k[:1], k[1:]), (-s_ij, s_ik, s_jl))
+    return slots(valid & found.all(), (i, j, k[:1], k[1:]), (-s_ij, s_ik, s_jl))
 
 
 def _hard(rows: Rows, score: _Score, count: int, *, anchors: bool) -> tuple[Tensor, ...]:
@@ -157,10 +157,10 @@ def _hard(rows: Rows, score: _Score, count: int, *, anchors: bool) -> tuple[Tens
         s_ij = -s_ij
     else:
         i, j, s_ij, valid = positive // n, positive % n, positives, torch.ones_like(positive, dtype=torch.bool)
-    return _slots(valid & found[i] & found[j], (i, j, k[i], k[j]), (s_ij, s_k[i], s_k[j]))
+    return slots(valid & found[i] & found[j], (i, j, k[i], k[j]), (s_ij, s_k[i], s_k[j]))
 
 
-def _slots(valid: Tensor, indices: tuple[Tensor, ...], scores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def slots(valid: Tensor, indices: tuple[Tensor, ...], scores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """In the operator's order: scores, indices, and which are valid."""
     return (
         *(torch.where(valid, s, 0) for s in scores),
@@ -188,6 +188,14 @@ def _spread(scores: Tensor, places: Tensor, asked: Tensor) -> Tensor:
 def _largest(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row the column of its largest score that is no NaN (the first of equal ones), the score, and whether
     there is one; column 0 where there is none at all."""
+    at, score, found = first_largest(scores)
+    if scores.shape[1] == 0:
+        return at, score, found
+    return columns.gather(1, at[:, None])[:, 0], score, found
+
+
+def first_largest(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row (r, c) where its largest score that is no NaN first is, the score, and whether there is one."""
     if scores.shape[1] == 0:
         none = scores.new_zeros(len(scores), dtype=torch.bool)
         return none.long(), scores.new_zeros(len(scores)), none
@@ -195,7 +203,7 @@ def _largest(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     counts = ~scores.isnan()
     best = scores.masked_fill(~counts, -torch.inf).amax(1)
     at = (counts & (scores == best[:, None])).byte().argmax(1, keepdim=True)
-    return columns.gather(1, at)[:, 0], scores.gather(1, at)[:, 0], counts.any(1)
+    return at[:, 0], scores.gather(1, at)[:, 0], counts.any(1)
 
 
 def mine_candidates(*arguments: Any) -> tuple[Tensor, ...]:

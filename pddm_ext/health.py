@@ -79,7 +79,12 @@ def _caller() -> int:
 
 
 def after_mining(
-    quads: Quadruplets, feats: Tensor, labels: Tensor, unit: Parameters | None, left_out: Tensor | None
+    quads: Quadruplets,
+    feats: Tensor,
+    labels: Tensor,
+    unit: Parameters | None,
+    left_out: Tensor | None,
+    ref_feats: Tensor | None = None,
 ) -> None:
     """Look at a batch and what was mined of it.
 
@@ -89,6 +94,7 @@ def after_mining(
         labels: (n,).
         unit: whose score mined, or None.
         left_out: (n,) bool, rows that were not to be mined, or None.
+        ref_feats: (m, d), the references that were mined among, or None.
     """
     if _action == "ignore" or not _checks.concrete(feats):
         return
@@ -97,10 +103,10 @@ def after_mining(
         feats = torch.where(left_out[:, None], 0.0, feats)
     if feats.device.type == "cpu":
         if _ill(quads, feats):
-            _diagnose(quads, feats, labels, unit, left_out)
+            _diagnose(quads, feats, labels, unit, left_out, ref_feats)
     elif feats.device.type == "cuda" and _later.due() and not torch.cuda.is_current_stream_capturing():
         if _later.read():
-            _diagnose(quads, feats, labels, unit, left_out)
+            _diagnose(quads, feats, labels, unit, left_out, ref_feats)
         _later.write(_signs(quads, feats))
 
 
@@ -119,9 +125,14 @@ def _signs(quads: Quadruplets, feats: Tensor) -> Tensor:
 
 
 def _diagnose(
-    quads: Quadruplets, feats: Tensor, labels: Tensor, unit: Parameters | None, left_out: Tensor | None
+    quads: Quadruplets,
+    feats: Tensor,
+    labels: Tensor,
+    unit: Parameters | None,
+    left_out: Tensor | None,
+    ref_feats: Tensor | None,
 ) -> None:
-    if not _finite("feats", feats):
+    if not _finite("feats", feats) or (ref_feats is not None and not _finite("ref_feats", ref_feats.detach())):
         return
     if unit is not None:
         broken = [name for name, p in unit.named_parameters() if not p.isfinite().all()]
@@ -134,7 +145,14 @@ def _diagnose(
             return
     if left_out is not None:
         feats, labels = feats[~left_out], labels[~left_out]
-    if not quads.valid.any():
+    if not quads.valid.any() and ref_feats is not None:
+        tell(
+            "references",
+            f"no quadruplet of {len(feats)} rows and {len(ref_feats)} references is valid, and the loss is 0: a row "
+            f"needs a reference of its class that is another sample, and references of other classes. A memory bank is "
+            f"empty before its first addition; give it the batch before mining, and let it hold several batches",
+        )
+    elif not quads.valid.any():
         _diagnose_labels(labels)
     elif _one_point(feats):
         tell(

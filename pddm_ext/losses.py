@@ -41,8 +41,9 @@ class QuadrupletLoss(nn.Module):
         reduction: ``"mean"`` over valid quadruplets, their ``"sum"``, or ``"none"``.
 
     Shape:
-        feats (n, d), as given to the miner; quads with fields of (Q,); labels (n,) of any integer dtype. The result is
-        a scalar in the scores' dtype; without reduction (Q,), 0 where a quadruplet is not valid.
+        feats (n, d), as given to the miner; quads with fields of (Q,); labels (n,) of any integer dtype; ref_feats
+        (m, d), if and only if the quadruplets were mined among references. The result is a scalar in the scores' dtype;
+        without reduction (Q,), 0 where a quadruplet is not valid.
 
     Raises:
         ValueError: a number out of its range, no such reduction, a regularizer without a reduction or labels, feats
@@ -80,10 +81,14 @@ class QuadrupletLoss(nn.Module):
         own = f"alpha={self.alpha}, beta={self.beta}, weight={self.weight}"
         return own if self.regularizer is None else f"{own}, regularizer_weight={self.regularizer_weight}"
 
-    def forward(self, feats: Tensor, quads: Quadruplets, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, feats: Tensor, quads: Quadruplets, labels: Tensor | None = None, *, ref_feats: Tensor | None = None
+    ) -> Tensor:
         if self.regularizer is not None and labels is None:
             raise ValueError("labels are missing; a loss with a regularizer is called as loss(feats, quads, labels)")
-        _of_batch(feats, quads)
+        _of_batch(feats, quads, ref_feats)
+        batch = feats
+        feats, quads = _joined(feats, quads, ref_feats)
         margins = self.alpha, self.beta, self.weight
         numbers = not any(isinstance(margin, Tensor) for margin in margins)  # one that learns has a gradient, too
         if self._fused and self.reduction == "mean" and numbers and _fits(feats, quads):
@@ -94,17 +99,17 @@ class QuadrupletLoss(nn.Module):
             loss = self._reduced(self._similarity(quads) + self.weight * self._embedding(feats, quads), quads.valid)
         if self.regularizer is None or labels is None:
             return loss
-        return loss + self.regularizer_weight * self.regularizer(feats, labels)
+        return loss + self.regularizer_weight * self.regularizer(batch, labels)
 
     def similarity(self, quads: Quadruplets) -> Tensor:
         """E_m: pulls the unit (and the features through it) to score positives above negatives by α."""
         _quadruplets(quads)
         return self._reduced(self._similarity(quads), quads.valid)
 
-    def embedding(self, feats: Tensor, quads: Quadruplets) -> Tensor:
+    def embedding(self, feats: Tensor, quads: Quadruplets, *, ref_feats: Tensor | None = None) -> Tensor:
         """E_e: pulls the features themselves, whoever mined the quadruplets."""
-        _of_batch(feats, quads)
-        return self._reduced(self._embedding(feats, quads), quads.valid)
+        _of_batch(feats, quads, ref_feats)
+        return self._reduced(self._embedding(*_joined(feats, quads, ref_feats)), quads.valid)
 
     # Of every slot. At Q = 1 the loss is nothing but launches, so what can be one operator over all pairs is.
 
@@ -179,16 +184,42 @@ def _quadruplets(quads: Quadruplets) -> None:
         raise TypeError(f"quads is a {type(quads).__name__}; Quadruplets are accepted")
 
 
-def _of_batch(feats: Tensor, quads: Quadruplets) -> None:
+def _joined(feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None) -> tuple[Tensor, Quadruplets]:
+    """Features and quadruplets of one batch: the references that are picked follow the rows, slot by slot."""
+    if ref_feats is None:
+        return feats, quads
+    picked = torch.cat(quads[1:4])
+    n = feats.shape[0]
+    rows = feats if ref_feats.shape[0] == 0 else torch.cat([feats, ref_feats[picked.clamp(min=0)].to(feats.dtype)])
+    places = torch.where(picked < 0, -1, n + torch.arange(picked.shape[0], device=picked.device))
+    j, k, l = places.reshape(3, quads.i.shape[0])  # noqa: E741 - the paper's name
+    return rows, quads._replace(j=j, k=k, l=l)
+
+
+def _of_batch(feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None = None) -> None:
     """Refuses features that are not those of the quadruplets, as far as their number tells."""
     _quadruplets(quads)
     _checks._matrix("feats", feats)
     _checks._devices(feats, quads.i)
-    rows = feats.shape[0]
+    if ref_feats is not None:
+        _checks._matrix("ref_feats", ref_feats)
+        _checks._devices(feats, ref_feats)
+        if ref_feats.shape[1] != feats.shape[1]:
+            raise ValueError(f"ref_feats has shape {tuple(ref_feats.shape)}; feats has dimension {feats.shape[1]}")
     mined = None if torch.compiler.is_compiling() else quads.mined_rows()
-    if mined is not None and mined != rows:
-        raise ValueError(f"feats has {rows} rows; quads were mined from {mined}")
-    if mined is None and _checks.readable(feats) and len(quads.i):
-        last = int(torch.stack(quads[:4]).max())
-        if last >= rows:
-            raise ValueError(f"feats has {rows} rows; quads were mined from {last + 1} or more")
+    if mined is not None:
+        if mined != feats.shape[0]:
+            raise ValueError(f"feats has {feats.shape[0]} rows; quads were mined from {mined}")
+        among, given = quads.mined_references(), None if ref_feats is None else ref_feats.shape[0]
+        if among != given:
+            found = "is missing" if given is None else f"has {given} rows"
+            wanted = "no references" if among is None else f"{among} references"
+            raise ValueError(f"ref_feats {found}; quads were mined among {wanted}")
+    elif _checks.readable(feats) and len(quads.i):
+        sides: list[tuple[str, Tensor, tuple[Tensor, ...]]] = [("feats", feats, quads[:4])]
+        if ref_feats is not None:
+            sides = [("feats", feats, quads[:1]), ("ref_feats", ref_feats, quads[1:4])]
+        for name, rows, indices in sides:
+            last = int(torch.stack(indices).max())
+            if last >= rows.shape[0]:
+                raise ValueError(f"{name} has {rows.shape[0]} rows; quads were mined from {last + 1} or more")

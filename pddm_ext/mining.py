@@ -17,6 +17,10 @@ def mine_and_score(
     mode: Mode = "batch",
     ignore_label: int | None = None,
     candidates: int | None = None,
+    ref_feats: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    ids: Tensor | None = None,
+    ref_ids: Tensor | None = None,
 ) -> Quadruplets:
     """Find the hard quadruplets of a batch under the unit's score, and the scores of their pairs.
 
@@ -41,6 +45,17 @@ def mine_and_score(
             these. At most nC + P scores, n² dot products and memory O(nC); in mode ``"batch"``, which has little to
             save, P + 2C scores and 2n dot products. In mode ``"pair"`` the slots are the positive pairs that are
             scored. From C = n on nothing is left out; None is the same.
+        ref_feats: (m, d) references, rows beside the batch such as those of a :class:`pddm_ext.MemoryBank`, of any of
+            the dtypes; each is rounded to feats' own on its way. Then i is a row of the batch and j, k and l are rows
+            of the references: (i, j) of equal labels, k of another label than i's, l of another than j's. The batch
+            is none of its references unless its rows are among them. Where references ask for a gradient they have
+            one. ``"batch"`` scores P + 2m pairs, P the positive ones; ``"anchor"`` and ``"pair"`` n·m, and m more for
+            each distinct j. They are streamed: memory is O(n) beyond them.
+        ref_labels: (m,) class ids of the references.
+        ids: (n,) numbers of the batch's samples, of any integer dtype, with ref_ids (m,): rows of equal numbers are one
+            sample, which is never paired with itself. Without them nothing is left out: where the batch is among its
+            references, each row's best match is then itself.
+        ref_ids: (m,), see ids.
 
     A batch from which nothing can be learned is told once in words; see :func:`pddm_ext.set_health_checks`.
 
@@ -55,5 +70,16 @@ def mine_and_score(
     Source: Huang, Loy, Tang, NIPS 2016, section 3.2.
     """
     if not isinstance(unit, PDDM | reference.PDDM):  # a unit checks its own arguments
-        unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates)
-    return unit.mine(feats, labels, mode=mode, ignore_label=ignore_label, candidates=candidates)
+        references = _checks.References(ref_feats, ref_labels, ids, ref_ids)
+        unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
+    return unit.mine(
+        feats,
+        labels,
+        mode=mode,
+        ignore_label=ignore_label,
+        candidates=candidates,
+        ref_feats=ref_feats,
+        ref_labels=ref_labels,
+        ids=ids,
+        ref_ids=ref_ids,
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 Mode = Literal["batch", "anchor", "pair"]
 
 _ROWS: Final = "_pddm_rows"
+_REFERENCES: Final = "_pddm_references"
 
 #: The modes in the order the native core numbers them.
 MODES: Final[tuple[Mode, ...]] = ("batch", "anchor", "pair")
@@ -20,7 +21,7 @@ class Quadruplets(NamedTuple):
 
     (i, j) is a positive pair, k the hardest negative of i, l the hardest negative of j. Q is 1 in mode ``"batch"``,
     n in ``"anchor"`` (slot r belongs to row r) and the number of positive pairs in ``"pair"``. A slot that is not
-    ``valid`` has indices −1 and scores 0 and carries no gradient.
+    ``valid`` has indices −1 and scores 0 and carries no gradient. Mined among references, j, k and l are rows of these.
     """
 
     #: int64 row numbers.
@@ -35,16 +36,22 @@ class Quadruplets(NamedTuple):
     #: bool.
     valid: Tensor
 
-    def of_rows(self, rows: int) -> Quadruplets:
-        """These, known to be mined from so many rows; a loss of another number of rows is then refused.
+    def of_rows(self, rows: int, references: int | None = None) -> Quadruplets:
+        """These, known to be mined from so many rows, and among so many references if any; a loss of other numbers is
+        then refused.
 
         The fields alone are the contract, so the number stands on a tensor, where copies and devices may lose it: on
         row numbers, which whoever counts rows otherwise replaces.
         """
         if not torch.compiler.is_compiling():
             setattr(self.i, _ROWS, rows)
+            setattr(self.i, _REFERENCES, references)
         return self
 
     def mined_rows(self) -> int | None:
         """How many rows the batch had that these were mined from, where that is known."""
         return getattr(self.i, _ROWS, None)
+
+    def mined_references(self) -> int | None:
+        """Among how many references, where that is known and there were any."""
+        return getattr(self.i, _REFERENCES, None)

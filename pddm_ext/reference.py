@@ -52,9 +52,24 @@ class PDDM(Parameters):
         mode: Mode = "batch",
         ignore_label: int | None = None,
         candidates: int | None = None,
+        ref_feats: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        ref_ids: Tensor | None = None,
     ) -> Quadruplets:
         """:func:`mine_and_score` with this unit."""
-        return mine_and_score(feats, labels, self, mode=mode, ignore_label=ignore_label, candidates=candidates)
+        return mine_and_score(
+            feats,
+            labels,
+            self,
+            mode=mode,
+            ignore_label=ignore_label,
+            candidates=candidates,
+            ref_feats=ref_feats,
+            ref_labels=ref_labels,
+            ids=ids,
+            ref_ids=ref_ids,
+        )
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -115,6 +130,20 @@ def select_quadruplets(
     return _select(scores, *_pairs(labels, ignore_label), mode)
 
 
+def _pairs_between(
+    labels: Tensor, others: Tensor, ids: Tensor | None, other_ids: Tensor | None, ignore_label: int | None
+) -> tuple[Tensor, Tensor]:
+    """Which pairs of a row and a reference are positive, and which negative: (n, m) bool each."""
+    same = labels.long()[:, None] == others.long()
+    paired = torch.ones_like(same)
+    if ids is not None and other_ids is not None:
+        paired &= ids.long()[:, None] != other_ids.long()
+    for left_out, dim in ((unlabelled(labels, ignore_label), 1), (unlabelled(others, ignore_label), 0)):
+        if left_out is not None:
+            paired &= ~left_out.unsqueeze(dim)
+    return same & paired, ~same & paired
+
+
 def _pairs(labels: Tensor, ignore_label: int | None) -> tuple[Tensor, Tensor]:
     """Which pairs are positive, and which negative: (n, n) bool each."""
     rows = torch.arange(labels.shape[0], device=labels.device)
@@ -132,37 +161,46 @@ def _largest(values: Tensor, allowed: Tensor, count: int) -> Tensor:
 
 
 def _select(scores: Tensor, positive: Tensor, negative: Tensor, mode: Mode) -> Quadruplets:
-    n = scores.shape[0]
+    return _select_among(scores, scores, positive if mode == "anchor" else positive.triu(), negative, negative, mode)
+
+
+def _select_among(
+    scores: Tensor, between: Tensor, positive: Tensor, negative: Tensor, negative_between: Tensor, mode: Mode
+) -> Quadruplets:
+    """Of n rows among m references: scores (n, m), those between references (m, m), and which pairs may be picked."""
+    n, m = scores.shape
     rows = torch.arange(n, device=scores.device)
     detached = scores.detach()
 
-    k_of, has_negative = _first_best(detached, negative, smallest=False)
+    k_of, has_k = _first_best(detached, negative, smallest=False)
+    l_of, has_l = _first_best(between.detach(), negative_between, smallest=False)
     if mode == "batch":
-        flat, found = _first_best(detached.flatten(), positive.triu().flatten(), smallest=True)
-        i, j = flat.reshape(1) // max(n, 1), flat.reshape(1) % max(n, 1)
+        flat, found = _first_best(detached.flatten(), positive.flatten(), smallest=True)
+        i, j = flat.reshape(1) // max(m, 1), flat.reshape(1) % max(m, 1)
         found = found.reshape(1)
     elif mode == "anchor":
         i = rows
         j, found = _first_best(detached, positive, smallest=True)
     else:
-        i, j = positive.triu().nonzero(as_tuple=True)
+        i, j = positive.nonzero(as_tuple=True)
         found = torch.ones_like(i, dtype=torch.bool)
-    if n == 0:
+    if n == 0 or m == 0:
         k = l = i  # noqa: E741
         valid = found
     else:
-        k, l = k_of[i], k_of[j]  # noqa: E741
-        valid = found & has_negative[i] & has_negative[j]
+        k, l = k_of[i], l_of[j]  # noqa: E741
+        valid = found & has_k[i] & has_l[j]
 
-    def score(a: Tensor, b: Tensor) -> Tensor:
-        if n == 0:
+    def score(of: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if n == 0 or m == 0:
             return scores.new_zeros(a.shape)
-        return torch.where(valid, scores[a, b], 0.0)
+        return torch.where(valid, of[a, b], 0.0)
 
     def index(a: Tensor) -> Tensor:
         return torch.where(valid, a, -1)
 
-    return Quadruplets(index(i), index(j), index(k), index(l), score(i, j), score(i, k), score(j, l), valid)
+    s_ij, s_ik, s_jl = score(scores, i, j), score(scores, i, k), score(between, j, l)
+    return Quadruplets(index(i), index(j), index(k), index(l), s_ij, s_ik, s_jl, valid)
 
 
 def mine_and_score(
@@ -173,14 +211,30 @@ def mine_and_score(
     mode: Mode = "batch",
     ignore_label: int | None = None,
     candidates: int | None = None,
+    ref_feats: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    ids: Tensor | None = None,
+    ref_ids: Tensor | None = None,
 ) -> Quadruplets:
     """Hard quadruplets of feats (n, d) with labels (n,) under the unit's score, and the scores of their pairs.
 
     With candidates, a row's negatives are those of them with the largest dot products, its positives those with the
     smallest; a pair is one that either of its rows has, or, with a slot for each row, that this row has.
+
+    With references, j, k and l are rows of these.
     """
-    unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates)
+    references = _checks.References(ref_feats, ref_labels, ids, ref_ids)
+    unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
     left_out = unlabelled(labels, ignore_label)
+    if ref_feats is not None and ref_labels is not None:
+        others = ref_feats.to(autocast(feats).dtype)
+        pairs = _pairs_between(labels, ref_labels, ids, ref_ids, ignore_label)
+        apart = _pairs_between(ref_labels, ref_labels, ref_ids, ref_ids, ignore_label)[1]
+        quads = _select_among(
+            score_matrix(autocast(feats), unit, others), score_matrix(others, unit), *pairs, apart, mode
+        )
+        health.after_mining(quads, autocast(feats), labels, unit, left_out, ref_feats)
+        return quads.of_rows(feats.shape[0], ref_feats.shape[0])
     positive, negative = _pairs(labels, ignore_label)
     if candidates is not None and candidates < feats.shape[0]:
         f = _unit_rows(feats).detach()

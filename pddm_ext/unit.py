@@ -13,6 +13,7 @@ from .ops import call, unit_arguments
 from .parameters import Parameters
 from .precision import autocast
 from .quadruplets import MODES, Mode, Quadruplets
+from .references import mine_references, number_classes
 from .unlabelled import set_aside, unlabelled
 
 
@@ -47,10 +48,22 @@ class PDDM(Parameters):
         mode: Mode = "batch",
         ignore_label: int | None = None,
         candidates: int | None = None,
+        ref_feats: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        ref_ids: Tensor | None = None,
     ) -> Quadruplets:
         """:func:`pddm_ext.mine_and_score` with this unit."""
-        _checks.mining(feats, labels, self, mode, default_unit, candidates)
+        references = _checks.References(ref_feats, ref_labels, ids, ref_ids)
+        _checks.mining(feats, labels, self, mode, default_unit, candidates, references)
         left_out = unlabelled(labels, ignore_label)
+        if ref_feats is not None and ref_labels is not None:
+            classes, ref_classes = number_classes(labels, ref_labels, left_out, unlabelled(ref_labels, ignore_label))
+            samples = (None if x is None else x.long() for x in (ids, ref_ids))
+            rows = autocast(feats)
+            numbers = (*unit_arguments(self), MODES.index(mode))
+            mined = mine_references(rows, classes, ref_feats, ref_classes, *samples, *numbers)
+            return self._quadruplets(mined, rows, labels, left_out, ref_feats)
         rows, classes = (feats, labels) if left_out is None else set_aside(feats, labels, left_out)
         rows = autocast(rows)
         arguments = (rows, classes, *unit_arguments(self), MODES.index(mode))
@@ -58,10 +71,20 @@ class PDDM(Parameters):
             mined = call("mine", *arguments)
         else:
             mined = mine_candidates(*arguments, int(candidates))
+        return self._quadruplets(mined, rows, labels, left_out)
+
+    def _quadruplets(
+        self,
+        mined: tuple[Tensor, ...],
+        feats: Tensor,
+        labels: Tensor,
+        left_out: Tensor | None,
+        ref_feats: Tensor | None = None,
+    ) -> Quadruplets:
         s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
         quads = Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid)
-        health.after_mining(quads, rows, labels, self, left_out)
-        return quads.of_rows(feats.shape[0])
+        health.after_mining(quads, feats, labels, self, left_out, ref_feats)
+        return quads.of_rows(feats.shape[0], None if ref_feats is None else ref_feats.shape[0])
 
 
 _default_units: dict[tuple[int, torch.device], PDDM] = {}

@@ -47,6 +47,23 @@ def operator_calls(dtype: torch.dtype, requires_grad: bool) -> dict[str, tuple]:
             f"mine_candidates {mode}": (torch.ops.pddm.mine_candidates, (x, labels, *p, number, 2))
             for number, mode in enumerate(MODES)
         },
+        **{
+            f"mine_references {mode}": (
+                torch.ops.pddm.mine_references,
+                (
+                    x,
+                    labels.abs(),
+                    x.detach().flip(0).requires_grad_(requires_grad),
+                    labels.abs().flip(0),
+                    i,
+                    j,
+                    *p,
+                    number,
+                ),
+            )
+            for number, mode in enumerate(MODES)
+            for i, j in ((None, None), (labels, labels.flip(0)))[number % 2 :][:1]
+        },
         "score_pairs": (torch.ops.pddm.score_pairs, (x, i, j, *p)),
         "score_matrix": (torch.ops.pddm.score_matrix, (x, -1, *p)),
         "score_matrix of two": (torch.ops.pddm.score_matrix, (x, 4, *p)),

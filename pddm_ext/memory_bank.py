@@ -1,0 +1,176 @@
+"""Rows of earlier batches, as references to mine among."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import _checks, _numbers
+
+
+class MemoryBank(nn.Module):
+    """The newest rows of the batches so far: a ring of features, labels and sample numbers.
+
+    Three lines in a loop::
+
+        bank.add(feats, labels, ids)
+        quads = unit.mine(feats, labels, mode="anchor", ids=ids, **bank.references())
+        loss = loss_fn(feats, quads, ref_feats=bank.feats)
+
+    As the batch is in the bank by then, mining sees it and what went before; by their numbers no sample is its own
+    positive, a copy of it from an earlier step neither. What the bank holds has no gradient.
+
+    Everything is in the ``state_dict`` and moves with the module. In several processes, give them ``group``: each then
+    adds the shards of all, in the order of ranks, so that the rows stand in one order everywhere.
+
+    Source: Wang, Zhang, Huang, Scott, *Cross-Batch Memory for Embedding Learning*, CVPR 2020.
+
+    Args:
+        size: rows that it has room for; then the oldest go.
+        dim: d, the length of a feature.
+        dtype: that features are kept in, one of float32, float64, bfloat16 and float16.
+        device: where it is.
+        warm_up: additions at first of which only the newest is kept, while features still move fast.
+        group: the processes whose shards are added together, all of which then call :meth:`add` at once; None is this
+            process alone, ``torch.distributed.group.WORLD`` all of them.
+
+    Raises:
+        ValueError: a size, dim or warm_up out of range, or a group that this process is not in.
+        TypeError: an argument of another type, or a dtype that is not accepted.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        warm_up: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        _numbers.size("size", size)
+        _numbers.size("dim", dim)
+        _numbers.size("warm_up", warm_up, 0)
+        if dtype not in _checks.FLOATS:
+            raise TypeError(f"dtype is {dtype}; float32, float64, bfloat16 or float16 is accepted")
+        if group is not None and (not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0):
+            raise ValueError(f"group is {group!r}; a process group that this process is in, or None, is accepted")
+        self.size, self.dim, self.warm_up, self.group = int(size), int(dim), int(warm_up), group
+        self.register_buffer("ring_feats", torch.zeros(size, dim, dtype=dtype, device=device))
+        self.register_buffer("ring_labels", torch.zeros(size, dtype=torch.int64, device=device))
+        self.register_buffer("ring_ids", torch.zeros(size, dtype=torch.int64, device=device))
+        self.ring_feats: Tensor
+        self.ring_labels: Tensor
+        self.ring_ids: Tensor
+        self._next, self._held, self._additions = 0, 0, 0
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, {self.dim}, dtype={self.ring_feats.dtype}, held={self._held}"
+
+    def __len__(self) -> int:
+        """How many rows it holds."""
+        return self._held
+
+    @property
+    def feats(self) -> Tensor:
+        """(m, d), the features of what it holds: a view, which the next addition may change."""
+        return self.ring_feats[: self._held]
+
+    @property
+    def labels(self) -> Tensor:
+        """(m,) int64."""
+        return self.ring_labels[: self._held]
+
+    @property
+    def ids(self) -> Tensor:
+        """(m,) int64."""
+        return self.ring_ids[: self._held]
+
+    def references(self) -> dict[str, Tensor]:
+        """What it holds, as the arguments of :func:`pddm_ext.mine_and_score`; those want the batch's ``ids``, too."""
+        return {"ref_feats": self.feats, "ref_labels": self.labels, "ref_ids": self.ids}
+
+    @torch.no_grad()
+    def add(self, feats: Tensor, labels: Tensor, ids: Tensor) -> None:
+        """Take in a batch, in place of the oldest rows where there is no room; of a larger one its last rows.
+
+        Args:
+            feats: (n, d), of any floating dtype; rounded to the bank's own.
+            labels: (n,) class ids of any integer dtype.
+            ids: (n,) the samples' numbers of any integer dtype, such as their places in the dataset.
+
+        Raises:
+            ValueError: a shape or length that does not fit.
+            TypeError: a dtype that is not accepted.
+            RuntimeError: tensors on another device than the bank, or another process of the group was given what it
+                does not accept.
+        """
+        lengths = self._lengths(feats, labels, ids)
+        rows = [feats.detach().to(self.ring_feats.dtype), labels.long(), ids.long()]
+        if self.group is not None:
+            rows = [_shards(x, lengths, self.group) for x in rows]
+        count = min(sum(lengths), self.size)
+        feats, labels, ids = (x[len(x) - count :] for x in rows)
+        self._additions += 1
+        if self._additions <= self.warm_up:
+            self._next = self._held = 0
+        # To the end of the ring, and what is left from its beginning.
+        first = min(count, self.size - self._next)
+        for ring, new in ((self.ring_feats, feats), (self.ring_labels, labels), (self.ring_ids, ids)):
+            ring[self._next : self._next + first] = new[:first]
+            ring[: count - first] = new[first:]
+        self._next = (self._next + count) % self.size
+        self._held = min(self._held + count, self.size)
+
+    def clear(self) -> None:
+        """Forget all rows, and begin the warm-up anew."""
+        self._next = self._held = self._additions = 0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self._next, self._held, self._additions])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._next, self._held, self._additions = state.tolist()
+
+    def _lengths(self, feats: Tensor, labels: Tensor, ids: Tensor) -> list[int]:
+        """Rows of every process. What one does not accept fails in all, rather than leave the others waiting."""
+        if self.group is None:
+            self._check(feats, labels, ids)
+            return [feats.shape[0]]
+        refused: Exception | None = None
+        try:
+            self._check(feats, labels, ids)
+        except (ValueError, TypeError, RuntimeError) as error:
+            refused = error
+        own = torch.tensor([-1 if refused else feats.shape[0]], device=self.ring_feats.device)
+        every = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(every, own, group=self.group)
+        lengths = [int(length) for length in every]
+        if refused is not None:
+            raise refused
+        if min(lengths) < 0:
+            raise RuntimeError(
+                f"process {lengths.index(-1)} of the group was given rows that it refused; see its error"
+            )
+        return lengths
+
+    def _check(self, feats: Tensor, labels: Tensor, ids: Tensor) -> None:
+        _checks._matrix("feats", feats)
+        if feats.shape[1] != self.dim:
+            raise ValueError(f"feats has shape {tuple(feats.shape)}; the bank holds features of dimension {self.dim}")
+        _checks._vector("labels", labels, feats.shape[0], "feats")
+        _checks._vector("ids", ids, feats.shape[0], "feats")
+        _checks._devices(self.ring_feats, feats, labels, ids)
+
+
+def _shards(x: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Shards of any lengths, gathered in the order of ranks."""
+    # Filled up to one length, which is what every backend can gather.
+    filled = x.new_zeros(max(lengths), *x.shape[1:])
+    filled[: len(x)] = x
+    shards = [torch.empty_like(filled) for _ in lengths]
+    dist.all_gather(shards, filled, group=group)
+    return torch.cat([shard[:length] for shard, length in zip(shards, lengths, strict=True)])

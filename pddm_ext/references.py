@@ -1,0 +1,247 @@
+"""Mining among references: rows that are not the batch, such as a memory bank's.
+
+They are streamed in tiles of a fixed size, so that memory grows with the rows of the batch and not with the number of
+pairs; of each tile nothing is kept but the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .candidates import first_largest, slots
+from .precision import no_autocast, score_dtype
+from .quadruplets import MODES
+
+#: Rows of a tile's sides, and pairs of a list that are scored at once.
+_SIDE, _PAIRS = 2048, 2**14
+
+_Tile = Callable[[Tensor, Tensor], Tensor]
+"""Scores of rows (r, d) with others (c, d): (r, c)."""
+
+
+class Side(NamedTuple):
+    """Rows that pairs are made of, on one side."""
+
+    #: (n, d), any norms.
+    feats: Tensor
+    #: (n,) int64, numbers of classes from 0; −1 is in no pair.
+    classes: Tensor
+    #: (n,) int64, equal for rows of one sample, or None: no two are.
+    ids: Tensor | None
+
+    def part(self, rows: Tensor | slice) -> Side:
+        return Side(self.feats[rows], self.classes[rows], None if self.ids is None else self.ids[rows])
+
+    def parts(self) -> Iterator[tuple[int, Side]]:
+        """Pieces of at most a tile's side, and the row that each starts at."""
+        for first in range(0, len(self.classes), _SIDE):
+            yield first, self.part(slice(first, first + _SIDE))
+
+
+def number_classes(
+    labels: Tensor, ref_labels: Tensor, left_out: Tensor | None, ref_left_out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Labels (n,) and (m,) of any integers as numbers from 0; −1 for rows that are left out (bool, or None)."""
+    both = torch.cat([labels.long(), ref_labels.long()])
+    ranked = torch.searchsorted(both.sort().values, both)
+    classes, ref_classes = ranked[: labels.shape[0]], ranked[labels.shape[0] :]
+    if left_out is not None:
+        classes = torch.where(left_out, -1, classes)
+    if ref_left_out is not None:
+        ref_classes = torch.where(ref_left_out, -1, ref_classes)
+    return classes, ref_classes
+
+
+def _pairs(rows: Side, others: Side) -> tuple[Tensor, Tensor]:
+    """Which pairs of two sides are positive, and which negative: (r, c) bool each."""
+    there = (rows.classes[:, None] >= 0) & (others.classes >= 0)
+    if rows.ids is not None and others.ids is not None:
+        there &= rows.ids[:, None] != others.ids
+    same = rows.classes[:, None] == others.classes
+    return there & same, there & ~same
+
+
+class _Best:
+    """The largest of each row so far, NaN never, and of equal ones the first: columns come in ascending order."""
+
+    def __init__(self, rows: int, like: Tensor, dtype: torch.dtype) -> None:
+        self.score = like.new_zeros(rows, dtype=dtype)
+        self.column = like.new_zeros(rows, dtype=torch.int64)
+        self.found = like.new_zeros(rows, dtype=torch.bool)
+
+    def offer(self, rows: slice, scores: Tensor, allowed: Tensor, first: int) -> None:
+        at, score, found = first_largest(scores.masked_fill(~allowed, torch.nan))
+        better = found & (~self.found[rows] | (score > self.score[rows]))
+        self.score[rows] = torch.where(better, score, self.score[rows])
+        self.column[rows] = torch.where(better, at + first, self.column[rows])
+        self.found[rows] |= found
+
+
+def _hardest_negatives(rows: Side, references: Side, tile: _Tile) -> _Best:
+    best = _Best(len(rows.classes), rows.feats, score_dtype(rows.feats))
+    for at, some in rows.parts():
+        for first, others in references.parts():
+            scores = tile(some.feats, others.feats)
+            best.offer(slice(at, at + len(some.classes)), scores, _pairs(some, others)[1], first)
+    return best
+
+
+def _of_positives(references: Side, j: Tensor, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """l, s_jl and whether there is one, of the references j; each distinct one is compared with all once."""
+    distinct, place = torch.unique(j, return_inverse=True)
+    best = _hardest_negatives(references.part(distinct), references, tile)
+    return best.column[place], best.score[place], best.found[place]
+
+
+def _mine(feats: Tensor, classes: Tensor, ref_feats: Tensor, ref_classes: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    ids, ref_ids, *unit, mode = others
+
+    def tile(rows: Tensor, columns: Tensor) -> Tensor:
+        joined = torch.cat([rows.to(feats.dtype), columns.to(feats.dtype)])
+        scores: Tensor = torch.ops.pddm.score_matrix(joined, len(rows), *unit)
+        return scores
+
+    rows, references = Side(feats, classes, ids), Side(ref_feats, ref_classes, ref_ids)
+    with no_autocast(feats):
+        if MODES[mode] == "batch":
+            return _batch(rows, references, tile, unit)
+        return _rows(rows, references, tile, anchors=MODES[mode] == "anchor")
+
+
+def _rows(rows: Side, references: Side, tile: _Tile, *, anchors: bool) -> tuple[Tensor, ...]:
+    """The quadruplet of each row with its own hardest positive, or of each positive pair."""
+    n, dtype = len(rows.classes), score_dtype(rows.feats)
+    far, near = (_Best(n, rows.feats, dtype) for _ in range(2))
+    listed: list[tuple[Tensor, Tensor, Tensor]] = []
+    for at, some in rows.parts():
+        block = slice(at, at + len(some.classes))
+        for first, others in references.parts():
+            scores = tile(some.feats, others.feats)
+            positive, negative = _pairs(some, others)
+            near.offer(block, scores, negative, first)
+            if anchors:
+                far.offer(block, -scores, positive, first)
+            else:
+                i, j = positive.nonzero(as_tuple=True)
+                listed.append((i + at, j + first, scores[i, j]))
+    if anchors:
+        i, j, s_ij, valid = torch.arange(n, device=rows.feats.device), far.column, -far.score, far.found
+    else:
+        none = far.column[:0], far.column[:0], far.score[:0]
+        i, j, s_ij = (torch.cat(parts) for parts in zip(none, *listed, strict=True))
+        order = (i * len(references.classes) + j).argsort()
+        i, j, s_ij = i[order], j[order], s_ij[order]
+        valid = torch.ones_like(i, dtype=torch.bool)
+    valid = valid & near.found[i]
+    l, s_jl = torch.zeros_like(j), torch.zeros_like(s_ij)  # noqa: E741 - the paper's name
+    found = torch.zeros_like(valid)
+    l[valid], s_jl[valid], found[valid] = _of_positives(references, j[valid], tile)
+    return slots(valid & found, (i, j, near.column[i], l), (s_ij, near.score[i], s_jl))
+
+
+def _batch(rows: Side, references: Side, tile: _Tile, unit: list[Any]) -> tuple[Tensor, ...]:
+    """The quadruplet of the hardest positive pair."""
+    like = rows.feats
+    best = like.new_zeros(1, dtype=score_dtype(like))
+    pair, valid = like.new_zeros(2, 1, dtype=torch.int64), like.new_zeros(1, dtype=torch.bool)
+    for i, j in _positives(rows, references):
+        (of_i, at_i), (of_j, at_j) = (torch.unique(side, return_inverse=True) for side in (i, j))
+        joined = torch.cat([rows.feats[of_i], references.feats[of_j].to(like.dtype)])
+        scores = torch.ops.pddm.score_pairs(joined, at_i, at_j + len(of_i), *unit)
+        at, score, found = first_largest(-scores[None])
+        better = found & (~valid | (-score < best))
+        best, valid = torch.where(better, -score, best), valid | found
+        pair = torch.where(better, torch.stack([i[at], j[at]]), pair)
+    i, j = pair
+    k, l = torch.zeros_like(i), torch.zeros_like(i)  # noqa: E741 - the paper's name
+    s_ik, s_jl = torch.zeros_like(best), torch.zeros_like(best)
+    if bool(valid):
+        near = _hardest_negatives(_joined(rows.part(i), references.part(j)), references, tile)
+        k, l, s_ik, s_jl = near.column[:1], near.column[1:], near.score[:1], near.score[1:]  # noqa: E741
+        valid = near.found.all()[None]
+    return slots(valid, (i, j, k, l), (best, s_ik, s_jl))
+
+
+def _joined(a: Side, b: Side) -> Side:
+    ids = None if a.ids is None or b.ids is None else torch.cat([a.ids, b.ids])
+    return Side(torch.cat([a.feats, b.feats.to(a.feats.dtype)]), torch.cat([a.classes, b.classes]), ids)
+
+
+def _positives(rows: Side, references: Side) -> Iterator[tuple[Tensor, Tensor]]:
+    """The positive pairs, in the order of their rows, then of the references, some thousands at a time."""
+    order = references.classes.argsort(stable=True)
+    in_order = references.classes[order]
+    begin = torch.searchsorted(in_order, rows.classes)
+    counts = torch.searchsorted(in_order, rows.classes, right=True) - begin
+    ends = torch.where(rows.classes >= 0, counts, 0).cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    for first in range(0, total, _PAIRS):
+        number = torch.arange(first, min(total, first + _PAIRS), device=order.device)
+        i = torch.searchsorted(ends, number, right=True)
+        # Counted from the end of the row's own.
+        j = order[begin[i] + counts[i] - (ends[i] - number)]
+        if rows.ids is not None and references.ids is not None:
+            apart = rows.ids[i] != references.ids[j]
+            i, j = i[apart], j[apart]
+        if len(i):
+            yield i, j
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    feats, _, ref_feats, _, _, _, *unit, _ = inputs
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(feats, ref_feats, *unit[:8], *output[3:7])
+    ctx.switches = unit[8:]
+
+
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    feats, ref_feats, *unit, i, j, k, l = ctx.saved_tensors  # noqa: E741 - the paper's names
+    if ref_feats.shape[0] == 0 or all(g is None for g in upstream[:3]):
+        return (None,) * 17
+    # Of the references only those that were picked, however many there are; each once, where shapes may say how many.
+    named = torch.cat([j, k, l])
+    picked, place = named.clamp(min=0), torch.arange(named.shape[0], device=named.device)
+    if not torch.compiler.is_compiling():
+        picked, place = torch.unique(picked, return_inverse=True)
+    n = feats.shape[0]
+    of_j, of_k, of_l = torch.where(named < 0, -1, place + n).reshape(3, i.shape[0]).unbind()
+    joined = torch.cat([feats, ref_feats[picked].to(feats.dtype)])
+    given = [(g, a, b) for g, a, b in zip(upstream[:3], (i, i, of_j), (of_j, of_k, of_l), strict=True) if g is not None]
+    weight, first, second = (torch.cat(parts) for parts in zip(*given, strict=True))
+    d_joined, *d_unit = ops.call("score_pairs_backward", weight, joined, first, second, *unit, *ctx.switches)
+    d_refs = None
+    if ctx.needs_input_grad[2]:
+        d_refs = d_joined.new_zeros(ref_feats.shape).index_add(0, picked, d_joined[n:]).to(ref_feats.dtype)
+    return (d_joined[:n], None, d_refs, None, None, None, *d_unit, None, None, None)
+
+
+def mine_references(*arguments: Any) -> tuple[Tensor, ...]:
+    """The operator ``mine`` with the references' features and classes after the batch's, and then ids of both."""
+    mined: tuple[Tensor, ...] = ops.call("mine_references", *arguments)
+    return mined
+
+
+def _shapes(feats: Tensor, classes: Tensor, ref_feats: Tensor, ref_classes: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    shapes: tuple[Tensor, ...] = ops.shapes_of_mining(feats, classes, *others[2:])
+    return shapes
+
+
+def _operator() -> torch.library.Library:
+    schema = str(torch.ops.pddm.mine.default._schema)
+    rows = "Tensor feats, Tensor classes, Tensor ref_feats, Tensor ref_classes, Tensor? ids, Tensor? ref_ids"
+    schema = schema.replace("pddm::mine(Tensor feats, Tensor labels", f"mine_references({rows}")
+    library = torch.library.Library("pddm", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(schema)  # type: ignore[no-untyped-call]
+    torch.library.register_kernel("pddm::mine_references", ("cpu", "cuda"), _mine, lib=library)
+    ops.shapes("mine_references")(_shapes)
+    ops.differentiable("mine_references", _backward, _keep)
+    return library
+
+
+_LIBRARY = _operator()  # whose registrations end with it
