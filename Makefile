@@ -80,7 +80,7 @@ $(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/*) $(PACKAGE)
 
 test-emulated: $(EMULATED)/built ## the same tests of the CUDA kernels, emulated on the host
 	$(EMULATED)/venv/bin/python $(PYTEST) -n 2 \
-	  $(patsubst %,tests/test_%.py,numerics mining candidates gradients autograd laws emulation)
+	  $(patsubst %,tests/test_%.py,numerics mining candidates references gradients autograd laws emulation)
 
 test-arm: $(VENV)/tools ## the native tests, cross-compiled for 64-bit Arm and run under emulation
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \

@@ -81,7 +81,9 @@ def test_autocast_takes_a_memory_of_another_dtype():
         assert_same_bits(distance.pairwise_distance(x, r), distance.pairwise_distance(x, r.bfloat16()))
         assert_same_bits(miner(x, y, r, y), miner(x, y, r.bfloat16(), y))
         value = QuadrupletLoss(unit)(x, y, ref_emb=r, ref_labels=y)
-    expected = QuadrupletLoss(unit)(x.float(), y, PDDMMiner(unit)(x, y, r.bfloat16(), y), r, y)
+    ids = torch.arange(12, device=DEVICE)
+    among = {"ref_feats": r.bfloat16(), "ref_labels": y, "ids": ids, "ref_ids": ids}
+    expected = pddm_ext.QuadrupletLoss()(x, unit.mine(x, y, mode="anchor", **among), ref_feats=r)
     torch.testing.assert_close(value, expected, rtol=0.05, atol=0)
 
 

@@ -23,6 +23,7 @@ from helpers import (
     on_one_thread,
     reset_counters,
 )
+from pddm_ext import reference
 from pddm_ext.adapters.pml import DensityRegularizer, PDDMMiner, PDDMSimilarity, QuadrupletLoss
 from pml_truth import (
     MIXED,
@@ -34,10 +35,8 @@ from pml_truth import (
     labels_of,
     listed,
     loss_of,
-    mined_by_loops,
     with_density,
 )
-from truth import truth
 
 # --- The loss ---------------------------------------------------------------------------------------------------------
 
@@ -118,8 +117,9 @@ def test_the_triplets_of_the_quadruplets_have_their_sum():
 def test_a_reference_without_indices_is_mined(mode):
     unit, y, ry = make_unit(D), labels_of(*MIXED), labels_of(5, 3, 3, 7, 7, 0, 5, 5)
     x, r = make_features(12, D, dtype=torch.float64), make_features(8, D, seed=1, dtype=torch.float64)
-    triplets = mined_by_loops(truth(x, unit, r), y, ry, mode, lambda i, j: False)
-    expected = loss_of(x, r, triplets, copied(unit)).mean()
+    quads = copied(unit).mine(x, y, mode=mode, ref_feats=r, ref_labels=ry)
+    assert listed(PDDMMiner(unit, mode)(x, y, r, ry)) == listed(tuple(field[quads.valid] for field in quads[:3]))
+    expected = reference.QuadrupletLoss()(x, quads, ref_feats=r)
     torch.testing.assert_close(QuadrupletLoss(unit, mode)(x, y, ref_emb=r, ref_labels=ry), expected)
 
 

@@ -22,10 +22,8 @@ from ..mining import mine_and_score
 from ..parameters import Parameters
 from ..precision import autocast
 from ..quadruplets import Mode, Quadruplets
-from ..reference import _first_best
 from ..scoring import score_matrix, score_pairs
 from ..unit import PDDM, default_unit
-from ..unlabelled import unlabelled
 from . import needs
 
 needs("pytorch_metric_learning", "pml")
@@ -98,12 +96,11 @@ class PDDMMiner(BaseMiner):  # type: ignore[misc]
 
     All (i, j, k) come first, then all (j, i, l). Quadruplets that are not valid are left out.
 
-    With a reference of its own (``ref_emb``, ``ref_labels``) anchors are rows of the embeddings, and positives and
-    negatives rows of the reference: the hardest positive is the lowest score, the hardest negative the highest, ties go
-    to the lowest index and NaN never wins. There is no l then. As everywhere in the library, ``ref_labels`` that are
-    the very tensor ``labels`` say that row i is the same sample in both, and no positive of itself. Where nothing says
-    so, as in ``CrossBatchMemory``, which removes such pairs after mining, a reference row equal to the anchor is its
-    hardest positive only if it has no other: an anchor is not spent on itself.
+    With a reference of its own (``ref_emb``, ``ref_labels``) it mines among references, as
+    :func:`pddm_ext.mine_and_score` does: i is a row of the embeddings, j and k are rows of the reference. Their
+    triplets are (i, j, k) alone, since the library's anchors are rows of the embeddings. As everywhere in the library,
+    ``ref_labels`` that are the very tensor ``labels`` say that row i is the same sample in both, and no positive of
+    itself. Where nothing says so, as in ``CrossBatchMemory``, equal rows are taken for one sample, and never paired.
 
     Args:
         unit: the scoring unit.
@@ -143,21 +140,21 @@ class PDDMMiner(BaseMiner):  # type: ignore[misc]
         return f"mode={self.mode!r}"
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Triplets:
-        if ref_emb is not embeddings or ref_labels is not labels:
-            return _from_reference(self, embeddings, labels, ref_emb, ref_labels)
-        quads = _from_batch(self, embeddings, labels)
+        among = ref_emb is not embeddings or ref_labels is not labels
+        quads = _quadruplets(self, embeddings, labels, *((ref_emb, ref_labels) if among else ()))
         i, j, k, l = torch.stack(quads[:4])[:, quads.valid]  # noqa: E741 - the paper's names
-        return torch.cat([i, j]), torch.cat([j, i]), torch.cat([k, l])
+        return (i, j, k) if among else (torch.cat([i, j]), torch.cat([j, i]), torch.cat([k, l]))
 
 
 class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
     """:class:`pddm_ext.QuadrupletLoss` as a loss of the library: one element for the reducer per quadruplet or triplet.
 
-    Called without ``indices_tuple``, it mines with its unit, and a quadruplet (i, j, k, l) is one element with the
-    indices (i, j, k). Their mean, which the default reducer takes, is ``pddm_ext.QuadrupletLoss()``'s, to rounding.
+    Called without ``indices_tuple``, it mines with its unit, among the reference where there is one, and a quadruplet
+    (i, j, k, l) is one element with the indices (i, j, k). Their mean, which the default reducer takes, is
+    ``pddm_ext.QuadrupletLoss()``'s, to rounding.
 
-    Called with ``indices_tuple``, triplets or pairs from any miner, or with a reference, in which there is no l, it has
-    one element for each triplet, S being the score and D the squared Euclidean distance of the unit embeddings::
+    Called with ``indices_tuple``, triplets or pairs from any miner, it has one element for each triplet, S being the
+    score and D the squared Euclidean distance of the unit embeddings::
 
         max(0, α + S_an − S_ap) + weight · max(0, β + D_ap − D_an)
 
@@ -226,13 +223,10 @@ class QuadrupletLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if indices_tuple is not None:
             triplets = lmu.convert_to_triplets(indices_tuple, labels, ref_labels)
             values = self._of_triplets(embeddings, ref_emb, *triplets)
-        elif ref_emb is not embeddings or ref_labels is not labels:
-            with torch.no_grad():
-                triplets = _from_reference(self, embeddings, labels, ref_emb, ref_labels)
-            values = self._of_triplets(embeddings, ref_emb, *triplets)
         else:
-            quads = _from_batch(self, embeddings, labels)
-            values = self._each(embeddings, quads)[quads.valid]
+            among = ref_emb is not embeddings or ref_labels is not labels
+            quads = _quadruplets(self, embeddings, labels, *((ref_emb, ref_labels) if among else ()))
+            values = self._each(embeddings, quads, ref_feats=ref_emb if among else None)[quads.valid]
             triplets = tuple(torch.stack(quads[:3])[:, quads.valid])
         if len(values) == 0:
             return self.zero_losses()  # type: ignore[no-any-return]
@@ -355,7 +349,29 @@ def _ignored(ignore_label: int | None) -> int | None:
     return ignore_label
 
 
-def _from_batch(mining: PDDMMiner | QuadrupletLoss, embeddings: Tensor, labels: Tensor) -> Quadruplets:
+def _quadruplets(
+    mining: PDDMMiner | QuadrupletLoss,
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+) -> Quadruplets:
+    """Of a batch, or among a reference: i is then a row of the embeddings, and j, k and l are rows of the reference."""
+    among: dict[str, Tensor] = {}
+    if ref_emb is not None:
+        if mining.candidates is not None:
+            raise NotImplementedError(
+                f"candidates is {mining.candidates}, for pairs of the batch; with a reference (ref_emb) "
+                f"None is accepted"
+            )
+        itself = ref_emb is embeddings or ref_labels is labels or ref_labels is None  # the library's reading
+        ref_labels = labels if ref_labels is None else ref_labels
+        _checks._vector("labels", labels, len(embeddings), "embeddings")
+        _checks._vector("ref_labels", ref_labels, len(ref_emb), "ref_emb")
+        health.before_mining(embeddings=embeddings, ref_emb=ref_emb)
+        embeddings, ref_emb = _one_space(embeddings, ref_emb)
+        ids, ref_ids = _samples(embeddings, ref_emb, itself)
+        among = {"ref_feats": ref_emb, "ref_labels": ref_labels, "ids": ids, "ref_ids": ref_ids}
     return mine_and_score(
         embeddings,
         labels,
@@ -363,48 +379,16 @@ def _from_batch(mining: PDDMMiner | QuadrupletLoss, embeddings: Tensor, labels: 
         mode=mining.mode,
         ignore_label=mining.ignore_label,
         candidates=mining.candidates,
+        **among,
     )
 
 
-def _from_reference(
-    mining: PDDMMiner | QuadrupletLoss,
-    embeddings: Tensor,
-    labels: Tensor,
-    ref_emb: Tensor,
-    ref_labels: Tensor | None,
-) -> Triplets:
-    """The hard (i, j, k), of which i is a row of the embeddings, and j and k are rows of the reference."""
-    ref_labels = labels if ref_labels is None else ref_labels  # the library's reading
-    if mining.candidates is not None:
-        raise NotImplementedError(
-            f"candidates is {mining.candidates}, for pairs of the batch; with a reference (ref_emb) None is accepted"
-        )
-    _checks._vector("labels", labels, len(embeddings), "embeddings")
-    _checks._vector("ref_labels", ref_labels, len(ref_emb), "ref_emb")
-    health.before_mining(embeddings=embeddings, ref_emb=ref_emb)
-    scores, mode = mining.distance(embeddings, ref_emb), mining.mode
-    positive = labels.long()[:, None] == ref_labels.long()
-    negative = ~positive
-    left_out, ref_left_out = (unlabelled(y, mining.ignore_label) for y in (labels, ref_labels))
-    for rows in (left_out if left_out is None else left_out[:, None], ref_left_out):
-        if rows is not None:
-            positive, negative = positive & ~rows, negative & ~rows
-    k, has_negative = _first_best(scores, negative, smallest=False)
-    if ref_emb is embeddings or ref_labels is labels:
-        positive.fill_diagonal_(False)
+def _samples(embeddings: Tensor, ref_emb: Tensor, itself: bool) -> tuple[Tensor, Tensor]:
+    """Numbers of samples: those of row i are one where that is known; otherwise those of equal rows."""
+    n = len(embeddings)
+    if itself and len(ref_emb) == n:
+        rows = torch.arange(n, device=embeddings.device)
+        return rows, rows
     # unique() cannot sort NaN. Whatever stands for it, pairs with it score NaN and stay out.
-    _, row = torch.unique(torch.cat([embeddings, ref_emb]).nan_to_num(), dim=0, return_inverse=True)
-    copies = row[: len(embeddings), None] == row[len(embeddings) :]
-    scores = torch.where(copies, scores + torch.inf, scores)
-    if mode == "pair":
-        i, j = positive.nonzero(as_tuple=True)
-    elif mode == "anchor":
-        hardest, has_positive = _first_best(scores, positive, smallest=True)
-        i = has_positive.nonzero().squeeze(1)
-        j = hardest[i]
-    else:
-        hardest, has_positive = _first_best(scores.flatten(), positive.flatten(), smallest=True)
-        flat = hardest.reshape(1)[has_positive.reshape(1)]
-        i, j = flat // max(len(ref_emb), 1), flat % max(len(ref_emb), 1)
-    complete = has_negative[i]
-    return i[complete], j[complete], k[i[complete]]
+    rows = torch.unique(torch.cat([embeddings, ref_emb]).detach().nan_to_num(), dim=0, return_inverse=True)[1]
+    return rows[:n], rows[n:]
