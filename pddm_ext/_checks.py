@@ -218,6 +218,13 @@ def mining(
     return unit
 
 
+def numbers_of(feats: Any, mode_name: Any) -> tuple[int, ...]:
+    """What the processes of a group must have alike, as numbers: dimension, dtype and mode; −1 for what is none."""
+    matrix_like = isinstance(feats, Tensor) and feats.dim() == 2
+    dtype = FLOATS.index(feats.dtype) if isinstance(feats, Tensor) and feats.dtype in FLOATS else -1
+    return (feats.shape[1] if matrix_like else -1, dtype, MODES.index(mode_name) if mode_name in MODES else -1)
+
+
 def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> None:
     _matrix("feats", feats)
     _vector("i", i, None, "")

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import _checks, _numbers, ops
+from . import _checks, _numbers, ops, processes
 from .quadruplets import Quadruplets
 
 Reduction = Literal["mean", "sum", "none"]
@@ -29,6 +30,12 @@ class QuadrupletLoss(nn.Module):
     The mean over tensors of the CPU is one operator forward and one backward; what it does not have (other devices and
     reductions, compiled graphs, ``torch.func``, second derivatives) plain PyTorch computes, as in ``reference``.
 
+    In a group of W processes, of whose V valid quadruplets this one has V_r, it returns L_r = W / V · Σ over its own,
+    so that the mean of what they return is the loss L of the whole batch. A wrapper such as DDP takes the mean of the
+    processes' gradients: 1 / W · Σ_r ∇L_r = ∇L. What the others' quadruplets ask of this process's rows reaches them in
+    the backward pass, which all take part in. So the gradients of the net and of the unit, each averaged over the
+    processes, are those of one process with the whole batch. A regularizer sees this process's rows alone.
+
     Source: Huang, Loy, Tang, NIPS 2016, equations 3 to 5.
 
     Args:
@@ -39,6 +46,7 @@ class QuadrupletLoss(nn.Module):
             :class:`pddm_ext.DensityRegularizer`; the loss then wants the labels, too.
         regularizer_weight: of its value.
         reduction: ``"mean"`` over valid quadruplets, their ``"sum"``, or ``"none"``.
+        group: the processes that have mined one batch together; they all call this at once.
 
     Shape:
         feats (n, d), as given to the miner; quads with fields of (Q,); labels (n,) of any integer dtype; ref_feats
@@ -63,6 +71,7 @@ class QuadrupletLoss(nn.Module):
         regularizer: Callable[[Tensor, Tensor], Tensor] | None = None,
         regularizer_weight: float = 1.0,
         reduction: Reduction = "mean",
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         numbers = {"alpha": alpha, "beta": beta, "weight": weight, "regularizer_weight": regularizer_weight}
@@ -74,6 +83,11 @@ class QuadrupletLoss(nn.Module):
             raise ValueError(f"reduction is {reduction!r}; {', '.join(map(repr, _REDUCTIONS))} are accepted")
         if regularizer is not None and reduction == "none":
             raise ValueError("reduction is 'none' beside a regularizer, which has no value for each quadruplet")
+        if group is not None:
+            processes.check(group)
+            if reduction == "none":
+                raise ValueError("reduction is 'none' beside a group; 'mean' and 'sum' are accepted")
+        self.group = group
         self.alpha, self.beta, self.weight = alpha, beta, weight
         self.regularizer, self.regularizer_weight, self.reduction = regularizer, regularizer_weight, reduction
 
@@ -86,9 +100,8 @@ class QuadrupletLoss(nn.Module):
     ) -> Tensor:
         if self.regularizer is not None and labels is None:
             raise ValueError("labels are missing; a loss with a regularizer is called as loss(feats, quads, labels)")
-        _of_batch(feats, quads, ref_feats)
         batch = feats
-        feats, quads = _joined(feats, quads, ref_feats)
+        feats, quads = self._rows(feats, quads, ref_feats)
         margins = self.alpha, self.beta, self.weight
         numbers = not any(isinstance(margin, Tensor) for margin in margins)  # one that learns has a gradient, too
         if self._fused and self.reduction == "mean" and numbers and _fits(feats, quads):
@@ -97,6 +110,7 @@ class QuadrupletLoss(nn.Module):
             loss: Tensor = ops.call("quadruplet_loss", *given)[0]
         else:
             loss = self._reduced(self._similarity(quads) + self.weight * self._embedding(feats, quads), quads.valid)
+        loss = self._scaled(loss, quads.valid)
         if self.regularizer is None or labels is None:
             return loss
         return loss + self.regularizer_weight * self.regularizer(batch, labels)
@@ -104,12 +118,42 @@ class QuadrupletLoss(nn.Module):
     def similarity(self, quads: Quadruplets) -> Tensor:
         """E_m: pulls the unit (and the features through it) to score positives above negatives by α."""
         _quadruplets(quads)
-        return self._reduced(self._similarity(quads), quads.valid)
+        return self._scaled(self._reduced(self._similarity(quads), quads.valid), quads.valid)
 
     def embedding(self, feats: Tensor, quads: Quadruplets, *, ref_feats: Tensor | None = None) -> Tensor:
         """E_e: pulls the features themselves, whoever mined the quadruplets."""
-        _of_batch(feats, quads, ref_feats)
-        return self._reduced(self._embedding(*_joined(feats, quads, ref_feats)), quads.valid)
+        feats, quads = self._rows(feats, quads, ref_feats)
+        return self._scaled(self._reduced(self._embedding(feats, quads), quads.valid), quads.valid)
+
+    def _rows(self, feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None) -> tuple[Tensor, Quadruplets]:
+        """Features of whatever rows the quadruplets name, and the quadruplets in their numbers."""
+        if self.group is None:
+            _of_batch(feats, quads, ref_feats)
+            return _joined(feats, quads, ref_feats)
+
+        def checked() -> int:
+            _quadruplets(quads)
+            if ref_feats is not None:
+                raise ValueError("ref_feats is given beside group; without it None is accepted")
+            _checks._matrix("feats", feats)
+            _checks._devices(feats, quads.i)
+            return feats.shape[0]
+
+        mined = quads.mined_rows() if isinstance(quads, Quadruplets) else None
+        device = feats.device if isinstance(feats, Tensor) else torch.device("cpu")
+        alike = (*_checks.numbers_of(feats, None), -1 if mined is None else mined)
+        of = processes.lengths(self.group, device, checked, alike)
+        if mined is not None and mined != sum(of):
+            raise ValueError(f"the group's feats have {sum(of)} rows; quads were mined from {mined}")
+        return processes.gathered(feats, of, self.group), quads
+
+    def _scaled(self, value: Tensor, valid: Tensor) -> Tensor:
+        if self.group is None:
+            return value
+        own = valid.sum()
+        total, world = own.clone(), dist.get_world_size(self.group)
+        dist.all_reduce(total, group=self.group)
+        return value * world if self.reduction == "sum" else value * (own * world / total.clamp(min=1))
 
     # Of every slot. At Q = 1 the loss is nothing but launches, so what can be one operator over all pairs is.
 

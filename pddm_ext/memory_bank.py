@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _checks, _numbers
+from . import _checks, _numbers, processes
 
 
 class MemoryBank(nn.Module):
@@ -56,8 +56,8 @@ class MemoryBank(nn.Module):
         _numbers.size("warm_up", warm_up, 0)
         if dtype not in _checks.FLOATS:
             raise TypeError(f"dtype is {dtype}; float32, float64, bfloat16 or float16 is accepted")
-        if group is not None and (not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0):
-            raise ValueError(f"group is {group!r}; a process group that this process is in, or None, is accepted")
+        if group is not None:
+            processes.check(group)
         self.size, self.dim, self.warm_up, self.group = int(size), int(dim), int(warm_up), group
         self.register_buffer("ring_feats", torch.zeros(size, dim, dtype=dtype, device=device))
         self.register_buffer("ring_labels", torch.zeros(size, dtype=torch.int64, device=device))
@@ -111,7 +111,7 @@ class MemoryBank(nn.Module):
         lengths = self._lengths(feats, labels, ids)
         rows = [feats.detach().to(self.ring_feats.dtype), labels.long(), ids.long()]
         if self.group is not None:
-            rows = [_shards(x, lengths, self.group) for x in rows]
+            rows = [processes.shards(x, lengths, self.group) for x in rows]
         count = min(sum(lengths), self.size)
         feats, labels, ids = (x[len(x) - count :] for x in rows)
         self._additions += 1
@@ -136,26 +136,13 @@ class MemoryBank(nn.Module):
         self._next, self._held, self._additions = state.tolist()
 
     def _lengths(self, feats: Tensor, labels: Tensor, ids: Tensor) -> list[int]:
-        """Rows of every process. What one does not accept fails in all, rather than leave the others waiting."""
+        def checked() -> int:
+            self._check(feats, labels, ids)
+            return feats.shape[0]
+
         if self.group is None:
-            self._check(feats, labels, ids)
-            return [feats.shape[0]]
-        refused: Exception | None = None
-        try:
-            self._check(feats, labels, ids)
-        except (ValueError, TypeError, RuntimeError) as error:
-            refused = error
-        own = torch.tensor([-1 if refused else feats.shape[0]], device=self.ring_feats.device)
-        every = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(every, own, group=self.group)
-        lengths = [int(length) for length in every]
-        if refused is not None:
-            raise refused
-        if min(lengths) < 0:
-            raise RuntimeError(
-                f"process {lengths.index(-1)} of the group was given rows that it refused; see its error"
-            )
-        return lengths
+            return [checked()]
+        return processes.lengths(self.group, self.ring_feats.device, checked)
 
     def _check(self, feats: Tensor, labels: Tensor, ids: Tensor) -> None:
         _checks._matrix("feats", feats)
@@ -164,13 +151,3 @@ class MemoryBank(nn.Module):
         _checks._vector("labels", labels, feats.shape[0], "feats")
         _checks._vector("ids", ids, feats.shape[0], "feats")
         _checks._devices(self.ring_feats, feats, labels, ids)
-
-
-def _shards(x: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Shards of any lengths, gathered in the order of ranks."""
-    # Filled up to one length, which is what every backend can gather.
-    filled = x.new_zeros(max(lengths), *x.shape[1:])
-    filled[: len(x)] = x
-    shards = [torch.empty_like(filled) for _ in lengths]
-    dist.all_gather(shards, filled, group=group)
-    return torch.cat([shard[:length] for shard, length in zip(shards, lengths, strict=True)])

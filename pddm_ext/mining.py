@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
 from . import _checks, reference
@@ -21,6 +22,7 @@ def mine_and_score(
     ref_labels: Tensor | None = None,
     ids: Tensor | None = None,
     ref_ids: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Quadruplets:
     """Find the hard quadruplets of a batch under the unit's score, and the scores of their pairs.
 
@@ -56,6 +58,12 @@ def mine_and_score(
             sample, which is never paired with itself. Without them nothing is left out: where the batch is among its
             references, each row's best match is then itself.
         ref_ids: (m,), see ids.
+        group: the processes whose batches are one, all of which then call this at once, each with its own rows. The
+            indices are rows of the whole batch, in the order of ranks. A process has the slots of its own rows
+            (``"anchor"``), of the pairs whose lower row is its own (``"pair"``), or the one slot if its i is its own
+            (``"batch"``; the others' is not valid): together they are what one process mines of the whole batch, and
+            on the CPU have its bits. Each scores n²/2W of the pairs, n rows of W processes. The loss then wants the
+            group, too; see :class:`pddm_ext.QuadrupletLoss` for gradients.
 
     A batch from which nothing can be learned is told once in words; see :func:`pddm_ext.set_health_checks`.
 
@@ -82,4 +90,5 @@ def mine_and_score(
         ref_labels=ref_labels,
         ids=ids,
         ref_ids=ref_ids,
+        group=group,
     )

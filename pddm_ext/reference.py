@@ -8,10 +8,11 @@ those of the package; only the arithmetic is spelled out.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks, health, losses
+from . import _checks, health, losses, processes
 from .parameters import Parameters
 from .precision import autocast, no_autocast, score_dtype
 from .quadruplets import Mode, Quadruplets
@@ -56,6 +57,7 @@ class PDDM(Parameters):
         ref_labels: Tensor | None = None,
         ids: Tensor | None = None,
         ref_ids: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> Quadruplets:
         """:func:`mine_and_score` with this unit."""
         return mine_and_score(
@@ -69,6 +71,7 @@ class PDDM(Parameters):
             ref_labels=ref_labels,
             ids=ids,
             ref_ids=ref_ids,
+            group=group,
         )
 
 
@@ -215,15 +218,18 @@ def mine_and_score(
     ref_labels: Tensor | None = None,
     ids: Tensor | None = None,
     ref_ids: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Quadruplets:
     """Hard quadruplets of feats (n, d) with labels (n,) under the unit's score, and the scores of their pairs.
 
     With candidates, a row's negatives are those of them with the largest dot products, its positives those with the
     smallest; a pair is one that either of its rows has, or, with a slot for each row, that this row has.
 
-    With references, j, k and l are rows of these.
+    With references, j, k and l are rows of these. In a group every process mines the whole batch, and keeps its slots.
     """
     references = _checks.References(ref_feats, ref_labels, ids, ref_ids)
+    if group is not None:
+        return _mine_group(feats, labels, unit, mode, ignore_label, candidates, references, group)
     unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
     left_out = unlabelled(labels, ignore_label)
     if ref_feats is not None and ref_labels is not None:
@@ -246,6 +252,32 @@ def mine_and_score(
     quads = _select(score_matrix(feats, unit), positive, negative, mode)
     health.after_mining(quads, autocast(feats), labels, unit, left_out)
     return quads.of_rows(feats.shape[0])
+
+
+def _mine_group(
+    feats: Tensor,
+    labels: Tensor,
+    unit: Parameters | None,
+    mode: Mode,
+    ignore_label: int | None,
+    candidates: int | None,
+    references: _checks.References,
+    group: dist.ProcessGroup,
+) -> Quadruplets:
+    of = processes.of_miners(feats, labels, unit, mode, ignore_label, candidates, references, group, default_unit)
+    every, y = processes.gathered(feats, of, group), processes.shards(labels.long(), of, group)
+    whole = mine_and_score(every, y, unit, mode=mode, ignore_label=ignore_label)
+    first = sum(of[: dist.get_rank(group)])
+    last = first + of[dist.get_rank(group)]
+    if mode == "anchor":
+        return Quadruplets(*(field[first:last] for field in whole)).of_rows(len(every))
+    own = (whole.i >= first) & (whole.i < last)
+    if mode == "pair":  # a pair that is not valid has no row, but a place among all pairs
+        low = _pairs(y, ignore_label)[0].triu().nonzero()[:, 0]
+        return Quadruplets(*(field[(low >= first) & (low < last)] for field in whole)).of_rows(len(every))
+    i, j, k, l = (torch.where(own, index, -1) for index in whole[:4])  # noqa: E741 - the paper's names
+    s_ij, s_ik, s_jl = (torch.where(own, score, 0.0) for score in whole[4:7])
+    return Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, whole.valid & own).of_rows(len(every))
 
 
 def topk(queries: Tensor, gallery: Tensor, k: int, unit: Parameters) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ pairs; of each tile nothing is kept but the best.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,9 @@ from .precision import no_autocast, score_dtype
 from .quadruplets import MODES
 
 #: Rows of a tile's sides, and pairs of a list that are scored at once.
-_SIDE, _PAIRS = 2048, 2**14
+_SIDE, _AT_ONCE = 2048, 2**14
 
-_Tile = Callable[[Tensor, Tensor], Tensor]
+Tile = Callable[[Tensor, Tensor], Tensor]
 """Scores of rows (r, d) with others (c, d): (r, c)."""
 
 
@@ -57,7 +57,7 @@ def number_classes(
     return classes, ref_classes
 
 
-def _pairs(rows: Side, others: Side) -> tuple[Tensor, Tensor]:
+def pair_masks(rows: Side, others: Side) -> tuple[Tensor, Tensor]:
     """Which pairs of two sides are positive, and which negative: (r, c) bool each."""
     there = (rows.classes[:, None] >= 0) & (others.classes >= 0)
     if rows.ids is not None and others.ids is not None:
@@ -66,8 +66,8 @@ def _pairs(rows: Side, others: Side) -> tuple[Tensor, Tensor]:
     return there & same, there & ~same
 
 
-class _Best:
-    """The largest of each row so far, NaN never, and of equal ones the first: columns come in ascending order."""
+class Best:
+    """The largest of each row so far, NaN never, and of equal ones the lowest column, in whatever order they come."""
 
     def __init__(self, rows: int, like: Tensor, dtype: torch.dtype) -> None:
         self.score = like.new_zeros(rows, dtype=dtype)
@@ -76,64 +76,72 @@ class _Best:
 
     def offer(self, rows: slice, scores: Tensor, allowed: Tensor, first: int) -> None:
         at, score, found = first_largest(scores.masked_fill(~allowed, torch.nan))
-        better = found & (~self.found[rows] | (score > self.score[rows]))
+        at += first
+        earlier = (score == self.score[rows]) & (at < self.column[rows])
+        better = found & (~self.found[rows] | (score > self.score[rows]) | earlier)
         self.score[rows] = torch.where(better, score, self.score[rows])
-        self.column[rows] = torch.where(better, at + first, self.column[rows])
+        self.column[rows] = torch.where(better, at, self.column[rows])
         self.found[rows] |= found
 
 
-def _hardest_negatives(rows: Side, references: Side, tile: _Tile) -> _Best:
-    best = _Best(len(rows.classes), rows.feats, score_dtype(rows.feats))
+def hardest_negatives(rows: Side, references: Side, tile: Tile) -> Best:
+    best = Best(len(rows.classes), rows.feats, score_dtype(rows.feats))
     for at, some in rows.parts():
         for first, others in references.parts():
             scores = tile(some.feats, others.feats)
-            best.offer(slice(at, at + len(some.classes)), scores, _pairs(some, others)[1], first)
+            best.offer(slice(at, at + len(some.classes)), scores, pair_masks(some, others)[1], first)
     return best
 
 
-def _of_positives(references: Side, j: Tensor, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
+def _of_positives(references: Side, j: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     """l, s_jl and whether there is one, of the references j; each distinct one is compared with all once."""
     distinct, place = torch.unique(j, return_inverse=True)
-    best = _hardest_negatives(references.part(distinct), references, tile)
+    best = hardest_negatives(references.part(distinct), references, tile)
     return best.column[place], best.score[place], best.found[place]
+
+
+def tile_scores(unit: Sequence[Any], dtype: torch.dtype) -> Tile:
+    """Scores of a tile by the unit's arguments, in the precision of a dtype."""
+
+    def tile(rows: Tensor, columns: Tensor) -> Tensor:
+        joined = torch.cat([rows.to(dtype), columns.to(dtype)])
+        scores: Tensor = torch.ops.pddm.score_matrix(joined, len(rows), *unit)
+        return scores
+
+    return tile
 
 
 def _mine(feats: Tensor, classes: Tensor, ref_feats: Tensor, ref_classes: Tensor, *others: Any) -> tuple[Tensor, ...]:
     ids, ref_ids, *unit, mode = others
-
-    def tile(rows: Tensor, columns: Tensor) -> Tensor:
-        joined = torch.cat([rows.to(feats.dtype), columns.to(feats.dtype)])
-        scores: Tensor = torch.ops.pddm.score_matrix(joined, len(rows), *unit)
-        return scores
-
     rows, references = Side(feats, classes, ids), Side(ref_feats, ref_classes, ref_ids)
+    tile = tile_scores(unit, feats.dtype)
     with no_autocast(feats):
         if MODES[mode] == "batch":
             return _batch(rows, references, tile, unit)
         return _rows(rows, references, tile, anchors=MODES[mode] == "anchor")
 
 
-def _rows(rows: Side, references: Side, tile: _Tile, *, anchors: bool) -> tuple[Tensor, ...]:
+def _rows(rows: Side, references: Side, tile: Tile, *, anchors: bool) -> tuple[Tensor, ...]:
     """The quadruplet of each row with its own hardest positive, or of each positive pair."""
     n, dtype = len(rows.classes), score_dtype(rows.feats)
-    far, near = (_Best(n, rows.feats, dtype) for _ in range(2))
-    listed: list[tuple[Tensor, Tensor, Tensor]] = []
+    far, near = (Best(n, rows.feats, dtype) for _ in range(2))
+    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     for at, some in rows.parts():
         block = slice(at, at + len(some.classes))
         for first, others in references.parts():
             scores = tile(some.feats, others.feats)
-            positive, negative = _pairs(some, others)
+            positive, negative = pair_masks(some, others)
             near.offer(block, scores, negative, first)
             if anchors:
                 far.offer(block, -scores, positive, first)
             else:
                 i, j = positive.nonzero(as_tuple=True)
-                listed.append((i + at, j + first, scores[i, j]))
+                pairs.append((i + at, j + first, scores[i, j]))
     if anchors:
         i, j, s_ij, valid = torch.arange(n, device=rows.feats.device), far.column, -far.score, far.found
     else:
         none = far.column[:0], far.column[:0], far.score[:0]
-        i, j, s_ij = (torch.cat(parts) for parts in zip(none, *listed, strict=True))
+        i, j, s_ij = (torch.cat(parts) for parts in zip(none, *pairs, strict=True))
         order = (i * len(references.classes) + j).argsort()
         i, j, s_ij = i[order], j[order], s_ij[order]
         valid = torch.ones_like(i, dtype=torch.bool)
@@ -144,12 +152,37 @@ def _rows(rows: Side, references: Side, tile: _Tile, *, anchors: bool) -> tuple[
     return slots(valid & found, (i, j, near.column[i], l), (s_ij, near.score[i], s_jl))
 
 
-def _batch(rows: Side, references: Side, tile: _Tile, unit: list[Any]) -> tuple[Tensor, ...]:
+def _batch(rows: Side, references: Side, tile: Tile, unit: Sequence[Any]) -> tuple[Tensor, ...]:
     """The quadruplet of the hardest positive pair."""
+    order = references.classes.argsort(stable=True)
+    in_order = references.classes[order]
+    begin = torch.searchsorted(in_order, rows.classes)
+    counts = torch.searchsorted(in_order, rows.classes, right=True) - begin
+    positives = listed(order, begin, torch.where(rows.classes >= 0, counts, 0))
+    i, j, s_ij, valid = hardest(positives, rows, references, unit)
+    k, l = torch.zeros_like(i), torch.zeros_like(i)  # noqa: E741 - the paper's name
+    s_ik, s_jl = torch.zeros_like(s_ij), torch.zeros_like(s_ij)
+    if bool(valid):
+        near = hardest_negatives(_joined(rows.part(i), references.part(j)), references, tile)
+        k, l, s_ik, s_jl = near.column[:1], near.column[1:], near.score[:1], near.score[1:]  # noqa: E741
+        valid = near.found.all()[None]
+    return slots(valid, (i, j, k, l), (s_ij, s_ik, s_jl))
+
+
+def hardest(
+    positives: Iterable[tuple[Tensor, Tensor]], rows: Side, references: Side, unit: Sequence[Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of listed pairs (i, j), in the order of i, then j, the first of least score: i, j, s_ij and whether there is one,
+    (1,) each."""
     like = rows.feats
     best = like.new_zeros(1, dtype=score_dtype(like))
     pair, valid = like.new_zeros(2, 1, dtype=torch.int64), like.new_zeros(1, dtype=torch.bool)
-    for i, j in _positives(rows, references):
+    for i, j in positives:
+        if rows.ids is not None and references.ids is not None:
+            apart = rows.ids[i] != references.ids[j]
+            i, j = i[apart], j[apart]
+        if len(i) == 0:
+            continue
         (of_i, at_i), (of_j, at_j) = (torch.unique(side, return_inverse=True) for side in (i, j))
         joined = torch.cat([rows.feats[of_i], references.feats[of_j].to(like.dtype)])
         scores = torch.ops.pddm.score_pairs(joined, at_i, at_j + len(of_i), *unit)
@@ -157,14 +190,7 @@ def _batch(rows: Side, references: Side, tile: _Tile, unit: list[Any]) -> tuple[
         better = found & (~valid | (-score < best))
         best, valid = torch.where(better, -score, best), valid | found
         pair = torch.where(better, torch.stack([i[at], j[at]]), pair)
-    i, j = pair
-    k, l = torch.zeros_like(i), torch.zeros_like(i)  # noqa: E741 - the paper's name
-    s_ik, s_jl = torch.zeros_like(best), torch.zeros_like(best)
-    if bool(valid):
-        near = _hardest_negatives(_joined(rows.part(i), references.part(j)), references, tile)
-        k, l, s_ik, s_jl = near.column[:1], near.column[1:], near.score[:1], near.score[1:]  # noqa: E741
-        valid = near.found.all()[None]
-    return slots(valid, (i, j, k, l), (best, s_ik, s_jl))
+    return pair[0], pair[1], best, valid
 
 
 def _joined(a: Side, b: Side) -> Side:
@@ -172,24 +198,25 @@ def _joined(a: Side, b: Side) -> Side:
     return Side(torch.cat([a.feats, b.feats.to(a.feats.dtype)]), torch.cat([a.classes, b.classes]), ids)
 
 
-def _positives(rows: Side, references: Side) -> Iterator[tuple[Tensor, Tensor]]:
-    """The positive pairs, in the order of their rows, then of the references, some thousands at a time."""
-    order = references.classes.argsort(stable=True)
-    in_order = references.classes[order]
-    begin = torch.searchsorted(in_order, rows.classes)
-    counts = torch.searchsorted(in_order, rows.classes, right=True) - begin
-    ends = torch.where(rows.classes >= 0, counts, 0).cumsum(0)
+def listed(
+    order: Tensor, begin: Tensor, counts: Tensor, part: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of each row i with order[begin[i]], …, order[begin[i] + counts[i] − 1], some thousands at a time.
+
+    Args:
+        order: (m,) rows.
+        begin: (n,) places in the order.
+        counts: (n,).
+        part: which of how many even parts of the list.
+    """
+    ends = counts.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
-    for first in range(0, total, _PAIRS):
-        number = torch.arange(first, min(total, first + _PAIRS), device=order.device)
+    last = (part[0] + 1) * total // part[1]
+    for first in range(part[0] * total // part[1], last, _AT_ONCE):
+        number = torch.arange(first, min(last, first + _AT_ONCE), device=order.device)
         i = torch.searchsorted(ends, number, right=True)
         # Counted from the end of the row's own.
-        j = order[begin[i] + counts[i] - (ends[i] - number)]
-        if rows.ids is not None and references.ids is not None:
-            apart = rows.ids[i] != references.ids[j]
-            i, j = i[apart], j[apart]
-        if len(i):
-            yield i, j
+        yield i, order[begin[i] + counts[i] - (ends[i] - number)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

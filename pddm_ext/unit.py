@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks, health
+from . import _checks, health, processes
 from .candidates import mine_candidates
+from .group import mine_group
 from .ops import call, unit_arguments
 from .parameters import Parameters
 from .precision import autocast
@@ -52,9 +54,12 @@ class PDDM(Parameters):
         ref_labels: Tensor | None = None,
         ids: Tensor | None = None,
         ref_ids: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> Quadruplets:
         """:func:`pddm_ext.mine_and_score` with this unit."""
         references = _checks.References(ref_feats, ref_labels, ids, ref_ids)
+        if group is not None:
+            return self._mine_group(feats, labels, mode, ignore_label, candidates, references, group)
         _checks.mining(feats, labels, self, mode, default_unit, candidates, references)
         left_out = unlabelled(labels, ignore_label)
         if ref_feats is not None and ref_labels is not None:
@@ -72,6 +77,24 @@ class PDDM(Parameters):
         else:
             mined = mine_candidates(*arguments, int(candidates))
         return self._quadruplets(mined, rows, labels, left_out)
+
+    def _mine_group(
+        self,
+        feats: Tensor,
+        labels: Tensor,
+        mode: Mode,
+        ignore_label: int | None,
+        candidates: int | None,
+        references: _checks.References,
+        group: dist.ProcessGroup,
+    ) -> Quadruplets:
+        given = (feats, labels, self, mode, ignore_label, candidates, references, group)
+        of = processes.of_miners(*given, default_unit)
+        rows = autocast(feats)
+        mined = mine_group(rows, labels, of, ignore_label, unit_arguments(self), MODES.index(mode), group)
+        s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
+        health.before_mining(feats=feats)
+        return Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid).of_rows(sum(of))
 
     def _quadruplets(
         self,

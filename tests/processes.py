@@ -31,19 +31,30 @@ def in_two_processes(target: Callable[[int, int, Path], None], folder: Path, *, 
 
     ``preload`` is a module that takes seconds to import, and is so once instead of twice.
     """
+    return _run(target, [(rank,) for rank in range(2)], folder, preload)
+
+
+def in_processes(
+    target: Callable[[int, int, int, Path], None], world: int, folder: Path, *, preload: str
+) -> list[dict[str, Any]]:
+    """The same of ``target(rank, world, port, folder)`` in any number of processes."""
+    return _run(target, [(rank, world) for rank in range(world)], folder, preload)
+
+
+def _run(target: Callable[..., None], each: list[tuple[int, ...]], folder: Path, preload: str) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    processes = [context.Process(target=target, args=(rank, port, folder)) for rank in range(2)]
+    processes = [context.Process(target=target, args=(*numbers, port, folder)) for numbers in each]
     try:
         for process in processes:
             process.start()
         for process in processes:
             process.join(120)
-        assert [process.exitcode for process in processes] == [0, 0]
+        assert [process.exitcode for process in processes] == [0] * len(processes)
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(len(processes))]

@@ -71,6 +71,12 @@ def as_one_of_two(rank: int, port: int, folder: Path) -> None:
         results["beside"] = state(net, unit)
 
         net, unit = parts()
+        learner = names["Together"](net, 8, dist.group.WORLD)
+        learner.unit = unit
+        names["train"](DistributedDataParallel(learner), batches(rank))
+        results["together"] = state(net, unit)
+
+        net, unit = parts()
         wrapped = DistributedDataParallel(unit)
         ((images, labels),) = batches(rank, 1)
         feats = net(images)
@@ -129,6 +135,18 @@ def test_both_routes_take_the_steps_of_one_process(two_processes, route):
         torch.testing.assert_close(results[route], expected, rtol=1e-5, atol=1e-6)
     for name in expected.keys() - {"1.s.bias"}:  # whose gradient is 0 but for rounding
         assert (expected[name] - start[name]).abs().max() > 1e-5, name
+
+
+def test_together_they_take_the_steps_of_one_process_with_the_whole_batch(two_processes):
+    net, unit = parts()
+    learner = page()["Together"](net, 8)
+    learner.unit = unit
+    page()["train"](
+        learner, [tuple(map(torch.cat, zip(*both, strict=True))) for both in zip(batches(0), batches(1), strict=True)]
+    )
+    expected = state(net, unit)
+    for results in two_processes:
+        torch.testing.assert_close(results["together"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_mining_behind_a_wrapper_is_as_wrong_as_the_page_says(two_processes):

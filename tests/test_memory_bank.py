@@ -170,7 +170,7 @@ def test_rows_stand_in_one_order_in_every_process(tmp_path: Path):
     first, second = in_two_processes(as_one_of_two, tmp_path, preload="pddm_ext")
     assert first["ids"].tolist() == second["ids"].tolist() == [9, 10, 11, 12, 13, 14, 6, 7, 8]
     assert torch.equal(first["feats"], second["feats"])
-    assert first["wrong"].startswith("RuntimeError: process 1 of the group was given rows that it refused")
+    assert first["wrong"].startswith("RuntimeError: process 1 of the group has refused")
     assert second["wrong"].startswith("ValueError: feats has shape (2, 4)")
     assert first["refused"] == ""
     assert "a process group that this process is in" in second["refused"]

@@ -174,7 +174,7 @@ def test_tiles_change_nothing_and_nothing_of_the_size_of_the_matrix_is_kept(mode
     whole = unit.mine(feats, labels, mode=mode, **among)
     scored = pairs_scored(lambda: unit.mine(feats, labels, mode=mode, **among))
     monkeypatch.setattr(references, "_SIDE", 16)
-    monkeypatch.setattr(references, "_PAIRS", 20)
+    monkeypatch.setattr(references, "_AT_ONCE", 20)
     with Largest() as largest:
         parts = unit.mine(feats, labels, mode=mode, **among)
     for a, b in zip(whole, parts, strict=True):

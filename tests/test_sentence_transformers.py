@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -249,6 +250,7 @@ def test_configuration_and_citation_are_for_the_model_card():
         "weight": 0.3,
         "ignore_label": None,
         "candidates": None,
+        "gather": False,
     }
     assert loss.citation.startswith("\n@inproceedings{huang2016local,")
 
@@ -261,12 +263,12 @@ def settings() -> dict[str, Any]:
     return {"max_steps": 4, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
 
-def as_one_of_two(rank: int, port: int, folder: Path) -> None:
+def as_one_of_two(rank: int, port: int, folder: Path, *, gather: bool) -> None:
     """What each process does; results go to a file."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    loss = PDDMQuadrupletLoss(made(seed=rank))
+    loss = PDDMQuadrupletLoss(made(seed=rank), gather=gather)
     loss.model.load_state_dict(made().state_dict())
     results: dict[str, Any] = {"start": state(loss), "batches": []}
     loss.register_forward_pre_hook(lambda _, inputs: results["batches"].append((dict(inputs[0][0]), inputs[1])))
@@ -275,9 +277,11 @@ def as_one_of_two(rank: int, port: int, folder: Path) -> None:
 
 
 @on_one_thread
-def test_two_processes_train_one_unit(tmp_path):
-    """By the mean of their gradients, from the unit of rank 0."""
-    first, second = in_two_processes(as_one_of_two, tmp_path, preload="pddm_ext.adapters.sentence_transformers")
+@pytest.mark.parametrize("gather", [False, True])
+def test_two_processes_train_one_unit(tmp_path, gather):
+    """By the mean of their gradients, from the unit of rank 0; of one with both batches, if they gather."""
+    target = functools.partial(as_one_of_two, gather=gather)
+    first, second = in_two_processes(target, tmp_path, preload="pddm_ext.adapters.sentence_transformers")
     assert not torch.equal(first["start"]["unit.u.weight"], second["start"]["unit.u.weight"])
     assert_equal(second["end"], first["end"])
 
@@ -288,7 +292,11 @@ def test_two_processes_train_one_unit(tmp_path):
     for halves in zip(first["batches"], second["batches"], strict=True):
         assert not torch.equal(halves[0][0]["input_ids"], halves[1][0]["input_ids"])
         optimizer.zero_grad()
-        (sum(one([features], labels) for features, labels in halves) / 2).backward()
+        if gather:
+            rows = [one.model(features)["sentence_embedding"] for features, _ in halves]
+            one.compute_loss_from_embeddings([torch.cat(rows)], torch.cat([labels for _, labels in halves])).backward()
+        else:
+            (sum(one([features], labels) for features, labels in halves) / 2).backward()
         optimizer.step()
     got = {name.replace("module.", ""): value for name, value in first["end"].items()}
     torch.testing.assert_close(got, state(one), rtol=1e-4, atol=1e-6)
@@ -310,6 +318,8 @@ class Unknown(SentenceTransformer):
         ({"model": nn.Linear(3, 4)}, TypeError, "model is a Linear; a SentenceTransformer is accepted"),
         ({"unit": nn.Linear(16, 1)}, TypeError, "unit is a Linear; a PDDM is accepted"),
         ({"unit": pddm_ext.PDDM(8)}, ValueError, "unit scores features of dimension 8; these have 16"),
+        ({"gather": 1}, TypeError, "gather is a int; a bool is accepted"),
+        ({"gather": True, "candidates": 4}, ValueError, "candidates is 4 beside gather; with it None is accepted"),
         ({"mode": "hard"}, ValueError, "mode is 'hard'; 'batch', 'anchor', 'pair' are accepted"),
     ],
 )

@@ -6,11 +6,12 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from .. import _checks, _numbers
+from .. import _checks, _numbers, processes
 from ..losses import QuadrupletLoss
 from ..precision import score_dtype, unmasked
 from ..quadruplets import Mode
@@ -57,15 +58,12 @@ class MetricLearningModule(LightningModule):
 
     **Several processes.** ``strategy="ddp"`` serves, without looking for unused parameters: each step's graph has every
     parameter of the unit, and the features, even if no quadruplet is valid. Each process mines its own batch, and the
-    gradient is the mean over the processes. With ``gather`` each mines the rows of all processes, so that hard
-    negatives of the others count, and the gradient is that of one process with the whole batch. No factor is needed:
-
-        W processes compute the same loss L of all features, of which f_r are those of process r. Backward through the
-        gathering sums what all have for f_r: W ∂L/∂f_r. The net's gradient in r is W ∂L/∂f_r ∂f_r/∂θ, and DDP's mean
-        over r makes it Σ_r ∂L/∂f_r ∂f_r/∂θ = dL/dθ. The unit's is ∂L/∂φ everywhere, and so is its mean.
+    gradient is the mean over the processes. With ``gather`` the rows of all processes are one batch, so that hard
+    negatives of the others count: each process scores its part of the pairs, and the gradient is that of one process
+    with the whole batch, by :class:`pddm_ext.QuadrupletLoss`'s group.
 
     It holds for batches of different lengths, but not for a net in which the rows of a batch meet, as in a BatchNorm
-    that is not synchronised. Gathering waits for the device once a step, and every process scores all pairs.
+    that is not synchronised. Gathering waits for the device.
 
     Validation always gathers, however many rows each process has. Rows that a ``DistributedSampler`` repeats to make
     the shares equal are left out, for each would find its copy.
@@ -90,7 +88,7 @@ class MetricLearningModule(LightningModule):
         lr: learning rate of Adam.
         unit_lr_factor: the unit's learning rate over ``lr``.
         weight_decay: L2 penalty of Adam, the paper's γ.
-        gather: mine the rows of all processes together.
+        gather: mine the rows of all processes together; not beside candidates.
         ignore_label: the label of images whose class is not known: they are in no quadruplet, and in validation
             neither queries nor found.
         candidates: score only each row's so many nearest of other classes, see :func:`pddm_ext.mine_and_score`.
@@ -132,6 +130,8 @@ class MetricLearningModule(LightningModule):
             raise TypeError(f"net is a {type(net).__name__}; a torch.nn.Module is accepted")
         _checks.mode(mode)
         _checks.number_of_candidates(candidates)
+        if gather and candidates is not None:
+            raise ValueError(f"candidates is {candidates} beside gather; with it None is accepted")
         for name, value in (("lr", lr), ("unit_lr_factor", unit_lr_factor)):
             _numbers.number(name, value, "a positive finite number")
         for name, value in (("alpha", alpha), ("beta", beta), ("weight", weight), ("weight_decay", weight_decay)):
@@ -166,23 +166,32 @@ class MetricLearningModule(LightningModule):
     def training_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch (images, labels)."""
         feats, labels = self._embed(batch)
-        if self.gather:
-            feats, labels = self._of_all_processes(feats, labels)
+        group = self.loss.group = self._everyone() if self.gather else None
         feats, zero = unmasked(feats)
         # Autocast would round the features for scoring.
         with torch.autocast(feats.device.type, enabled=False):
             quads = self.unit.mine(
-                feats, labels, mode=self.mode, ignore_label=self.ignore_label, candidates=self.candidates
+                feats,
+                labels,
+                mode=self.mode,
+                ignore_label=self.ignore_label,
+                candidates=self.candidates,
+                group=group,
             )
             similarity = self.loss.similarity(quads)
             embedding = self.loss.weight * self.loss.embedding(feats, quads)
             loss = similarity + embedding + zero
         finite = loss.detach().isfinite()
         self._finite = finite if self._finite is None else self._finite & finite
-        valid = quads.valid.sum() / max(len(quads.valid), 1)
+        slots = torch.stack([quads.valid.sum(), torch.tensor(len(quads.valid), device=feats.device)])
+        if group is not None:
+            dist.all_reduce(slots, group=group)
+        valid = slots[0] / slots[1].clamp(min=1) if self.mode != "batch" else slots[0]
         terms = {"train_similarity": similarity, "train_embedding": embedding, "train_valid": valid}
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
-        self.log_dict(terms, batch_size=len(labels))
+        # Of a group each process has its own part of the loss.
+        several = group is not None
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=several)
+        self.log_dict(terms, batch_size=len(labels), sync_dist=several)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -270,18 +279,21 @@ class MetricLearningModule(LightningModule):
         _checks._unit(self.unit, feats.shape[1])
         return feats.to(score_dtype(feats)), labels.long()
 
-    def _of_all_processes(self, feats: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of every process, in the order of ranks; differentiable."""
+    def _everyone(self) -> dist.ProcessGroup | None:
+        """All processes of the training, where there are several."""
         if self.trainer.world_size == 1:
+            return None
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("several processes without torch.distributed cannot gather; strategy='ddp' is accepted")
+        return dist.group.WORLD
+
+    def _of_all_processes(self, feats: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of every process, in the order of ranks."""
+        group = self._everyone()
+        if group is None:
             return feats, labels
-        counts: list[int] = self.all_gather(torch.tensor(len(feats))).tolist()  # type: ignore[union-attr]
-
-        def gathered(rows: Tensor) -> Tensor:
-            padding = [0, 0] * (rows.dim() - 1) + [0, max(counts) - len(rows)]
-            everyone: Any = self.all_gather(F.pad(rows, padding), sync_grads=True)
-            return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
-
-        return gathered(feats), gathered(labels)
+        of = processes.lengths(group, feats.device, lambda: len(feats))
+        return processes.shards(feats, of, group), processes.shards(labels, of, group)
 
     def _measure(self, feats: Tensor, labels: Tensor) -> dict[str, float]:
         measured: dict[str, float] = {}

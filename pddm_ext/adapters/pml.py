@@ -357,7 +357,7 @@ def _quadruplets(
     ref_labels: Tensor | None = None,
 ) -> Quadruplets:
     """Of a batch, or among a reference: i is then a row of the embeddings, and j, k and l are rows of the reference."""
-    among: dict[str, Tensor] = {}
+    among: dict[str, Any] = {}
     if ref_emb is not None:
         if mining.candidates is not None:
             raise NotImplementedError(

@@ -57,7 +57,7 @@ class PDDMQuadrupletLoss(nn.Module):
     - **Wrappers** that change the embeddings' dimension, as ``MatryoshkaLoss`` does, do not fit: a unit has one.
     - **Several processes.** The trainer has the model alone in its DistributedDataParallel; this loss does the same
       for the unit: rank 0's for all in the first step, and the mean of its gradients in every step. Each process
-      mines its own batch.
+      mines its own batch, or with ``gather`` all mine the batches of all as one.
 
     Args:
         model: what is trained.
@@ -67,6 +67,7 @@ class PDDMQuadrupletLoss(nn.Module):
         beta: margin β of the squared distances.
         weight: λ, of the embedding term.
         ignore_label: the label of sentences whose class is not known: they are in no quadruplet.
+        gather: mine the sentences of all processes together; not beside candidates.
         candidates: score only each sentence's so many nearest of other classes, see :func:`pddm_ext.mine_and_score`.
 
     Attributes:
@@ -94,6 +95,7 @@ class PDDMQuadrupletLoss(nn.Module):
         *,
         ignore_label: int | None = None,
         candidates: int | None = None,
+        gather: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, SentenceTransformer):
@@ -110,7 +112,11 @@ class PDDMQuadrupletLoss(nn.Module):
         self.model = model  # by this name the trainer puts a wrapped model in its place
         if ignore_label is not None:
             _numbers.integer("ignore_label", ignore_label)
-        self.unit, self.mode, self.ignore_label, self.candidates = unit, mode, ignore_label, candidates
+        _numbers.switch("gather", gather)
+        if gather and candidates is not None:
+            raise ValueError(f"candidates is {candidates} beside gather; with it None is accepted")
+        self.unit, self.mode, self.ignore_label = unit, mode, ignore_label
+        self.candidates, self.gather = candidates, gather
         self.quadruplet_loss = QuadrupletLoss(alpha, beta, weight)
         self._shared = False
 
@@ -125,12 +131,19 @@ class PDDMQuadrupletLoss(nn.Module):
         """The loss of [embeddings (n, dim)] and labels (n,), a scalar."""
         (feats,) = embeddings
         feats = feats.to(score_dtype(feats))
-        if not self._shared and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+        several = dist.is_available() and dist.is_initialized()
+        if not self._shared and torch.is_grad_enabled() and several:
             self._share_unit()
+        group = self.quadruplet_loss.group = dist.group.WORLD if self.gather and several else None
         # Autocast would round the features for scoring.
         with torch.autocast(feats.device.type, enabled=False):
             quads = self.unit.mine(
-                feats, labels, mode=self.mode, ignore_label=self.ignore_label, candidates=self.candidates
+                feats,
+                labels,
+                mode=self.mode,
+                ignore_label=self.ignore_label,
+                candidates=self.candidates,
+                group=group,
             )
             loss: Tensor = self.quadruplet_loss(feats, quads)
         return loss
@@ -152,6 +165,7 @@ class PDDMQuadrupletLoss(nn.Module):
             "weight": self.quadruplet_loss.weight,
             "ignore_label": self.ignore_label,
             "candidates": self.candidates,
+            "gather": self.gather,
         }
 
     @property

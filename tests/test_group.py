@@ -1,0 +1,223 @@
+"""The batch of all processes: what they mine together is what one mines of the whole, and so are the gradients."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import pddm_ext
+from helpers import MODES, assert_same_bits, counters, host_only, make_features, make_labels, make_unit, reset_counters
+from pddm_ext import reference
+from processes import in_processes
+
+pytestmark = host_only("gloo and small CPU tensors")
+
+DIM = 6
+#: Rows of each process: even, uneven, none, one, and with one whose rows are all of a class of their own.
+SHARDS = {
+    1: [(9,)],
+    2: [(12, 12), (7, 16), (0, 11)],
+    3: [(8, 8, 8), (1, 0, 17)],
+    4: [(16, 16, 16, 16), (3, 12, 0, 6)],
+}
+
+
+def batch(rows: int, *, alone: slice = slice(0, 0), dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    labels = make_labels(rows, per_class=4)
+    labels[alone] = torch.arange(1000, 1000 + rows)[alone]
+    return make_features(rows, DIM, dtype=dtype), labels
+
+
+def cases(world: int) -> list[tuple[tuple[int, ...], slice, int | None]]:
+    """Shards, rows that have no partner, and the label that is no class."""
+    own = [(shards, slice(0, 0), None) for shards in SHARDS[world]]
+    first = SHARDS[world][0]
+    return [*own, (first, slice(0, first[0]), None), (first, slice(0, 0), -3)]
+
+
+def own_rows(shards: tuple[int, ...], rank: int) -> slice:
+    return slice(sum(shards[:rank]), sum(shards[: rank + 1]))
+
+
+def as_one_of(rank: int, world: int, port: int, folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
+    pddm_ext.set_health_checks("ignore")
+    try:
+        results: dict[str, Any] = {}
+        for case, (shards, alone, ignored) in enumerate(cases(world)):
+            feats, labels = batch(sum(shards), alone=alone)
+            own, unit = own_rows(shards, rank), make_unit(DIM)
+            for mode in MODES:
+                reset_counters()
+                quads = unit.mine(feats[own], labels[own], mode=mode, ignore_label=ignored, group=dist.group.WORLD)
+                scored = counters()["pairs_scored"]
+                results[f"{case} {mode}"] = [*quads, torch.tensor(scored)]
+        shards = SHARDS[world][-1]
+        feats, labels = batch(sum(shards))
+        plain = reference.PDDM(DIM)
+        plain.load_state_dict(make_unit(DIM).state_dict())
+        own = own_rows(shards, rank)
+        for mode in MODES:
+            quads = plain.mine(feats[own], labels[own], mode=mode, group=dist.group.WORLD)
+            results[f"plain {mode}"] = [field.detach() for field in quads]
+        results["gradients"] = gradients(rank, world)
+        results["wrong"] = refused(rank, world)
+        torch.save(results, folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def learner() -> tuple[nn.Module, pddm_ext.PDDM]:
+    torch.manual_seed(0)
+    return nn.Linear(DIM, DIM).double(), make_unit(DIM, 9, 7).double()
+
+
+def gradients(rank: int, world: int) -> list[list[Tensor]]:
+    """Of a net in DDP and a unit beside it, whose gradients are averaged; and the losses' mean."""
+    found = []
+    shards = SHARDS[world][-1]
+    own = own_rows(shards, rank)
+    feats, labels = batch(sum(shards), dtype=torch.float64)
+    for mode in MODES:
+        for reduction in ("mean", "sum"):
+            net, unit = learner()
+            loss_fn = pddm_ext.QuadrupletLoss(reduction=reduction, group=dist.group.WORLD)
+            wrapped = DistributedDataParallel(net)
+            out = wrapped(feats[own])
+            loss = loss_fn(out, unit.mine(out, labels[own], mode=mode, group=dist.group.WORLD))
+            loss.backward()
+            value = loss.detach()
+            for mean in (value, *(p.grad for p in unit.parameters())):
+                dist.all_reduce(mean)
+                mean /= world
+            found.append([value, *(p.grad for p in (*net.parameters(), *unit.parameters()))])
+    return found
+
+
+def refused(rank: int, world: int) -> list[str]:
+    feats, labels = batch(8)
+    unit, told = make_unit(DIM), []
+    last = world - 1
+    group = dist.group.WORLD
+    loss_fn = pddm_ext.QuadrupletLoss(group=group)
+    quads = unit.mine(feats, labels, group=group)
+    calls = [
+        lambda: unit.mine(feats[:, : DIM - (rank == last)], labels, group=group),
+        lambda: unit.mine(feats.double() if rank == last and world > 1 else feats, labels, group=group),
+        lambda: unit.mine(feats, labels, mode="pair" if rank == last and world > 1 else "batch", group=group),
+        lambda: unit.mine(feats, labels.float() if rank == last else labels, group=group),
+        lambda: unit.mine(feats, labels, candidates=3, group=group),
+        lambda: unit.mine(feats, labels, ref_feats=feats, ref_labels=labels, group=group),
+        lambda: unit.mine(feats, labels, group="all"),
+        lambda: loss_fn(feats[1:] if rank == last else feats, quads),
+        lambda: loss_fn(feats, quads, ref_feats=feats),
+    ]
+    for call in calls:
+        try:
+            call()
+            told.append("")
+        except (ValueError, TypeError, RuntimeError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+def told(request, tmp_path_factory) -> tuple[int, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("group")
+    return request.param, in_processes(as_one_of, request.param, folder, preload="pddm_ext")
+
+
+def test_together_they_mine_what_one_process_mines_of_the_whole(told):
+    world, results = told
+    for case, (shards, alone, ignored) in enumerate(cases(world)):
+        feats, labels = batch(sum(shards), alone=alone)
+        for mode in MODES:
+            whole = make_unit(DIM).mine(feats, labels, mode=mode, ignore_label=ignored)
+            parts = [pddm_ext.Quadruplets(*result[f"{case} {mode}"][:8]) for result in results]
+            if mode == "batch":
+                kept = [part for part in parts if part.valid.any()] or parts[:1]
+                assert len(kept) == 1
+                assert_same_bits(kept[0], whole)
+                owner = next((r for r, part in enumerate(parts) if part.valid.any()), None)
+                assert owner is None or own_rows(shards, owner).start <= int(whole.i) < own_rows(shards, owner).stop
+            else:
+                together = [torch.cat(fields) for fields in zip(*parts, strict=True)]
+                if mode == "pair" and ignored is not None:  # whose pairs have no slots
+                    assert len(together[0]) == len(whole.i)
+                assert_same_bits(together, list(whole))
+
+
+def test_the_reference_keeps_the_same_slots(told):
+    world, results = told
+    for result in results:
+        for mode in MODES:
+            fused = result[f"{len(SHARDS[world]) - 1} {mode}"][:8]
+            for a, b in zip(result[f"plain {mode}"], fused, strict=True):
+                torch.testing.assert_close(a, b.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_each_scores_its_part_of_the_pairs(told):
+    world, results = told
+    for case, (shards, _, _) in enumerate(cases(world)):
+        n = sum(shards)
+        for mode in ("anchor", "pair"):
+            scored = [int(result[f"{case} {mode}"][8]) for result in results]
+            assert sum(scored) == n * (n - 1) // 2 + n  # a square's diagonal is scored, too
+            if shards == SHARDS[world][0] and n >= 64:
+                assert max(scored) <= 1.1 * n * n / 2 / world
+
+
+def test_gradients_and_loss_are_those_of_one_process_with_the_whole_batch(told):
+    world, results = told
+    shards = SHARDS[world][-1]
+    feats, labels = batch(sum(shards), dtype=torch.float64)
+    expected = []
+    for mode in MODES:
+        for reduction in ("mean", "sum"):
+            net, unit = learner()
+            out = net(feats)
+            loss = pddm_ext.QuadrupletLoss(reduction=reduction)(out, unit.mine(out, labels, mode=mode))
+            loss.backward()
+            expected.append([loss.detach(), *(p.grad for p in (*net.parameters(), *unit.parameters()))])
+    for result in results:
+        for got, wanted in zip(result["gradients"], expected, strict=True):
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_what_one_process_refuses_fails_in_all_of_them(told):
+    world, results = told
+    own = [
+        "ValueError: unit scores features of dimension 6; these have 5",
+        "",
+        "",
+        "TypeError: labels has dtype torch.float32",
+        "ValueError: candidates is given beside group",
+        "ValueError: ref_feats is given beside group",
+        "ValueError: group is 'all'; a process group that this process is in",
+        "ValueError: the group's feats have",
+        "ValueError: ref_feats is given beside group",
+    ]
+    others = [
+        f"RuntimeError: process {world - 1} of the group has refused",
+        *(f"RuntimeError: process {world - 1} of the group mines with a dimension, dtype, mode",) * 2,
+        f"RuntimeError: process {world - 1} of the group has refused",
+        *own[4:],
+    ]
+    if world > 1:
+        own[1:3] = others[1:3]
+    for rank, result in enumerate(results):
+        for told_in_words, start in zip(result["wrong"], own if rank == world - 1 else others, strict=True):
+            assert told_in_words.startswith(start)
+            assert bool(told_in_words) == bool(start)
