@@ -161,6 +161,10 @@ class References(NamedTuple):
     ids: Tensor | None = None
     ref_ids: Tensor | None = None
 
+    def number(self) -> int | None:
+        """How many there are, if any are given."""
+        return None if self.feats is None else self.feats.shape[0]
+
 
 NO_REFERENCES = References()
 

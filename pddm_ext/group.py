@@ -21,12 +21,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops
+from . import _checks, ops
 from .candidates import slots
 from .precision import no_autocast, score_dtype
 from .processes import gathered, shards
 from .quadruplets import MODES
-from .references import Best, Side, Tile, hardest, listed, number_classes, pair_masks, tile_scores
+from .references import (
+    Best,
+    Side,
+    Tile,
+    backward,
+    hardest,
+    hardest_negatives,
+    listed,
+    number_classes,
+    one_side,
+    pair_masks,
+    positives_among,
+    rows_among,
+    tile_scores,
+)
 from .unlabelled import unlabelled
 
 
@@ -50,6 +64,21 @@ class _Ranks:
         dist.all_reduce(column, dist.ReduceOp.MIN, group=self.group)
         best.found = column < none
         best.score, best.column = torch.where(best.found, score, 0), torch.where(best.found, column, 0)
+
+    def least(self, score: Tensor, number: Tensor, found: Tensor) -> Best:
+        """Of the processes' pairs, one each, that of the least score (by −S), or of equal ones of the least number."""
+        pair = Best(1, score, score.dtype)
+        pair.score, pair.column, pair.found = -score, number, found
+        self.settle(pair)
+        return pair
+
+    def negatives(self, rows: Side, others: Side, tile: Tile) -> Best:
+        """The hardest negatives of a few rows, the same in every process, each of which compares part of the others."""
+        part = self.part(len(others.classes))
+        near = hardest_negatives(rows, others.part(part), tile)
+        near.column += part.start
+        self.settle(near)
+        return near
 
     def lists(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the processes have listed, each any number of entries, one after the other."""
@@ -130,21 +159,50 @@ def _batch(rows: Side, ranks: _Ranks, tile: Tile, own: slice, unit: Sequence[Any
     later = torch.searchsorted(rows.classes[order], rows.classes, right=True) - place - 1
     later = torch.where(rows.classes >= 0, later, 0)
     i, j, s_ij, valid = hardest(listed(order, place + 1, later, (ranks.rank, ranks.world)), rows, rows, unit)
-    # Of all processes' the least, by its number where several are equal.
-    pair = Best(1, s_ij, s_ij.dtype)
-    pair.score, pair.column, pair.found = -s_ij, i * n + j, valid
-    ranks.settle(pair)
-    if not bool(pair.found):
-        none = torch.zeros_like(i)
-        return slots(pair.found, (none,) * 4, (s_ij,) * 3)
+    pair = ranks.least(s_ij, i * n + j, valid)
     i, j, s_ij = pair.column // n, pair.column % n, -pair.score
-    part = ranks.part(n)
-    both, columns = rows.part(torch.cat([i, j])), rows.part(part)
-    near = Best(2, rows.feats, s_ij.dtype)
-    for first, some in columns.parts():
-        near.offer(slice(0, 2), tile(both.feats, some.feats), pair_masks(both, some)[1], part.start + first)
-    ranks.settle(near)
-    valid = near.found.all()[None] & (i >= own.start) & (i < own.stop)
+    near = ranks.negatives(rows.part(torch.cat([i, j])), rows, tile) if bool(pair.found) else _none(s_ij)
+    valid = pair.found & near.found.all() & (i >= own.start) & (i < own.stop)
+    return slots(valid, (i, j, near.column[:1], near.column[1:]), (s_ij, near.score[:1], near.score[1:]))
+
+
+def _none(like: Tensor) -> Best:
+    """Of two rows."""
+    return Best(2, like, like.dtype)
+
+
+def _rows_among(rows: Side, references: Side, ranks: _Ranks, tile: Tile, *, anchors: bool) -> tuple[Tensor, ...]:
+    """Slots of this process's rows, whose i are its own numbers. A reference that several have picked is compared with
+    all once."""
+
+    def negatives_of(j: Tensor) -> Best:
+        every = torch.unique(ranks.lists((j,))[0])
+        best = Best(len(every), rows.feats, score_dtype(rows.feats))
+        part = ranks.part(len(every))
+        own = hardest_negatives(references.part(every[part]), references, tile)
+        best.score[part], best.column[part], best.found[part] = own.score, own.column, own.found
+        ranks.settle(best)
+        at = torch.searchsorted(every, j)
+        best.score, best.column, best.found = best.score[at], best.column[at], best.found[at]
+        return best
+
+    return rows_among(rows, references, tile, negatives_of, anchors=anchors)
+
+
+def _batch_among(
+    rows: Side, references: Side, every: Side, first: int, ranks: _Ranks, tile: Tile, unit: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """The one slot, with this process's number of i if that is its own. ``every`` are the rows of all, ``first`` is
+    where its own begin."""
+    n, m = len(rows.classes), max(len(references.classes), 1)
+    i, j, s_ij, valid = hardest(positives_among(rows, references), rows, references, unit)
+    pair = ranks.least(s_ij, (i + first) * m + j, valid)
+    i, j, s_ij = pair.column // m, pair.column % m, -pair.score
+    near = _none(s_ij)
+    if bool(pair.found):
+        near = ranks.negatives(one_side(every.part(i), references.part(j)), references, tile)
+    i = i - first
+    valid = pair.found & near.found.all() & (i >= 0) & (i < n)
     return slots(valid, (i, j, near.column[:1], near.column[1:]), (s_ij, near.score[:1], near.score[1:]))
 
 
@@ -161,6 +219,24 @@ class _Scored(torch.autograd.Function):
     backward = staticmethod(ops.mine_backward)
 
 
+class _ScoredAmong(torch.autograd.Function):
+    """Scores that are known, with their gradient to this process's rows, the references and the unit."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mined: tuple[Tensor, ...], feats: Tensor, ref_feats: Tensor, *unit: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(feats, ref_feats, *unit[:8], *mined[3:7])
+        ctx.switches = unit[8:]
+        return tuple(score.clone() for score in mined[:3])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        d_feats, _, d_refs, _, _, _, *d_unit = backward(ctx, *upstream)
+        return (None, d_feats, d_refs, *d_unit[:10])
+
+
 def mine_group(
     feats: Tensor,
     labels: Tensor,
@@ -169,6 +245,7 @@ def mine_group(
     unit: ops.UnitArguments,
     mode: int,
     group: dist.ProcessGroup,
+    references: _checks.References = _checks.NO_REFERENCES,
 ) -> tuple[Tensor, ...]:
     """What the operator ``mine`` gives for this process's slots of the batch of all.
 
@@ -180,10 +257,13 @@ def mine_group(
         unit: its arguments.
         mode: its number.
         group: whose processes all call this.
+        references: the same in every process, or none.
     """
     ranks = _Ranks(group)
     first = sum(of[: ranks.rank])
     own = slice(first, first + of[ranks.rank])
+    if references.feats is not None and references.labels is not None:
+        return _among(feats, labels, of, own, ignore_label, unit, mode, ranks, references)
     left_out = unlabelled(labels, ignore_label)
     if left_out is None:
         left_out = torch.zeros_like(labels, dtype=torch.bool)
@@ -198,6 +278,42 @@ def mine_group(
         else:
             mined = _rows(rows, ranks, tile, own, anchors=MODES[mode] == "anchor")
     return (*_Scored.apply(every, mined, *unit), *mined[3:])  # type: ignore[no-untyped-call]
+
+
+def _among(
+    feats: Tensor,
+    labels: Tensor,
+    of: list[int],
+    own: slice,
+    ignore_label: int | None,
+    unit: ops.UnitArguments,
+    mode: int,
+    ranks: _Ranks,
+    references: _checks.References,
+) -> tuple[Tensor, ...]:
+    ref_feats, ref_labels, ids, ref_ids = references
+    assert ref_feats is not None
+    assert ref_labels is not None
+    outs = unlabelled(labels, ignore_label), unlabelled(ref_labels, ignore_label)
+    classes, ref_classes = number_classes(labels, ref_labels, *outs)
+    rows = Side(feats.detach(), classes, None if ids is None else ids.long())
+    others = Side(ref_feats.detach(), ref_classes, None if ref_ids is None else ref_ids.long())
+    tile = tile_scores(unit, feats.dtype)
+    with torch.no_grad(), no_autocast(feats):
+        if MODES[mode] != "batch":
+            mined = _rows_among(rows, others, ranks, tile, anchors=MODES[mode] == "anchor")
+        else:
+            # Of the one row that is i the others know nothing, and its class is numbered anew in each process.
+            samples = torch.zeros_like(classes) if rows.ids is None else rows.ids
+            known = torch.stack([labels.long(), (classes >= 0).long(), samples], dim=1)
+            y, there, numbers = shards(known, of, ranks.group).unbind(1)
+            every_class = number_classes(y, ref_labels, there == 0, outs[1])
+            every = Side(shards(rows.feats, of, ranks.group), every_class[0], None if ids is None else numbers)
+            rows, others = every.part(own), Side(others.feats, every_class[1], others.ids)
+            mined = _batch_among(rows, others, every, own.start, ranks, tile, unit)
+    scores = _ScoredAmong.apply(mined, feats, ref_feats, *unit)  # type: ignore[no-untyped-call]
+    i = torch.where(mined[7], mined[3] + own.start, -1)
+    return (*scores, i, *mined[4:])
 
 
 def _tile_or_square(unit: Sequence[Any], dtype: torch.dtype) -> Tile:

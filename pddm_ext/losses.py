@@ -133,10 +133,9 @@ class QuadrupletLoss(nn.Module):
 
         def checked() -> int:
             _quadruplets(quads)
-            if ref_feats is not None:
-                raise ValueError("ref_feats is given beside group; without it None is accepted")
             _checks._matrix("feats", feats)
             _checks._devices(feats, quads.i)
+            _of_references(feats, quads, ref_feats)
             return feats.shape[0]
 
         mined = quads.mined_rows() if isinstance(quads, Quadruplets) else None
@@ -145,7 +144,7 @@ class QuadrupletLoss(nn.Module):
         of = processes.lengths(self.group, device, checked, alike)
         if mined is not None and mined != sum(of):
             raise ValueError(f"the group's feats have {sum(of)} rows; quads were mined from {mined}")
-        return processes.gathered(feats, of, self.group), quads
+        return _joined(processes.gathered(feats, of, self.group), quads, ref_feats)
 
     def _scaled(self, value: Tensor, valid: Tensor) -> Tensor:
         if self.group is None:
@@ -245,20 +244,11 @@ def _of_batch(feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None = None
     _quadruplets(quads)
     _checks._matrix("feats", feats)
     _checks._devices(feats, quads.i)
-    if ref_feats is not None:
-        _checks._matrix("ref_feats", ref_feats)
-        _checks._devices(feats, ref_feats)
-        if ref_feats.shape[1] != feats.shape[1]:
-            raise ValueError(f"ref_feats has shape {tuple(ref_feats.shape)}; feats has dimension {feats.shape[1]}")
+    _of_references(feats, quads, ref_feats)
     mined = None if torch.compiler.is_compiling() else quads.mined_rows()
     if mined is not None:
         if mined != feats.shape[0]:
             raise ValueError(f"feats has {feats.shape[0]} rows; quads were mined from {mined}")
-        among, given = quads.mined_references(), None if ref_feats is None else ref_feats.shape[0]
-        if among != given:
-            found = "is missing" if given is None else f"has {given} rows"
-            wanted = "no references" if among is None else f"{among} references"
-            raise ValueError(f"ref_feats {found}; quads were mined among {wanted}")
     elif _checks.readable(feats) and len(quads.i):
         sides: list[tuple[str, Tensor, tuple[Tensor, ...]]] = [("feats", feats, quads[:4])]
         if ref_feats is not None:
@@ -267,3 +257,18 @@ def _of_batch(feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None = None
             last = int(torch.stack(indices).max())
             if last >= rows.shape[0]:
                 raise ValueError(f"{name} has {rows.shape[0]} rows; quads were mined from {last + 1} or more")
+
+
+def _of_references(feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None) -> None:
+    if ref_feats is not None:
+        _checks._matrix("ref_feats", ref_feats)
+        _checks._devices(feats, ref_feats)
+        if ref_feats.shape[1] != feats.shape[1]:
+            raise ValueError(f"ref_feats has shape {tuple(ref_feats.shape)}; feats has dimension {feats.shape[1]}")
+    if torch.compiler.is_compiling() or quads.mined_rows() is None:
+        return
+    among, given = quads.mined_references(), None if ref_feats is None else ref_feats.shape[0]
+    if among != given:
+        found = "is missing" if given is None else f"has {given} rows"
+        wanted = "no references" if among is None else f"{among} references"
+        raise ValueError(f"ref_feats {found}; quads were mined among {wanted}")

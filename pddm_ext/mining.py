@@ -62,8 +62,9 @@ def mine_and_score(
             indices are rows of the whole batch, in the order of ranks. A process has the slots of its own rows
             (``"anchor"``), of the pairs whose lower row is its own (``"pair"``), or the one slot if its i is its own
             (``"batch"``; the others' is not valid): together they are what one process mines of the whole batch, and
-            on the CPU have its bits. Each scores n²/2W of the pairs, n rows of W processes. The loss then wants the
-            group, too; see :class:`pddm_ext.QuadrupletLoss` for gradients.
+            on the CPU have its bits. Each scores n²/2W of the pairs, n rows of W processes. References are the same in
+            every process; each compares its own rows, and its part of the distinct j. The loss then wants the group,
+            too; see :class:`pddm_ext.QuadrupletLoss` for gradients. What one process refuses is an error in all.
 
     A batch from which nothing can be learned is told once in words; see :func:`pddm_ext.set_health_checks`.
 

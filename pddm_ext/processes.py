@@ -79,15 +79,15 @@ def of_miners(
 
     def checked() -> int:
         _checks.mining(feats, labels, unit, mode, default, candidates, references)
-        for name, given in (("candidates", candidates), ("ref_feats", references.feats)):
-            if given is not None:
-                raise ValueError(f"{name} is given beside group; without it None is accepted")
+        if candidates is not None:
+            raise ValueError(f"candidates is {candidates} beside group; with it None is accepted")
         unlabelled(labels, ignore_label)
         return feats.shape[0]
 
     # Of input that is refused, where the group's backend may want its tensors is not known.
     device = feats.device if isinstance(feats, Tensor) else torch.device("cpu")
-    return lengths(group, device, checked, _checks.numbers_of(feats, mode))
+    among = references.feats.shape[0] if isinstance(references.feats, Tensor) and references.feats.dim() else -1
+    return lengths(group, device, checked, (*_checks.numbers_of(feats, mode), among))
 
 
 def shards(x: Tensor, of: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -7,6 +7,8 @@ those of the package; only the arithmetic is spelled out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -266,18 +268,26 @@ def _mine_group(
 ) -> Quadruplets:
     of = processes.of_miners(feats, labels, unit, mode, ignore_label, candidates, references, group, default_unit)
     every, y = processes.gathered(feats, of, group), processes.shards(labels.long(), of, group)
-    whole = mine_and_score(every, y, unit, mode=mode, ignore_label=ignore_label)
+    ref_feats, ref_labels, ids, ref_ids = references
+    numbers = None if ids is None else processes.shards(ids.long(), of, group)
+    among: dict[str, Any] = {"ref_feats": ref_feats, "ref_labels": ref_labels, "ids": numbers, "ref_ids": ref_ids}
+    whole = mine_and_score(every, y, unit, mode=mode, ignore_label=ignore_label, **among)
     first = sum(of[: dist.get_rank(group)])
     last = first + of[dist.get_rank(group)]
     if mode == "anchor":
-        return Quadruplets(*(field[first:last] for field in whole)).of_rows(len(every))
+        return Quadruplets(*(field[first:last] for field in whole)).of_rows(len(every), references.number())
     own = (whole.i >= first) & (whole.i < last)
     if mode == "pair":  # a pair that is not valid has no row, but a place among all pairs
-        low = _pairs(y, ignore_label)[0].triu().nonzero()[:, 0]
-        return Quadruplets(*(field[(low >= first) & (low < last)] for field in whole)).of_rows(len(every))
+        positive = _pairs(y, ignore_label)[0].triu()
+        if ref_labels is not None:
+            positive = _pairs_between(y, ref_labels, numbers, ref_ids, ignore_label)[0]
+        low = positive.nonzero()[:, 0]
+        kept = (low >= first) & (low < last)
+        return Quadruplets(*(field[kept] for field in whole)).of_rows(len(every), references.number())
     i, j, k, l = (torch.where(own, index, -1) for index in whole[:4])  # noqa: E741 - the paper's names
     s_ij, s_ik, s_jl = (torch.where(own, score, 0.0) for score in whole[4:7])
-    return Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, whole.valid & own).of_rows(len(every))
+    quads = Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, whole.valid & own)
+    return quads.of_rows(len(every), references.number())
 
 
 def topk(queries: Tensor, gallery: Tensor, k: int, unit: Parameters) -> tuple[Tensor, Tensor]:

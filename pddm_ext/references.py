@@ -93,13 +93,6 @@ def hardest_negatives(rows: Side, references: Side, tile: Tile) -> Best:
     return best
 
 
-def _of_positives(references: Side, j: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-    """l, s_jl and whether there is one, of the references j; each distinct one is compared with all once."""
-    distinct, place = torch.unique(j, return_inverse=True)
-    best = hardest_negatives(references.part(distinct), references, tile)
-    return best.column[place], best.score[place], best.found[place]
-
-
 def tile_scores(unit: Sequence[Any], dtype: torch.dtype) -> Tile:
     """Scores of a tile by the unit's arguments, in the precision of a dtype."""
 
@@ -118,11 +111,20 @@ def _mine(feats: Tensor, classes: Tensor, ref_feats: Tensor, ref_classes: Tensor
     with no_autocast(feats):
         if MODES[mode] == "batch":
             return _batch(rows, references, tile, unit)
-        return _rows(rows, references, tile, anchors=MODES[mode] == "anchor")
+
+        def negatives_of(j: Tensor) -> Best:
+            return hardest_negatives(references.part(j), references, tile)
+
+        return rows_among(rows, references, tile, negatives_of, anchors=MODES[mode] == "anchor")
 
 
-def _rows(rows: Side, references: Side, tile: Tile, *, anchors: bool) -> tuple[Tensor, ...]:
-    """The quadruplet of each row with its own hardest positive, or of each positive pair."""
+def rows_among(
+    rows: Side, references: Side, tile: Tile, negatives_of: Callable[[Tensor], Best], *, anchors: bool
+) -> tuple[Tensor, ...]:
+    """The quadruplet of each row with its own hardest positive, or of each positive pair.
+
+    ``negatives_of`` gives the hardest negatives of distinct references.
+    """
     n, dtype = len(rows.classes), score_dtype(rows.feats)
     far, near = (Best(n, rows.feats, dtype) for _ in range(2))
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -148,25 +150,31 @@ def _rows(rows: Side, references: Side, tile: Tile, *, anchors: bool) -> tuple[T
     valid = valid & near.found[i]
     l, s_jl = torch.zeros_like(j), torch.zeros_like(s_ij)  # noqa: E741 - the paper's name
     found = torch.zeros_like(valid)
-    l[valid], s_jl[valid], found[valid] = _of_positives(references, j[valid], tile)
+    distinct, place = torch.unique(j[valid], return_inverse=True)
+    best = negatives_of(distinct)
+    l[valid], s_jl[valid], found[valid] = best.column[place], best.score[place], best.found[place]
     return slots(valid & found, (i, j, near.column[i], l), (s_ij, near.score[i], s_jl))
 
 
 def _batch(rows: Side, references: Side, tile: Tile, unit: Sequence[Any]) -> tuple[Tensor, ...]:
     """The quadruplet of the hardest positive pair."""
+    i, j, s_ij, valid = hardest(positives_among(rows, references), rows, references, unit)
+    k, l = torch.zeros_like(i), torch.zeros_like(i)  # noqa: E741 - the paper's name
+    s_ik, s_jl = torch.zeros_like(s_ij), torch.zeros_like(s_ij)
+    if bool(valid):
+        near = hardest_negatives(one_side(rows.part(i), references.part(j)), references, tile)
+        k, l, s_ik, s_jl = near.column[:1], near.column[1:], near.score[:1], near.score[1:]  # noqa: E741
+        valid = near.found.all()[None]
+    return slots(valid, (i, j, k, l), (s_ij, s_ik, s_jl))
+
+
+def positives_among(rows: Side, references: Side) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs (i, j) of equal classes, of one sample too, in the order of i, then j."""
     order = references.classes.argsort(stable=True)
     in_order = references.classes[order]
     begin = torch.searchsorted(in_order, rows.classes)
     counts = torch.searchsorted(in_order, rows.classes, right=True) - begin
-    positives = listed(order, begin, torch.where(rows.classes >= 0, counts, 0))
-    i, j, s_ij, valid = hardest(positives, rows, references, unit)
-    k, l = torch.zeros_like(i), torch.zeros_like(i)  # noqa: E741 - the paper's name
-    s_ik, s_jl = torch.zeros_like(s_ij), torch.zeros_like(s_ij)
-    if bool(valid):
-        near = hardest_negatives(_joined(rows.part(i), references.part(j)), references, tile)
-        k, l, s_ik, s_jl = near.column[:1], near.column[1:], near.score[:1], near.score[1:]  # noqa: E741
-        valid = near.found.all()[None]
-    return slots(valid, (i, j, k, l), (s_ij, s_ik, s_jl))
+    return listed(order, begin, torch.where(rows.classes >= 0, counts, 0))
 
 
 def hardest(
@@ -193,7 +201,7 @@ def hardest(
     return pair[0], pair[1], best, valid
 
 
-def _joined(a: Side, b: Side) -> Side:
+def one_side(a: Side, b: Side) -> Side:
     ids = None if a.ids is None or b.ids is None else torch.cat([a.ids, b.ids])
     return Side(torch.cat([a.feats, b.feats.to(a.feats.dtype)]), torch.cat([a.classes, b.classes]), ids)
 
@@ -227,7 +235,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.switches = unit[8:]
 
 
-def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     feats, ref_feats, *unit, i, j, k, l = ctx.saved_tensors  # noqa: E741 - the paper's names
     if ref_feats.shape[0] == 0 or all(g is None for g in upstream[:3]):
         return (None,) * 17
@@ -267,7 +275,7 @@ def _operator() -> torch.library.Library:
     library.define(schema)  # type: ignore[no-untyped-call]
     torch.library.register_kernel("pddm::mine_references", ("cpu", "cuda"), _mine, lib=library)
     ops.shapes("mine_references")(_shapes)
-    ops.differentiable("mine_references", _backward, _keep)
+    ops.differentiable("mine_references", backward, _keep)
     return library
 
 

@@ -91,10 +91,11 @@ class PDDM(Parameters):
         given = (feats, labels, self, mode, ignore_label, candidates, references, group)
         of = processes.of_miners(*given, default_unit)
         rows = autocast(feats)
-        mined = mine_group(rows, labels, of, ignore_label, unit_arguments(self), MODES.index(mode), group)
+        numbers = (ignore_label, unit_arguments(self), MODES.index(mode), group)
+        mined = mine_group(rows, labels, of, *numbers, references)
         s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
         health.before_mining(feats=feats)
-        return Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid).of_rows(sum(of))
+        return Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid).of_rows(sum(of), references.number())
 
     def _quadruplets(
         self,

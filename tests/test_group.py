@@ -63,19 +63,35 @@ def as_one_of(rank: int, world: int, port: int, folder: Path) -> None:
                 quads = unit.mine(feats[own], labels[own], mode=mode, ignore_label=ignored, group=dist.group.WORLD)
                 scored = counters()["pairs_scored"]
                 results[f"{case} {mode}"] = [*quads, torch.tensor(scored)]
+                ids, among = references_of(sum(shards))
+                reset_counters()
+                given = {**among, "ids": ids[own], "group": dist.group.WORLD}
+                quads = unit.mine(feats[own], labels[own], mode=mode, ignore_label=ignored, **given)
+                scored = counters()["pairs_scored"]
+                results[f"{case} {mode} among"] = [*quads, torch.tensor(scored)]
         shards = SHARDS[world][-1]
         feats, labels = batch(sum(shards))
         plain = reference.PDDM(DIM)
         plain.load_state_dict(make_unit(DIM).state_dict())
         own = own_rows(shards, rank)
         for mode in MODES:
+            ids, among = references_of(sum(shards))
             quads = plain.mine(feats[own], labels[own], mode=mode, group=dist.group.WORLD)
             results[f"plain {mode}"] = [field.detach() for field in quads]
+            quads = plain.mine(feats[own], labels[own], mode=mode, group=dist.group.WORLD, ids=ids[own], **among)
+            results[f"plain {mode} among"] = [field.detach() for field in quads]
         results["gradients"] = gradients(rank, world)
         results["wrong"] = refused(rank, world)
         torch.save(results, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def references_of(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, Tensor]]:
+    """The numbers of a batch's samples, and references, some of which are samples of the batch."""
+    labels = torch.cat([make_labels(rows)[: rows // 2], make_labels(20, seed=1)])
+    feats = make_features(len(labels), DIM, seed=4, dtype=dtype)
+    return torch.arange(rows), {"ref_feats": feats, "ref_labels": labels, "ref_ids": torch.arange(len(labels))}
 
 
 def learner() -> tuple[nn.Module, pddm_ext.PDDM]:
@@ -102,6 +118,20 @@ def gradients(rank: int, world: int) -> list[list[Tensor]]:
                 dist.all_reduce(mean)
                 mean /= world
             found.append([value, *(p.grad for p in (*net.parameters(), *unit.parameters()))])
+        # References that learn, the same in every process, as the unit is.
+        net, unit = learner()
+        ids, among = references_of(sum(shards), torch.float64)
+        among["ref_feats"].requires_grad_()
+        wrapped = DistributedDataParallel(net)
+        out = wrapped(feats[own])
+        quads = unit.mine(out, labels[own], mode=mode, group=dist.group.WORLD, ids=ids[own], **among)
+        loss_fn = pddm_ext.QuadrupletLoss(group=dist.group.WORLD)
+        loss_fn(out, quads, ref_feats=among["ref_feats"]).backward()
+        everywhere = [*unit.parameters(), among["ref_feats"]]
+        for p in everywhere:
+            dist.all_reduce(p.grad)
+            p.grad /= world
+        found.append([p.grad for p in (*net.parameters(), *everywhere)])
     return found
 
 
@@ -118,7 +148,7 @@ def refused(rank: int, world: int) -> list[str]:
         lambda: unit.mine(feats, labels, mode="pair" if rank == last and world > 1 else "batch", group=group),
         lambda: unit.mine(feats, labels.float() if rank == last else labels, group=group),
         lambda: unit.mine(feats, labels, candidates=3, group=group),
-        lambda: unit.mine(feats, labels, ref_feats=feats, ref_labels=labels, group=group),
+        lambda: unit.mine(feats, labels, ref_feats=feats, group=group),
         lambda: unit.mine(feats, labels, group="all"),
         lambda: loss_fn(feats[1:] if rank == last else feats, quads),
         lambda: loss_fn(feats, quads, ref_feats=feats),
@@ -138,13 +168,16 @@ def told(request, tmp_path_factory) -> tuple[int, list[dict[str, Any]]]:
     return request.param, in_processes(as_one_of, request.param, folder, preload="pddm_ext")
 
 
-def test_together_they_mine_what_one_process_mines_of_the_whole(told):
+@pytest.mark.parametrize("kind", ["", " among"])
+def test_together_they_mine_what_one_process_mines_of_the_whole(told, kind):
     world, results = told
     for case, (shards, alone, ignored) in enumerate(cases(world)):
         feats, labels = batch(sum(shards), alone=alone)
+        ids, among = references_of(sum(shards))
+        given = {"ids": ids, **among} if kind else {}
         for mode in MODES:
-            whole = make_unit(DIM).mine(feats, labels, mode=mode, ignore_label=ignored)
-            parts = [pddm_ext.Quadruplets(*result[f"{case} {mode}"][:8]) for result in results]
+            whole = make_unit(DIM).mine(feats, labels, mode=mode, ignore_label=ignored, **given)
+            parts = [pddm_ext.Quadruplets(*result[f"{case} {mode}{kind}"][:8]) for result in results]
             if mode == "batch":
                 kept = [part for part in parts if part.valid.any()] or parts[:1]
                 assert len(kept) == 1
@@ -153,8 +186,6 @@ def test_together_they_mine_what_one_process_mines_of_the_whole(told):
                 assert owner is None or own_rows(shards, owner).start <= int(whole.i) < own_rows(shards, owner).stop
             else:
                 together = [torch.cat(fields) for fields in zip(*parts, strict=True)]
-                if mode == "pair" and ignored is not None:  # whose pairs have no slots
-                    assert len(together[0]) == len(whole.i)
                 assert_same_bits(together, list(whole))
 
 
@@ -162,9 +193,10 @@ def test_the_reference_keeps_the_same_slots(told):
     world, results = told
     for result in results:
         for mode in MODES:
-            fused = result[f"{len(SHARDS[world]) - 1} {mode}"][:8]
-            for a, b in zip(result[f"plain {mode}"], fused, strict=True):
-                torch.testing.assert_close(a, b.detach(), atol=1e-4, rtol=1e-4)
+            for kind in ("", " among"):
+                fused = result[f"{len(SHARDS[world]) - 1} {mode}{kind}"][:8]
+                for a, b in zip(result[f"plain {mode}{kind}"], fused, strict=True):
+                    torch.testing.assert_close(a, b.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_each_scores_its_part_of_the_pairs(told):
@@ -176,6 +208,11 @@ def test_each_scores_its_part_of_the_pairs(told):
             assert sum(scored) == n * (n - 1) // 2 + n  # a square's diagonal is scored, too
             if shards == SHARDS[world][0] and n >= 64:
                 assert max(scored) <= 1.1 * n * n / 2 / world
+            of = [result[f"{case} {mode} among"] for result in results]
+            m = len(references_of(n)[1]["ref_labels"])
+            distinct = len(torch.unique(torch.cat([quads[1][quads[7]] for quads in of])))
+            # A positive without a negative of its own is compared, too, and then not valid.
+            assert n * m + distinct * m <= sum(int(quads[8]) for quads in of) <= n * m + m * m
 
 
 def test_gradients_and_loss_are_those_of_one_process_with_the_whole_batch(told):
@@ -190,6 +227,12 @@ def test_gradients_and_loss_are_those_of_one_process_with_the_whole_batch(told):
             loss = pddm_ext.QuadrupletLoss(reduction=reduction)(out, unit.mine(out, labels, mode=mode))
             loss.backward()
             expected.append([loss.detach(), *(p.grad for p in (*net.parameters(), *unit.parameters()))])
+        net, unit = learner()
+        ids, among = references_of(sum(shards), torch.float64)
+        out, others = net(feats), among["ref_feats"].requires_grad_()
+        quads = unit.mine(out, labels, mode=mode, ids=ids, **among)
+        pddm_ext.QuadrupletLoss()(out, quads, ref_feats=others).backward()
+        expected.append([p.grad for p in (*net.parameters(), *unit.parameters(), others)])
     for result in results:
         for got, wanted in zip(result["gradients"], expected, strict=True):
             for a, b in zip(got, wanted, strict=True):
@@ -203,11 +246,11 @@ def test_what_one_process_refuses_fails_in_all_of_them(told):
         "",
         "",
         "TypeError: labels has dtype torch.float32",
-        "ValueError: candidates is given beside group",
-        "ValueError: ref_feats is given beside group",
+        "ValueError: candidates is 3 beside group",
+        "ValueError: ref_labels is missing; ref_feats has 8 rows",
         "ValueError: group is 'all'; a process group that this process is in",
         "ValueError: the group's feats have",
-        "ValueError: ref_feats is given beside group",
+        "ValueError: ref_feats has 8 rows; quads were mined among no references",
     ]
     others = [
         f"RuntimeError: process {world - 1} of the group has refused",
