@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pddm_ext
 from pddm_ext.workbench import checkpoint, outcome
 from pddm_ext.workbench.data.augment import DRAWINGS
 from pddm_ext.workbench.data.splits import Dataset
@@ -146,10 +148,15 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-def on_two(tmp_path: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+TWO_STAGES = ("--method", "recommended", "--unit-steps", "4")
+
+
+def on_two(
+    tmp_path: Path, name: str, *options: str, method: tuple[str, ...] = TWO_STAGES
+) -> subprocess.CompletedProcess[str]:
     (tmp_path / "script.py").write_text(_ON_TWO)
     data = ["--data", "omniglot", "--root", str(tmp_path / "small.zip"), "--out", str(tmp_path / name)]
-    given = ["train", *TINY_OPTIONS, *data, "--devices", "2", "--method", "recommended", "--unit-steps", "4", *options]
+    given = ["train", *TINY_OPTIONS, *data, "--devices", "2", *method, *options]
     command = [sys.executable, "script.py", name, *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -186,6 +193,43 @@ def test_two_processes_train_one_net_and_continue(tmp_path: Path) -> None:
     for state in states:
         del state["seconds"], state["curves"]["seconds"]
     assert not differences(*states)
+
+
+def test_two_processes_mine_together(tmp_path: Path) -> None:
+    make_archive(tmp_path / "small.zip")
+    learners = {}
+    for name, gather in (("apart", []), ("together", ["--gather"])):
+        done = on_two(tmp_path, name, "--steps", "2", *gather, method=("--method", "pddm-pair"))
+        assert done.returncode == 0, done.stderr
+        one, two = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
+        assert not [field for field in differences(one["learner"], two["learner"]) if "running" not in field]
+        learners[name] = one["learner"]
+    assert any("u.weight" in field for field in differences(learners["apart"], learners["together"]))
+
+
+def by_torchrun(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    given = ["train", *TINY_OPTIONS, "--steps", "2", "--method", "pddm-pair", "--out", str(folder), *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pddm_ext"]
+    return subprocess.run(
+        [*command, *given],
+        cwd=folder.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(pddm_ext.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_torchrun_starts_the_processes(tmp_path: Path) -> None:
+    done = by_torchrun(tmp_path / "run", "--gather")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("R-prec.") == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["devices"] == 2
+    refused = by_torchrun(tmp_path / "other", "--devices", "3")
+    assert refused.returncode != 0
+    assert "--devices is 3; torchrun has started 2, and as many are accepted" in refused.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_divergence_ends_every_process(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -326,7 +327,24 @@ def _refuse_another(folder: Path, settings: Settings) -> None:
     raise ValueError(f"{folder} holds a run; --resume continues it, another --out begins a new one")
 
 
+def _started(arguments: argparse.Namespace) -> None:
+    """As many devices as torchrun has started processes, where it has.
+
+    Raises:
+        ValueError: other devices were asked for, or there are processes on other machines.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    here, everywhere = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if here != everywhere:
+        raise ValueError(f"torchrun has started {everywhere} processes, {here} of them here; one machine is accepted")
+    if getattr(arguments, "devices", here) != here:
+        raise ValueError(f"--devices is {arguments.devices}; torchrun has started {here}, and as many are accepted")
+    arguments.devices = here
+
+
 def _train(arguments: argparse.Namespace) -> int:
+    _started(arguments)
     settings, folder = _resumed(arguments)
 
     from lightning_fabric.utilities.rank_zero import rank_zero_only

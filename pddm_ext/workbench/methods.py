@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ class Quadruplet(nn.Module):
     def __init__(self, settings: Settings, mode: Mode, unit: pddm_ext.PDDM | None) -> None:
         super().__init__()
         self.mode, self.unit, self.candidates = mode, unit, settings.candidates or None
+        self.gather = settings.gather
         self.unit_gradient, self.distance_batches = (
             settings.unit_gradient,
             settings.distance_steps * settings.accumulate,
@@ -35,9 +39,13 @@ class Quadruplet(nn.Module):
 
     def mine(self, feats: Tensor, labels: Tensor) -> Quadruplets:
         """What the trained method mines; its scores are the unit's, or negative squared distances."""
+        return self._mined(feats, labels, None)
+
+    def _mined(self, feats: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Quadruplets:
         if self.unit is None:
             return mine_by_distance(feats, labels, self.mode)
-        return pddm_ext.mine_and_score(feats, labels, self.unit, mode=self.mode, candidates=self.candidates)
+        given: dict[str, Any] = {"mode": self.mode, "candidates": self.candidates, "group": group}
+        return pddm_ext.mine_and_score(feats, labels, self.unit, **given)
 
     def forward(self, feats: Tensor, labels: Tensor) -> dict[str, Tensor]:
         quads = self._mine(feats if self.unit_gradient else feats.detach(), labels)
@@ -47,10 +55,11 @@ class Quadruplet(nn.Module):
         return {"score": self.loss.similarity(quads), "embedding": self.loss.weight * embedding}
 
     def _mine(self, feats: Tensor, labels: Tensor) -> Quadruplets:
-        """:meth:`mine`, or at first by distance, with the unit's scores all the same."""
+        """:meth:`mine`, of all processes' batches if it gathers; or by distance at first, with the unit's scores."""
         self.batches += 1
+        group = self.loss.group = dist.group.WORLD if self.gather and dist.is_initialized() else None
         if self.unit is None or not self.distance_batches or self.batches > self.distance_batches:
-            return self.mine(feats, labels)
+            return self._mined(feats, labels, group)
         quads = mine_by_distance(feats, labels, self.mode)
         i, j, k, l = (rows.clamp(min=0) for rows in quads[:4])  # noqa: E741 - the paper's names
         scores = pddm_ext.score_pairs(feats, torch.cat([i, i, j]), torch.cat([j, k, l]), self.unit)
