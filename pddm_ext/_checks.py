@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._numbers import integer, size
 from .parameters import Parameters
+from .precision import autocast
 from .quadruplets import MODES
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -222,11 +223,15 @@ def mining(
     return unit
 
 
-def numbers_of(feats: Any, mode_name: Any) -> tuple[int, ...]:
-    """What the processes of a group must have alike, as numbers: dimension, dtype and mode; −1 for what is none."""
-    matrix_like = isinstance(feats, Tensor) and feats.dim() == 2
-    dtype = FLOATS.index(feats.dtype) if isinstance(feats, Tensor) and feats.dtype in FLOATS else -1
-    return (feats.shape[1] if matrix_like else -1, dtype, MODES.index(mode_name) if mode_name in MODES else -1)
+def numbers_of(feats: Any) -> dict[str, int]:
+    """What the processes of a group must have alike of their features, as numbers; −1 for what is none."""
+    there = isinstance(feats, Tensor)
+    dtype = autocast(feats).dtype if there and feats.is_floating_point() else None
+    return {
+        "dimension": feats.shape[1] if there and feats.dim() == 2 else -1,
+        "dtype number": FLOATS.index(dtype) if dtype in FLOATS else -1,
+        "gradients (0 without)": int(torch.is_grad_enabled()),
+    }
 
 
 def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> None:

@@ -9,7 +9,8 @@ after it, in a ring, up to the opposite one, of which it has half::
                          2 ½ . 2 2
                          3 3 ½ . 3
 
-so that each has n²/2W of n²/2 pairs, give or take a row. What is then exchanged are the best of each row, O(n) numbers.
+so that each has n²/2W of n²/2 pairs, give or take a row. What is then exchanged are the best of each row, O(n) numbers,
+and in mode "pair" the positive pairs' scores.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks, ops
+from . import _checks, health, ops
 from .candidates import slots
 from .precision import no_autocast, score_dtype
 from .processes import gathered, shards
@@ -33,6 +34,7 @@ from .references import (
     backward,
     hardest,
     hardest_negatives,
+    keep_among,
     listed,
     number_classes,
     one_side,
@@ -75,7 +77,7 @@ class _Ranks:
     def negatives(self, rows: Side, others: Side, tile: Tile) -> Best:
         """The hardest negatives of a few rows, the same in every process, each of which compares part of the others."""
         part = self.part(len(others.classes))
-        near = hardest_negatives(rows, others.part(part), tile)
+        near = hardest_negatives(rows, others.part(part), tile, score_dtype(rows.feats))
         near.column += part.start
         self.settle(near)
         return near
@@ -105,9 +107,9 @@ def _blocks(n: int, ranks: _Ranks) -> Iterator[tuple[slice, slice]]:
         yield (slice(low.start, middle) if ranks.rank < half else slice(middle, low.stop)), high
 
 
-def _bests(rows: Side, ranks: _Ranks, tile: Tile) -> tuple[Best, Best, tuple[Tensor, Tensor, Tensor]]:
-    """Every row's hardest negative and positive (by −S) so far as this process's pairs tell, and its positive pairs:
-    i < j and their scores, (p,) each."""
+def _bests(rows: Side, ranks: _Ranks, tile: Tile, *, listing: bool) -> tuple[Best, Best, tuple[Tensor, Tensor, Tensor]]:
+    """Every row's hardest negative and positive (by −S) so far as this process's pairs tell, and its positive pairs
+    if they are to be listed: i < j and their scores, (p,) each."""
     n, dtype = len(rows.classes), score_dtype(rows.feats)
     near, far = (Best(n, rows.feats, dtype) for _ in range(2))
     pairs = [(near.column[:0], near.column[:0], near.score[:0])]
@@ -127,6 +129,8 @@ def _bests(rows: Side, ranks: _Ranks, tile: Tile) -> tuple[Best, Best, tuple[Ten
                     far.offer(to, -scores.T, positive.T, first)
                 near.offer(at, scores, negative, second)
                 far.offer(at, -scores, positive, second)
+                if not listing:
+                    continue
                 i, j = (positive.triu() if at == to else positive).nonzero(as_tuple=True)
                 low, high = torch.minimum(i + first, j + second), torch.maximum(i + first, j + second)
                 pairs.append((low, high, scores[i, j]))
@@ -135,7 +139,7 @@ def _bests(rows: Side, ranks: _Ranks, tile: Tile) -> tuple[Best, Best, tuple[Ten
 
 
 def _rows(rows: Side, ranks: _Ranks, tile: Tile, own: slice, *, anchors: bool) -> tuple[Tensor, ...]:
-    near, far, pairs = _bests(rows, ranks, tile)
+    near, far, pairs = _bests(rows, ranks, tile, listing=not anchors)
     ranks.settle(near)
     if anchors:
         ranks.settle(far)
@@ -160,7 +164,7 @@ def _batch(rows: Side, ranks: _Ranks, tile: Tile, own: slice, unit: Sequence[Any
     later = torch.where(rows.classes >= 0, later, 0)
     i, j, s_ij, valid = hardest(listed(order, place + 1, later, (ranks.rank, ranks.world)), rows, rows, unit)
     pair = ranks.least(s_ij, i * n + j, valid)
-    i, j, s_ij = pair.column // n, pair.column % n, -pair.score
+    i, j, s_ij = pair.column // max(n, 1), pair.column % max(n, 1), -pair.score
     near = ranks.negatives(rows.part(torch.cat([i, j])), rows, tile) if bool(pair.found) else _none(s_ij)
     valid = pair.found & near.found.all() & (i >= own.start) & (i < own.stop)
     return slots(valid, (i, j, near.column[:1], near.column[1:]), (s_ij, near.score[:1], near.score[1:]))
@@ -179,7 +183,7 @@ def _rows_among(rows: Side, references: Side, ranks: _Ranks, tile: Tile, *, anch
         every = torch.unique(ranks.lists((j,))[0])
         best = Best(len(every), rows.feats, score_dtype(rows.feats))
         part = ranks.part(len(every))
-        own = hardest_negatives(references.part(every[part]), references, tile)
+        own = hardest_negatives(references.part(every[part]), references, tile, best.score.dtype)
         best.score[part], best.column[part], best.found[part] = own.score, own.column, own.found
         ranks.settle(best)
         at = torch.searchsorted(every, j)
@@ -226,9 +230,7 @@ class _ScoredAmong(torch.autograd.Function):
     def forward(
         ctx: Any, mined: tuple[Tensor, ...], feats: Tensor, ref_feats: Tensor, *unit: Any
     ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(feats, ref_feats, *unit[:8], *mined[3:7])
-        ctx.switches = unit[8:]
+        keep_among(ctx, feats, ref_feats, unit, mined)
         return tuple(score.clone() for score in mined[:3])
 
     @staticmethod
@@ -270,6 +272,7 @@ def mine_group(
     every = gathered(feats, of, group)
     y, out = shards(torch.stack([labels.long(), left_out.long()], dim=1), of, group).unbind(1)
     classes = number_classes(y, y[:0], out.bool(), None)[0]
+    health.of_group(every.detach(), classes)
     rows = Side(every.detach(), classes, None)
     tile = _tile_or_square(unit, feats.dtype)
     with torch.no_grad(), no_autocast(feats):

@@ -44,7 +44,8 @@ def set_health_checks(action: Action) -> None:
 
     That is: features or a unit's parameters that are not finite, a batch without a positive pair or of one class,
     features that are all one point, and a default unit whose gradient no optimizer uses. Not looked at are batches
-    inside ``torch.compile``, ``torch.func``'s transforms and CUDA graphs. On the CPU every batch is looked at; on a GPU
+    inside ``torch.compile``, ``torch.func``'s transforms and CUDA graphs; of a group's batch only its features
+    and classes, and those not among references. On the CPU every batch is looked at; on a GPU
     one in sixteen, without waiting for it, so that word comes some steps later.
 
     Args:
@@ -174,6 +175,19 @@ def before_mining(**feats: Tensor) -> None:
     for name, x in feats.items():
         if _action != "ignore" and _checks.readable(x):
             _finite(name, x.detach())
+
+
+def of_group(feats: Tensor, classes: Tensor) -> None:
+    """Look at the rows (n, d) of all processes of a group and their classes (n,), −1 for those left out.
+
+    Every process sees the same, so that all are told, or all raise, and none is left waiting.
+    """
+    if _action != "ignore" and _checks.readable(feats):
+        known = classes >= 0
+        labels = classes[known]
+        counts = torch.unique(labels, return_counts=True)[1]
+        if _finite("feats", feats[known]) and (len(counts) < 2 or not bool((counts > 1).any())):
+            _diagnose_labels(labels)
 
 
 def _finite(name: str, feats: Tensor) -> bool:

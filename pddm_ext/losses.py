@@ -18,7 +18,7 @@ Reduction = Literal["mean", "sum", "none"]
 _REDUCTIONS: Final = ("mean", "sum", "none")
 
 
-class QuadrupletLoss(nn.Module):
+class QuadrupletLoss(processes.Grouped, nn.Module):
     """Hinges on the scores and on the squared Euclidean distances D of the unit features, mean over valid quadruplets::
 
         E_m = max(0, α + S_ik − S_ij) + max(0, α + S_jl − S_ij)
@@ -98,10 +98,8 @@ class QuadrupletLoss(nn.Module):
     def forward(
         self, feats: Tensor, quads: Quadruplets, labels: Tensor | None = None, *, ref_feats: Tensor | None = None
     ) -> Tensor:
-        if self.regularizer is not None and labels is None:
-            raise ValueError("labels are missing; a loss with a regularizer is called as loss(feats, quads, labels)")
         batch = feats
-        feats, quads = self._rows(feats, quads, ref_feats)
+        feats, quads = self._rows(feats, quads, ref_feats, labelled=self.regularizer is None or labels is not None)
         margins = self.alpha, self.beta, self.weight
         numbers = not any(isinstance(margin, Tensor) for margin in margins)  # one that learns has a gradient, too
         if self._fused and self.reduction == "mean" and numbers and _fits(feats, quads):
@@ -117,7 +115,16 @@ class QuadrupletLoss(nn.Module):
 
     def similarity(self, quads: Quadruplets) -> Tensor:
         """E_m: pulls the unit (and the features through it) to score positives above negatives by α."""
-        _quadruplets(quads)
+        if self.group is None:
+            _quadruplets(quads)
+        else:
+            device = quads.valid.device if isinstance(quads, Quadruplets) else torch.device("cpu")
+
+            def checked() -> int:
+                _quadruplets(quads)
+                return 0
+
+            processes.lengths(self.group, device, checked)
         return self._scaled(self._reduced(self._similarity(quads), quads.valid), quads.valid)
 
     def embedding(self, feats: Tensor, quads: Quadruplets, *, ref_feats: Tensor | None = None) -> Tensor:
@@ -125,13 +132,24 @@ class QuadrupletLoss(nn.Module):
         feats, quads = self._rows(feats, quads, ref_feats)
         return self._scaled(self._reduced(self._embedding(feats, quads), quads.valid), quads.valid)
 
-    def _rows(self, feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None) -> tuple[Tensor, Quadruplets]:
+    def _rows(
+        self, feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None, labelled: bool = True
+    ) -> tuple[Tensor, Quadruplets]:
         """Features of whatever rows the quadruplets name, and the quadruplets in their numbers."""
+
+        def labels_there() -> None:
+            if not labelled:
+                raise ValueError(
+                    "labels are missing; a loss with a regularizer is called as loss(feats, quads, labels)"
+                )
+
         if self.group is None:
+            labels_there()
             _of_batch(feats, quads, ref_feats)
             return _joined(feats, quads, ref_feats)
 
         def checked() -> int:
+            labels_there()
             _quadruplets(quads)
             _checks._matrix("feats", feats)
             _checks._devices(feats, quads.i)
@@ -140,7 +158,7 @@ class QuadrupletLoss(nn.Module):
 
         mined = quads.mined_rows() if isinstance(quads, Quadruplets) else None
         device = feats.device if isinstance(feats, Tensor) else torch.device("cpu")
-        alike = (*_checks.numbers_of(feats, None), -1 if mined is None else mined)
+        alike = {**_checks.numbers_of(feats), "mined rows": -1 if mined is None else mined}
         of = processes.lengths(self.group, device, checked, alike)
         if mined is not None and mined != sum(of):
             raise ValueError(f"the group's feats have {sum(of)} rows; quads were mined from {mined}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from . import _checks, _numbers, processes
 
 
-class MemoryBank(nn.Module):
+class MemoryBank(processes.Grouped, nn.Module):
     """The newest rows of the batches so far: a ring of features, labels and sample numbers.
 
     Three lines in a loop::
@@ -22,7 +24,9 @@ class MemoryBank(nn.Module):
     positive, a copy of it from an earlier step neither. What the bank holds has no gradient.
 
     Everything is in the ``state_dict`` and moves with the module. In several processes, give them ``group``: each then
-    adds the shards of all, in the order of ranks, so that the rows stand in one order everywhere.
+    adds the shards of all, in the order of ranks, so that the rows stand in one order everywhere. Without one it can be
+    part of what DistributedDataParallel wraps only with ``broadcast_buffers=False``: every forward pass would put rank
+    0's rows in all of them.
 
     Source: Wang, Zhang, Huang, Scott, *Cross-Batch Memory for Embedding Learning*, CVPR 2020.
 
@@ -59,9 +63,10 @@ class MemoryBank(nn.Module):
         if group is not None:
             processes.check(group)
         self.size, self.dim, self.warm_up, self.group = int(size), int(dim), int(warm_up), group
-        self.register_buffer("ring_feats", torch.zeros(size, dim, dtype=dtype, device=device))
-        self.register_buffer("ring_labels", torch.zeros(size, dtype=torch.int64, device=device))
-        self.register_buffer("ring_ids", torch.zeros(size, dtype=torch.int64, device=device))
+        with torch.inference_mode(False):  # or it could never be added to outside
+            self.register_buffer("ring_feats", torch.zeros(size, dim, dtype=dtype, device=device))
+            self.register_buffer("ring_labels", torch.zeros(size, dtype=torch.int64, device=device))
+            self.register_buffer("ring_ids", torch.zeros(size, dtype=torch.int64, device=device))
         self.ring_feats: Tensor
         self.ring_labels: Tensor
         self.ring_ids: Tensor
@@ -135,6 +140,16 @@ class MemoryBank(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self._next, self._held, self._additions = state.tolist()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        for name, ring in self.named_buffers(recurse=False):
+            there = state_dict.get(prefix + name)
+            if there is not None and there.shape != ring.shape:
+                # Before anything is taken over: rows of one bank with the places of another would be nobody's.
+                errors = others[-1]
+                errors.append(f"{prefix}{name} has shape {tuple(there.shape)}; {tuple(ring.shape)} is accepted")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def _lengths(self, feats: Tensor, labels: Tensor, ids: Tensor) -> list[int]:
         def checked() -> int:
             self._check(feats, labels, ids)
@@ -142,7 +157,9 @@ class MemoryBank(nn.Module):
 
         if self.group is None:
             return [checked()]
-        return processes.lengths(self.group, self.ring_feats.device, checked)
+        dtype = _checks.FLOATS.index(self.ring_feats.dtype)
+        alike = {"size": self.size, "dim": self.dim, "dtype number": dtype, "additions": self._additions}
+        return processes.lengths(self.group, self.ring_feats.device, checked, alike)
 
     def _check(self, feats: Tensor, labels: Tensor, ids: Tensor) -> None:
         _checks._matrix("feats", feats)

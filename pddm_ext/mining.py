@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, processes, reference
 from .quadruplets import Mode, Quadruplets
 from .unit import PDDM, default_unit
 
@@ -64,7 +64,8 @@ def mine_and_score(
             (``"batch"``; the others' is not valid): together they are what one process mines of the whole batch, and
             on the CPU have its bits. Each scores n²/2W of the pairs, n rows of W processes. References are the same in
             every process; each compares its own rows, and its part of the distinct j. The loss then wants the group,
-            too; see :class:`pddm_ext.QuadrupletLoss` for gradients. What one process refuses is an error in all.
+            too; see :class:`pddm_ext.QuadrupletLoss` for gradients. The unit must be the same in every process, which
+            default units are not by themselves. What one process refuses is an error in all.
 
     A batch from which nothing can be learned is told once in words; see :func:`pddm_ext.set_health_checks`.
 
@@ -80,7 +81,12 @@ def mine_and_score(
     """
     if not isinstance(unit, PDDM | reference.PDDM):  # a unit checks its own arguments
         references = _checks.References(ref_feats, ref_labels, ids, ref_ids)
-        unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
+        if group is None:
+            unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
+        else:  # what one process refuses, all do
+            given = (feats, labels, unit, mode, ignore_label, candidates, references, group)
+            processes.of_miners(*given, default_unit)
+            unit = default_unit(feats.shape[1], feats.device) if unit is None else unit
     return unit.mine(
         feats,
         labels,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _checks
 from .parameters import Parameters
-from .quadruplets import Mode
+from .quadruplets import MODES, Mode
 from .unlabelled import unlabelled
 
 
@@ -26,7 +29,10 @@ def check(group: Any) -> None:
 
 
 def lengths(
-    group: dist.ProcessGroup, device: torch.device, checked: Callable[[], int], alike: tuple[int, ...] = ()
+    group: dist.ProcessGroup,
+    device: torch.device,
+    checked: Callable[[], int],
+    alike: Mapping[str, int] = MappingProxyType({}),
 ) -> list[int]:
     """Rows of every process. What one process refuses fails in all of them, rather than leave the others waiting.
 
@@ -34,7 +40,7 @@ def lengths(
         group: whose processes all call this.
         device: where its backend wants tensors.
         checked: the number of this process's rows, or its error.
-        alike: numbers that every process must have the same of, such as a dimension.
+        alike: numbers that every process must have the same of, such as a dimension, by their names.
 
     Raises:
         RuntimeError: another process has refused its input, or they are not alike.
@@ -45,7 +51,7 @@ def lengths(
         rows = checked()
     except (ValueError, TypeError, RuntimeError) as error:
         refused = error
-    own = torch.tensor([rows, *alike], device=device)
+    own = torch.tensor([rows, *alike.values()], device=device)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)
     if refused is not None:
@@ -55,11 +61,11 @@ def lengths(
     if min(found) < 0:
         raise RuntimeError(f"process {found.index(-1)} of the group has refused what it was given; see its error")
     for process, numbers in enumerate(told):
-        if numbers[1:] != told[0][1:]:
-            raise RuntimeError(
-                f"process {process} of the group mines with a dimension, dtype, mode or number of references that are "
-                f"not those of process 0"
-            )
+        for name, number, first in zip(alike, numbers[1:], told[0][1:], strict=True):
+            if number != first:
+                raise RuntimeError(
+                    f"process {process} of the group has {name} {number} where process 0 has {first}; all must be alike"
+                )
     return found
 
 
@@ -86,8 +92,13 @@ def of_miners(
 
     # Of input that is refused, where the group's backend may want its tensors is not known.
     device = feats.device if isinstance(feats, Tensor) else torch.device("cpu")
-    among = references.feats.shape[0] if isinstance(references.feats, Tensor) and references.feats.dim() else -1
-    return lengths(group, device, checked, (*_checks.numbers_of(feats, mode), among))
+    alike = {
+        **_checks.numbers_of(feats),
+        "mode number": MODES.index(mode) if mode in MODES else -1,
+        "references": references.feats.shape[0] if isinstance(references.feats, Tensor) else -1,
+        "ids (0 without)": int(references.ids is not None),
+    }
+    return lengths(group, device, checked, alike)
 
 
 def shards(x: Tensor, of: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -107,6 +118,7 @@ class _Gathered(torch.autograd.Function):
         return shards(x, of, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         total = upstream.contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
@@ -116,6 +128,26 @@ class _Gathered(torch.autograd.Function):
 
 
 def gathered(x: Tensor, of: list[int], group: dist.ProcessGroup) -> Tensor:
-    """:func:`shards`, whose gradient is the sum of what all processes ask of this one's rows."""
+    """:func:`shards`, whose gradient is the sum of what all processes ask of this one's rows.
+
+    All take part in the backward pass, those too whose own rows ask for no gradient, such as an empty shard.
+    """
+    if torch.is_grad_enabled() and not x.requires_grad:
+        x = x.detach().requires_grad_()
     every: Tensor = _Gathered.apply(x, of, group)  # type: ignore[no-untyped-call]
     return every
+
+
+class Grouped:
+    """A module with a group of processes, which copies of it share; it is saved without."""
+
+    group: dist.ProcessGroup | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.group)] = self.group
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "group": None}

@@ -84,8 +84,9 @@ class Best:
         self.found[rows] |= found
 
 
-def hardest_negatives(rows: Side, references: Side, tile: Tile) -> Best:
-    best = Best(len(rows.classes), rows.feats, score_dtype(rows.feats))
+def hardest_negatives(rows: Side, references: Side, tile: Tile, dtype: torch.dtype) -> Best:
+    """Of each row, by scores of that dtype."""
+    best = Best(len(rows.classes), rows.feats, dtype)
     for at, some in rows.parts():
         for first, others in references.parts():
             scores = tile(some.feats, others.feats)
@@ -113,7 +114,7 @@ def _mine(feats: Tensor, classes: Tensor, ref_feats: Tensor, ref_classes: Tensor
             return _batch(rows, references, tile, unit)
 
         def negatives_of(j: Tensor) -> Best:
-            return hardest_negatives(references.part(j), references, tile)
+            return hardest_negatives(references.part(j), references, tile, score_dtype(feats))
 
         return rows_among(rows, references, tile, negatives_of, anchors=MODES[mode] == "anchor")
 
@@ -162,7 +163,7 @@ def _batch(rows: Side, references: Side, tile: Tile, unit: Sequence[Any]) -> tup
     k, l = torch.zeros_like(i), torch.zeros_like(i)  # noqa: E741 - the paper's name
     s_ik, s_jl = torch.zeros_like(s_ij), torch.zeros_like(s_ij)
     if bool(valid):
-        near = hardest_negatives(one_side(rows.part(i), references.part(j)), references, tile)
+        near = hardest_negatives(one_side(rows.part(i), references.part(j)), references, tile, s_ij.dtype)
         k, l, s_ik, s_jl = near.column[:1], near.column[1:], near.score[:1], near.score[1:]  # noqa: E741
         valid = near.found.all()[None]
     return slots(valid, (i, j, k, l), (s_ij, s_ik, s_jl))
@@ -230,29 +231,36 @@ def listed(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     feats, _, ref_feats, _, _, _, *unit, _ = inputs
     ctx.mark_non_differentiable(*output[3:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(feats, ref_feats, *unit[:8], *output[3:7])
-    ctx.switches = unit[8:]
+    keep_among(ctx, feats, ref_feats, unit, output)
 
 
-def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    feats, ref_feats, *unit, i, j, k, l = ctx.saved_tensors  # noqa: E741 - the paper's names
-    if ref_feats.shape[0] == 0 or all(g is None for g in upstream[:3]):
-        return (None,) * 17
-    # Of the references only those that were picked, however many there are; each once, where shapes may say how many.
-    named = torch.cat([j, k, l])
+def keep_among(ctx: Any, feats: Tensor, ref_feats: Tensor, unit: Sequence[Any], mined: tuple[Tensor, ...]) -> None:
+    """Of the references only those that were picked, however many there are; each once, where shapes may say how many.
+    A memory bank may go on meanwhile."""
+    named = torch.cat(mined[4:7])
     picked, place = named.clamp(min=0), torch.arange(named.shape[0], device=named.device)
     if not torch.compiler.is_compiling():
         picked, place = torch.unique(picked, return_inverse=True)
+    rows = ref_feats[picked] if ref_feats.shape[0] else ref_feats.new_zeros(picked.shape[0], ref_feats.shape[1])
+    place = torch.where(named < 0, -1, place + feats.shape[0])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(feats, rows.detach(), picked, place, mined[3], *unit[:8])
+    ctx.switches, ctx.references = unit[8:], ref_feats.shape
+
+
+def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    feats, rows, picked, place, i, *unit = ctx.saved_tensors
+    if all(g is None for g in upstream[:3]):
+        return (None,) * 17
     n = feats.shape[0]
-    of_j, of_k, of_l = torch.where(named < 0, -1, place + n).reshape(3, i.shape[0]).unbind()
-    joined = torch.cat([feats, ref_feats[picked].to(feats.dtype)])
-    given = [(g, a, b) for g, a, b in zip(upstream[:3], (i, i, of_j), (of_j, of_k, of_l), strict=True) if g is not None]
+    j, k, l = place.reshape(3, i.shape[0]).unbind()  # noqa: E741 - the paper's names
+    joined = torch.cat([feats, rows.to(feats.dtype)])
+    given = [(g, a, b) for g, a, b in zip(upstream[:3], (i, i, j), (j, k, l), strict=True) if g is not None]
     weight, first, second = (torch.cat(parts) for parts in zip(*given, strict=True))
     d_joined, *d_unit = ops.call("score_pairs_backward", weight, joined, first, second, *unit, *ctx.switches)
     d_refs = None
-    if ctx.needs_input_grad[2]:
-        d_refs = d_joined.new_zeros(ref_feats.shape).index_add(0, picked, d_joined[n:]).to(ref_feats.dtype)
+    if ctx.needs_input_grad[2] and ctx.references[0]:
+        d_refs = d_joined.new_zeros(ctx.references).index_add(0, picked, d_joined[n:]).to(rows.dtype)
     return (d_joined[:n], None, d_refs, None, None, None, *d_unit, None, None, None)
 
 

@@ -94,7 +94,6 @@ class PDDM(Parameters):
         numbers = (ignore_label, unit_arguments(self), MODES.index(mode), group)
         mined = mine_group(rows, labels, of, *numbers, references)
         s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
-        health.before_mining(feats=feats)
         return Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid).of_rows(sum(of), references.number())
 
     def _quadruplets(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ DIM = 6
 SHARDS = {
     1: [(9,)],
     2: [(12, 12), (7, 16), (0, 11)],
-    3: [(8, 8, 8), (1, 0, 17)],
+    3: [(8, 8, 8), (0, 0, 0), (1, 0, 17)],
     4: [(16, 16, 16, 16), (3, 12, 0, 6)],
 }
 
@@ -82,6 +84,8 @@ def as_one_of(rank: int, world: int, port: int, folder: Path) -> None:
             results[f"plain {mode} among"] = [field.detach() for field in quads]
         results["gradients"] = gradients(rank, world)
         results["wrong"] = refused(rank, world)
+        results["empty"] = with_an_empty_shard(rank, world)
+        results["copies"] = copies()
         torch.save(results, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -135,12 +139,30 @@ def gradients(rank: int, world: int) -> list[list[Tensor]]:
     return found
 
 
+def with_an_empty_shard(rank: int, world: int) -> Tensor:
+    """The gradient of process 0's rows, where the last process has none, and so none that ask for a gradient."""
+    feats, labels = batch(8)
+    x = feats.clone().requires_grad_() if rank == 0 or rank < world - 1 else torch.empty(0, DIM)
+    quads = make_unit(DIM).mine(x, labels[: len(x)], mode="pair", group=dist.group.WORLD)
+    pddm_ext.QuadrupletLoss(group=dist.group.WORLD)(x, quads).backward()
+    return torch.zeros(8, DIM) if x.grad is None else x.grad
+
+
+def copies() -> list[bool]:
+    """Whether copies share the group, and what is pickled has none."""
+    found = []
+    for module in (pddm_ext.QuadrupletLoss(group=dist.group.WORLD), pddm_ext.MemoryBank(4, 3, group=dist.group.WORLD)):
+        found += [copy.deepcopy(module).group is module.group, pickle.loads(pickle.dumps(module)).group is None]
+    return found
+
+
 def refused(rank: int, world: int) -> list[str]:
     feats, labels = batch(8)
     unit, told = make_unit(DIM), []
     last = world - 1
     group = dist.group.WORLD
     loss_fn = pddm_ext.QuadrupletLoss(group=group)
+    with_regularizer = pddm_ext.QuadrupletLoss(group=group, regularizer=lambda x, y: x.sum() * 0)
     quads = unit.mine(feats, labels, group=group)
     calls = [
         lambda: unit.mine(feats[:, : DIM - (rank == last)], labels, group=group),
@@ -150,6 +172,10 @@ def refused(rank: int, world: int) -> list[str]:
         lambda: unit.mine(feats, labels, candidates=3, group=group),
         lambda: unit.mine(feats, labels, ref_feats=feats, group=group),
         lambda: unit.mine(feats, labels, group="all"),
+        lambda: pddm_ext.mine_and_score(feats, labels.float() if rank == last else labels, group=group),
+        lambda: pddm_ext.mine_and_score(feats, labels, "unit" if rank == last else unit, group=group),
+        lambda: loss_fn.similarity("quads" if rank == last else quads),
+        lambda: with_regularizer(feats, quads, None if rank == last else labels),
         lambda: loss_fn(feats[1:] if rank == last else feats, quads),
         lambda: loss_fn(feats, quads, ref_feats=feats),
     ]
@@ -239,6 +265,21 @@ def test_gradients_and_loss_are_those_of_one_process_with_the_whole_batch(told):
                 torch.testing.assert_close(a, b)
 
 
+def test_copies_share_the_group_and_pickles_have_none(told):
+    assert all(result["copies"] == [True] * 4 for result in told[1])
+
+
+def test_a_process_without_rows_takes_part_in_the_backward_pass(told):
+    world, results = told
+    rows = 8 * max(world - 1, 1)
+    feats = batch(8)[0].repeat(rows // 8, 1).requires_grad_()
+    labels = batch(8)[1].repeat(rows // 8)
+    pddm_ext.QuadrupletLoss()(feats, make_unit(DIM).mine(feats, labels, mode="pair")).backward()
+    for rank, result in enumerate(results[: max(world - 1, 1)]):
+        expected = feats.grad[8 * rank : 8 * rank + 8] * world
+        torch.testing.assert_close(result["empty"], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_what_one_process_refuses_fails_in_all_of_them(told):
     world, results = told
     own = [
@@ -249,14 +290,21 @@ def test_what_one_process_refuses_fails_in_all_of_them(told):
         "ValueError: candidates is 3 beside group",
         "ValueError: ref_labels is missing; ref_feats has 8 rows",
         "ValueError: group is 'all'; a process group that this process is in",
+        "TypeError: labels has dtype torch.float32",
+        "TypeError: unit is a str; a PDDM is accepted",
+        "TypeError: quads is a str; Quadruplets are accepted",
+        "ValueError: labels are missing; a loss with a regularizer",
         "ValueError: the group's feats have",
         "ValueError: ref_feats has 8 rows; quads were mined among no references",
     ]
     others = [
         f"RuntimeError: process {world - 1} of the group has refused",
-        *(f"RuntimeError: process {world - 1} of the group mines with a dimension, dtype, mode",) * 2,
+        f"RuntimeError: process {world - 1} of the group has dtype number 1 where process 0 has 0",
+        f"RuntimeError: process {world - 1} of the group has mode number 2 where process 0 has 0",
         f"RuntimeError: process {world - 1} of the group has refused",
-        *own[4:],
+        *own[4:7],
+        *(f"RuntimeError: process {world - 1} of the group has refused",) * 4,
+        *own[11:],
     ]
     if world > 1:
         own[1:3] = others[1:3]

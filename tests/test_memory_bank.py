@@ -95,6 +95,35 @@ def test_three_lines_mine_among_earlier_batches():
         assert len(quads.i) == [6, 18, 18][step]  # of four rows of a class one or, from the third step on, two are old
 
 
+def test_steps_can_be_summed_before_the_backward_pass():
+    labels = torch.arange(6, device=DEVICE) // 2
+    bank, unit, total = MemoryBank(8, 3).to(DEVICE), make_unit(3), 0
+    for step in range(3):
+        feats = make_features(6, 3, seed=step).requires_grad_()
+        ids = torch.arange(6, device=DEVICE) + 6 * step
+        bank.add(feats, labels, ids)
+        quads = unit.mine(feats, labels, ids=ids, **bank.references())
+        total = total + quads.s_ij.sum()
+    total.backward()
+    assert bool(feats.grad.any())
+
+
+def test_the_state_of_another_bank_is_refused_and_nothing_is_lost():
+    bank = MemoryBank(5, 3).to(DEVICE)
+    bank.add(*rows(0, 3))
+    for other in (MemoryBank(9, 3), MemoryBank(5, 4)):
+        with pytest.raises(RuntimeError, match=r"ring_feats has shape .*; \(5, 3\) is accepted"):
+            bank.load_state_dict(other.state_dict())
+        assert held(bank) == [0, 1, 2]
+
+
+def test_one_made_without_gradients_can_be_added_to_later():
+    with torch.inference_mode():
+        bank = MemoryBank(5, 3).to(DEVICE)
+    bank.add(*rows(0, 3))
+    assert held(bank) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -246,6 +246,18 @@ def test_under_the_transforms_of_torch_func():
     torch.testing.assert_close(torch.func.grad(loss)(feats), torch.autograd.grad(loss(x), x)[0])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_references_of_any_dtype_are_mined_among(mode):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        feats, labels, among = batch_and_references(dtype=dtype)
+        unit = make_unit(DIM)
+        for other in FLOATS[:3]:
+            given = {**among, "ref_feats": among["ref_feats"].to(other)}
+            quads = unit.mine(feats.requires_grad_(), labels, mode=mode, **given)
+            assert quads.s_jl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            pddm_ext.QuadrupletLoss()(feats, quads, ref_feats=given["ref_feats"]).backward()
+
+
 def test_references_are_rounded_to_the_batchs_dtype():
     feats, labels, among = batch_and_references()
     unit = make_unit(DIM)
@@ -320,6 +332,8 @@ def test_without_rows_or_references_nothing_is_valid_and_the_loss_is_zero(packag
         loss.backward()
         assert float(loss.detach()) == 0
         assert not x.grad.any()
+        if package is pddm_ext:  # as of any batch from which nothing is learned
+            assert all(p.grad is not None and not p.grad.any() for p in unit.parameters())
 
 
 def test_a_batch_that_finds_none_is_told_of_its_references():
