@@ -18,7 +18,7 @@ Reduction = Literal["mean", "sum", "none"]
 _REDUCTIONS: Final = ("mean", "sum", "none")
 
 
-class QuadrupletLoss(processes.Grouped, nn.Module):
+class QuadrupletLoss(nn.Module):
     """Hinges on the scores and on the squared Euclidean distances D of the unit features, mean over valid quadruplets::
 
         E_m = max(0, α + S_ik − S_ij) + max(0, α + S_jl − S_ij)
@@ -61,6 +61,8 @@ class QuadrupletLoss(processes.Grouped, nn.Module):
 
     #: One operator forward and one backward, where there is one.
     _fused = True
+    __deepcopy__ = processes.copy_with_group
+    __getstate__ = processes.state_without_group
 
     def __init__(
         self,

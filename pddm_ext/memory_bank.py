@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import _checks, _numbers, processes
 
 
-class MemoryBank(processes.Grouped, nn.Module):
+class MemoryBank(nn.Module):
     """The newest rows of the batches so far: a ring of features, labels and sample numbers.
 
     Three lines in a loop::
@@ -43,6 +43,9 @@ class MemoryBank(processes.Grouped, nn.Module):
         ValueError: a size, dim or warm_up out of range, or a group that this process is not in.
         TypeError: an argument of another type, or a dtype that is not accepted.
     """
+
+    __deepcopy__ = processes.copy_with_group
+    __getstate__ = processes.state_without_group
 
     def __init__(
         self,
@@ -81,17 +84,17 @@ class MemoryBank(processes.Grouped, nn.Module):
 
     @property
     def feats(self) -> Tensor:
-        """(m, d), the features of what it holds: a view, which the next addition may change."""
+        """Features (m, d) of what it holds. A view, which the next addition may change."""
         return self.ring_feats[: self._held]
 
     @property
     def labels(self) -> Tensor:
-        """(m,) int64."""
+        """Class ids (m,) int64 of what it holds."""
         return self.ring_labels[: self._held]
 
     @property
     def ids(self) -> Tensor:
-        """(m,) int64."""
+        """Samples' numbers (m,) int64 of what it holds."""
         return self.ring_ids[: self._held]
 
     def references(self) -> dict[str, Tensor]:

@@ -138,16 +138,15 @@ def gathered(x: Tensor, of: list[int], group: dist.ProcessGroup) -> Tensor:
     return every
 
 
-class Grouped:
-    """A module with a group of processes, which copies of it share; it is saved without."""
+# Of modules with a ``group``: copies share it, and what is pickled is without.
 
-    group: dist.ProcessGroup | None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        made = memo[id(self)] = type(self).__new__(type(self))
-        memo[id(self.group)] = self.group
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
+def copy_with_group(module: Any, memo: dict[int, Any]) -> Any:
+    made = memo[id(module)] = type(module).__new__(type(module))
+    memo[id(module.group)] = module.group
+    made.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    return made
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "group": None}
+
+def state_without_group(module: Any) -> dict[str, Any]:
+    return {**module.__dict__, "group": None}
