@@ -142,8 +142,8 @@ def gathered(x: Tensor, of: list[int], group: dist.ProcessGroup) -> Tensor:
 
 
 def copy_with_group(module: Any, memo: dict[int, Any]) -> Any:
-    kind: type[Any] = type(module)
-    made = memo[id(module)] = kind.__new__(kind)
+    made: Any = object.__new__(module.__class__)
+    memo[id(module)] = made
     memo[id(module.group)] = module.group
     made.__dict__.update(copy.deepcopy(module.__dict__, memo))
     return made
