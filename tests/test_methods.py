@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import pddm_ext
 from pddm_ext.workbench.data.splits import Dataset
@@ -68,6 +69,21 @@ def test_a_unit_can_score_the_nearest_alone() -> None:
     assert all(torch.equal(one, other) for one, other in zip(quads[2], expected, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(quads[0], quads[40], strict=True))
     assert not torch.equal(quads[0].k, quads[2].k)
+
+
+def test_processes_that_gather_mine_with_all() -> None:
+    feats, labels = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4).repeat(3)
+    alone, together = (
+        objective(Settings(method="pddm-pair", dim=8, devices=2, gather=gather), 8) for gather in (False, True)
+    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        terms = [{name: term.detach() for name, term in made(feats, labels).items()} for made in (alone, together)]
+        assert (alone.loss.group, together.loss.group) == (None, dist.group.WORLD)
+        together.mine(feats, labels)  # what a report looks at is the leading process's alone
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(*terms)
 
 
 @pytest.mark.parametrize("flows", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +34,13 @@ from helpers import (
 from pddm_ext import reference, references
 
 N, M, DIM = 20, 50, 7
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process() -> Iterator[None]:
+    pddm_ext.set_health_checks("warn")
+    yield
+    pddm_ext.set_health_checks("warn")
 
 
 def batch_and_references(n: int = N, m: int = M, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, dict]:

@@ -148,15 +148,10 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-TWO_STAGES = ("--method", "recommended", "--unit-steps", "4")
-
-
-def on_two(
-    tmp_path: Path, name: str, *options: str, method: tuple[str, ...] = TWO_STAGES
-) -> subprocess.CompletedProcess[str]:
+def on_two(tmp_path: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "script.py").write_text(_ON_TWO)
     data = ["--data", "omniglot", "--root", str(tmp_path / "small.zip"), "--out", str(tmp_path / name)]
-    given = ["train", *TINY_OPTIONS, *data, "--devices", "2", *method, *options]
+    given = ["train", *TINY_OPTIONS, *data, "--devices", "2", "--method", "recommended", "--unit-steps", "4", *options]
     command = [sys.executable, "script.py", name, *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -193,18 +188,6 @@ def test_two_processes_train_one_net_and_continue(tmp_path: Path) -> None:
     for state in states:
         del state["seconds"], state["curves"]["seconds"]
     assert not differences(*states)
-
-
-def test_two_processes_mine_together(tmp_path: Path) -> None:
-    make_archive(tmp_path / "small.zip")
-    learners = {}
-    for name, gather in (("apart", []), ("together", ["--gather"])):
-        done = on_two(tmp_path, name, "--steps", "2", *gather, method=("--method", "pddm-pair"))
-        assert done.returncode == 0, done.stderr
-        one, two = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
-        assert not [field for field in differences(one["learner"], two["learner"]) if "running" not in field]
-        learners[name] = one["learner"]
-    assert any("u.weight" in field for field in differences(learners["apart"], learners["together"]))
 
 
 def by_torchrun(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
