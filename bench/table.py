@@ -56,7 +56,7 @@ def text(name: str, value: float) -> str:
     if name == "MiB":
         return f"{value:.1f} MiB"
     if "÷" in name:
-        return (f"{value:.1f}" if value >= 1 else f"{value:.2f}") + (f" {name}" if "," in name else "")
+        return (f"{value:.1f}" if value >= 2 else f"{value:.2f}") + (f" {name}" if "," in name else "")
     return f"{value:.{1 if value < 100 else 0}f}× {name}"
 
 
