@@ -120,7 +120,7 @@ def _bests(rows: Side, ranks: _Ranks, tile: Tile, *, listing: bool) -> tuple[Bes
                 at, to = slice(first, first + len(some.classes)), slice(second, second + len(more.classes))
                 if whole == others and to.start < at.start:
                     continue
-                scores = tile(some.feats, some.feats[:0]) if at == to else tile(some.feats, more.feats)
+                scores = tile(some.feats, None if at == to else more.feats)
                 positive, negative = pair_masks(some, more)
                 if at == to:
                     positive.fill_diagonal_(False)
@@ -274,7 +274,7 @@ def mine_group(
     classes = number_classes(y, y[:0], out.bool(), None)[0]
     health.of_group(every.detach(), classes)
     rows = Side(every.detach(), classes, None)
-    tile = _tile_or_square(unit, feats.dtype)
+    tile = tile_scores(unit, feats.dtype)
     with torch.no_grad(), no_autocast(feats):
         if MODES[mode] == "batch":
             mined = _batch(rows, ranks, tile, own, unit)
@@ -317,16 +317,3 @@ def _among(
     scores = _ScoredAmong.apply(mined, feats, ref_feats, *unit)  # type: ignore[no-untyped-call]
     i = torch.where(mined[7], mined[3] + own.start, -1)
     return (*scores, i, *mined[4:])
-
-
-def _tile_or_square(unit: Sequence[Any], dtype: torch.dtype) -> Tile:
-    """Scores of two sides; with an empty second one, of the first with itself, each pair once."""
-    rectangle = tile_scores(unit, dtype)
-
-    def tile(rows: Tensor, columns: Tensor) -> Tensor:
-        if len(columns):
-            return rectangle(rows, columns)
-        scores: Tensor = torch.ops.pddm.score_matrix(rows, -1, *unit)
-        return scores
-
-    return tile

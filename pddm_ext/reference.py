@@ -231,7 +231,9 @@ def mine_and_score(
     """
     references = _checks.References(ref_feats, ref_labels, ids, ref_ids)
     if group is not None:
-        return _mine_group(feats, labels, unit, mode, ignore_label, candidates, references, group)
+        given = (feats, labels, unit, mode, ignore_label, candidates, references, group)
+        of = processes.of_miners(*given, default_unit)
+        return _mine_group(feats, labels, unit, mode, ignore_label, references, group, of)
     unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
     left_out = unlabelled(labels, ignore_label)
     if ref_feats is not None and ref_labels is not None:
@@ -262,11 +264,10 @@ def _mine_group(
     unit: Parameters | None,
     mode: Mode,
     ignore_label: int | None,
-    candidates: int | None,
     references: _checks.References,
     group: dist.ProcessGroup,
+    of: list[int],
 ) -> Quadruplets:
-    of = processes.of_miners(feats, labels, unit, mode, ignore_label, candidates, references, group, default_unit)
     every, y = processes.gathered(feats, of, group), processes.shards(labels.long(), of, group)
     ref_feats, ref_labels, ids, ref_ids = references
     numbers = None if ids is None else processes.shards(ids.long(), of, group)

@@ -20,8 +20,8 @@ from .quadruplets import MODES
 #: Rows of a tile's sides, and pairs of a list that are scored at once.
 _SIDE, _AT_ONCE = 2048, 2**14
 
-Tile = Callable[[Tensor, Tensor], Tensor]
-"""Scores of rows (r, d) with others (c, d): (r, c)."""
+Tile = Callable[[Tensor, Tensor | None], Tensor]
+"""Scores of rows (r, d) with others (c, d): (r, c); or with themselves (r, r), each pair once."""
 
 
 class Side(NamedTuple):
@@ -97,9 +97,11 @@ def hardest_negatives(rows: Side, references: Side, tile: Tile, dtype: torch.dty
 def tile_scores(unit: Sequence[Any], dtype: torch.dtype) -> Tile:
     """Scores of a tile by the unit's arguments, in the precision of a dtype."""
 
-    def tile(rows: Tensor, columns: Tensor) -> Tensor:
-        joined = torch.cat([rows.to(dtype), columns.to(dtype)])
-        scores: Tensor = torch.ops.pddm.score_matrix(joined, len(rows), *unit)
+    def tile(rows: Tensor, columns: Tensor | None) -> Tensor:
+        joined, split = rows.to(dtype), -1
+        if columns is not None:
+            joined, split = torch.cat([joined, columns.to(dtype)]), len(rows)
+        scores: Tensor = torch.ops.pddm.score_matrix(joined, split, *unit)
         return scores
 
     return tile

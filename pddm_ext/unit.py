@@ -59,55 +59,35 @@ class PDDM(Parameters):
         """:func:`pddm_ext.mine_and_score` with this unit."""
         references = _checks.References(ref_feats, ref_labels, ids, ref_ids)
         if group is not None:
-            return self._mine_group(feats, labels, mode, ignore_label, candidates, references, group)
+            given = (feats, labels, self, mode, ignore_label, candidates, references, group)
+            of = processes.of_miners(*given, default_unit)
+            arguments = (ignore_label, unit_arguments(self), MODES.index(mode), group, references)
+            mined = mine_group(autocast(feats), labels, of, *arguments)
+            return _quadruplets(mined).of_rows(sum(of), references.number())
         _checks.mining(feats, labels, self, mode, default_unit, candidates, references)
         left_out = unlabelled(labels, ignore_label)
+        numbers = (*unit_arguments(self), MODES.index(mode))
         if ref_feats is not None and ref_labels is not None:
+            rows = autocast(feats)
             classes, ref_classes = number_classes(labels, ref_labels, left_out, unlabelled(ref_labels, ignore_label))
             samples = (None if x is None else x.long() for x in (ids, ref_ids))
-            rows = autocast(feats)
-            numbers = (*unit_arguments(self), MODES.index(mode))
             mined = mine_references(rows, classes, ref_feats, ref_classes, *samples, *numbers)
-            return self._quadruplets(mined, rows, labels, left_out, ref_feats)
-        rows, classes = (feats, labels) if left_out is None else set_aside(feats, labels, left_out)
-        rows = autocast(rows)
-        arguments = (rows, classes, *unit_arguments(self), MODES.index(mode))
-        if candidates is None or candidates >= feats.shape[0]:
-            mined = call("mine", *arguments)
         else:
-            mined = mine_candidates(*arguments, int(candidates))
-        return self._quadruplets(mined, rows, labels, left_out)
+            rows, classes = (feats, labels) if left_out is None else set_aside(feats, labels, left_out)
+            rows = autocast(rows)
+            if candidates is None or candidates >= feats.shape[0]:
+                mined = call("mine", rows, classes, *numbers)
+            else:
+                mined = mine_candidates(rows, classes, *numbers, int(candidates))
+        quads = _quadruplets(mined)
+        health.after_mining(quads, rows, labels, self, left_out, ref_feats)
+        return quads.of_rows(feats.shape[0], references.number())
 
-    def _mine_group(
-        self,
-        feats: Tensor,
-        labels: Tensor,
-        mode: Mode,
-        ignore_label: int | None,
-        candidates: int | None,
-        references: _checks.References,
-        group: dist.ProcessGroup,
-    ) -> Quadruplets:
-        given = (feats, labels, self, mode, ignore_label, candidates, references, group)
-        of = processes.of_miners(*given, default_unit)
-        rows = autocast(feats)
-        numbers = (ignore_label, unit_arguments(self), MODES.index(mode), group)
-        mined = mine_group(rows, labels, of, *numbers, references)
-        s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
-        return Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid).of_rows(sum(of), references.number())
 
-    def _quadruplets(
-        self,
-        mined: tuple[Tensor, ...],
-        feats: Tensor,
-        labels: Tensor,
-        left_out: Tensor | None,
-        ref_feats: Tensor | None = None,
-    ) -> Quadruplets:
-        s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
-        quads = Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid)
-        health.after_mining(quads, feats, labels, self, left_out, ref_feats)
-        return quads.of_rows(feats.shape[0], None if ref_feats is None else ref_feats.shape[0])
+def _quadruplets(mined: tuple[Tensor, ...]) -> Quadruplets:
+    """From the operators' order to the contract's."""
+    s_ij, s_ik, s_jl, i, j, k, l, valid = mined  # noqa: E741 - the paper's names
+    return Quadruplets(i, j, k, l, s_ij, s_ik, s_jl, valid)
 
 
 _default_units: dict[tuple[int, torch.device], PDDM] = {}
