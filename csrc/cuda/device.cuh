@@ -111,9 +111,17 @@ __device__ __forceinline__ T lanes_sum(T x) {
 }
 
 // A NaN stays one.
-template <class T>
-__device__ __forceinline__ T relu(T x) {
-  return x < T(0) ? T(0) : x;
+__device__ __forceinline__ double relu(double x) { return x < 0 ? 0 : x; }
+__device__ __forceinline__ float relu(float x) {
+#if defined(PDDM_EMULATED)
+  return x < 0 ? 0 : x;
+#else
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(x));
+  return x;
+#endif
 }
+
+__device__ __forceinline__ float absolute(float x) { return fabsf(x); }
+__device__ __forceinline__ double absolute(double x) { return fabs(x); }
 
 }  // namespace pddm::cuda

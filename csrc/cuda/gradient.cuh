@@ -98,33 +98,34 @@ __global__ void __launch_bounds__(kGradientThreads)
   }
 }
 
-// Sums over the pairs of a chunk, a lane to each column: the 8 warps of a block take every eighth pair, and their parts
+// Sums over the pairs of a chunk, a lane to each column: the warps of a block take turns at the pairs, and their parts
 // are added in order. take(pair, column, sums) adds to sums[0..Count).
+constexpr int kSumThreads = 1024, kSumWarps = kSumThreads / kWarp;
 template <int Count, class Real, class Take, class Give>
 __device__ __forceinline__ void sum_columns(int64_t columns, int count, const Take& take, const Give& give) {
   Real* const parts = reinterpret_cast<Real*>(shared_memory());
   const int64_t column = int64_t(blockIdx.x) * kWarp + lane_index();
   Real sums[Count] = {};
-  for (int pair = warp_index(); pair < count && column < columns; pair += kGradientWarps) take(pair, column, sums);
+  for (int pair = warp_index(); pair < count && column < columns; pair += kSumWarps) take(pair, column, sums);
 #pragma unroll
   for (int which = 0; which < Count; ++which)
-    parts[(which * kGradientWarps + warp_index()) * kWarp + lane_index()] = sums[which];
+    parts[(which * kSumWarps + warp_index()) * kWarp + lane_index()] = sums[which];
   __syncthreads();
   if (warp_index() > 0 || column >= columns) return;
 #pragma unroll
   for (int which = 0; which < Count; ++which) {
     Real sum = 0;
-    for (int warp = 0; warp < kGradientWarps; ++warp)
-      sum += parts[(which * kGradientWarps + warp) * kWarp + lane_index()];
+    for (int warp = 0; warp < kSumWarps; ++warp)
+      sum += parts[(which * kSumWarps + warp) * kWarp + lane_index()];
     give(which, column, sum);
   }
 }
 template <int Count, class Real>
-constexpr int64_t kSumBytes = int64_t(Count) * kGradientThreads * sizeof(Real);
+constexpr int64_t kSumBytes = int64_t(Count) * kSumThreads * sizeof(Real);
 
 // c to dC, and the gradients of w_s, b_c and (in one column more) b_s.
 template <class Real>
-__global__ void __launch_bounds__(kGradientThreads)
+__global__ void __launch_bounds__(kSumThreads)
     through_score_kernel(int combined, int count, bool add, const Real* w_s, const __grid_constant__ Chunk<Real> chunk,
                          Real* d_w_s, Real* d_b_c, Real* d_b_s) {
   sum_columns<2, Real>(
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kGradientThreads)
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kGradientThreads)
+__global__ void __launch_bounds__(kSumThreads)
     sum_biases_kernel(int hidden, int count, bool add, const Real* dz, Real* d_b_u, Real* d_b_v) {
   sum_columns<1, Real>(
       2 * hidden, count,
@@ -200,23 +201,21 @@ __global__ void __launch_bounds__(kGradientThreads)
   }
 }
 
-// A warp to a row and kGathered of its columns: the gradients of the chunk's pairs that name the row, in their order.
+// A block to a row and kGathered of its columns: the gradients of the chunk's pairs that name the row, the warps taking
+// turns at the pairs, and their parts added in order.
 constexpr int kGatheredPerLane = 4, kGathered = kGatheredPerLane * kWarp;
 template <class Real>
+constexpr int64_t kGatherBytes = int64_t(kGradientWarps) * kGathered * sizeof(Real);
+template <class Real>
 __global__ void __launch_bounds__(kGradientThreads)
-    gather_kernel(int64_t n, const Real* f, int64_t f_stride, int dim, int count, bool add,
-                  const __grid_constant__ Chunk<Real> chunk, Real* d_f) {
-  const int parts = (dim + kGathered - 1) / kGathered;
-  const int64_t task = int64_t(blockIdx.x) * kGradientWarps + warp_index(), row = task / parts;
-  if (row >= n) return;
-  const int lane = lane_index(), column = int(task % parts) * kGathered + lane;
-  Real sums[kGatheredPerLane];
-#pragma unroll
-  for (int q = 0; q < kGatheredPerLane; ++q) {
-    const int k = column + q * kWarp;
-    sums[q] = add && k < dim ? d_f[row * dim + k] : Real(0);
-  }
-  for (int first = 0; first < count; first += kWarp) {
+    gather_kernel(const Real* f, int64_t f_stride, int dim, int count, bool add, const __grid_constant__ Chunk<Real> chunk,
+                  Real* d_f) {
+  Real* const parts = reinterpret_cast<Real*>(shared_memory());
+  const int across = (dim + kGathered - 1) / kGathered;
+  const int64_t row = blockIdx.x / across;
+  const int first_column = int(blockIdx.x % across) * kGathered, lane = lane_index(), column = first_column + lane;
+  Real sums[kGatheredPerLane] = {};
+  for (int first = warp_index() * kWarp; first < count; first += kGradientThreads) {
     const int t = first + lane, own_i = t < count ? chunk.i[t] : -1, own_j = t < count ? chunk.j[t] : -1;
     for (unsigned left = __ballot_sync(~0u, own_i == row || own_j == row); left; left &= left - 1) {
       const int bit = __ffs(int(left)) - 1;
@@ -234,8 +233,14 @@ __global__ void __launch_bounds__(kGradientThreads)
     }
   }
 #pragma unroll
-  for (int q = 0; q < kGatheredPerLane; ++q)
-    if (column + q * kWarp < dim) d_f[row * dim + column + q * kWarp] = sums[q];
+  for (int q = 0; q < kGatheredPerLane; ++q) parts[warp_index() * kGathered + q * kWarp + lane] = sums[q];
+  __syncthreads();
+  const int own = int(threadIdx.x);
+  if (own >= kGathered || first_column + own >= dim) return;
+  Real& to = d_f[row * dim + first_column + own];
+  Real sum = add ? to : Real(0);
+  for (int warp = 0; warp < kGradientWarps; ++warp) sum += parts[warp * kGathered + own];
+  to = sum;
 }
 
 // From the unit rows back to the rows as given, in place.
@@ -296,8 +301,7 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
     const int64_t pairs = std::min(most, source.count - first);
     const int count = int(pairs);
     const bool add = first > 0;
-    const int64_t warps = divided_up(pairs, kGradientWarps),
-                  gathers = divided_up(n * divided_up(d, kGathered), kGradientWarps);
+    const int64_t warps = divided_up(pairs, kGradientWarps);
     const auto by_warps = [&](auto kernel, const auto&... arguments) {
       context.launch(kernel, warps, kGradientThreads, 0, arguments...);
     };
@@ -322,13 +326,13 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
     multiply<A>(context, plain(c.x, pairs, 2 * h, 2 * h, 1), plain(given(unit.w_c), m, 2 * h, 2 * h, 1),
                 {c.c, m, given(unit.b_c), true, false});
     // dC, dX, dZ
-    context.launch(through_score_kernel<Real>, divided_up(m + 1, kWarp), kGradientThreads, kSumBytes<2, Real>, int(m),
+    context.launch(through_score_kernel<Real>, divided_up(m + 1, kWarp), kSumThreads, kSumBytes<2, Real>, int(m),
                    count, add, given(unit.w_s), c, wanted(gradient.w_s), wanted(gradient.b_c), wanted(gradient.b_s));
     multiply<A>(context, plain(c.c, pairs, m, m, 1), plain(given(unit.w_c), 2 * h, m, 1, 2 * h), {c.dx, 2 * h});
     multiply<A>(context, plain(c.c, m, pairs, 1, m), plain(c.x, 2 * h, pairs, 1, 2 * h),
                 {wanted(gradient.w_c), 2 * h, nullptr, false, add});
     by_warps(through_norms_kernel<Real>, int(h), count, c);
-    context.launch(sum_biases_kernel<Real>, divided_up(2 * h, kWarp), kGradientThreads, kSumBytes<1, Real>, int(h),
+    context.launch(sum_biases_kernel<Real>, divided_up(2 * h, kWarp), kSumThreads, kSumBytes<1, Real>, int(h),
                    count, add, c.dx, wanted(gradient.b_u), wanted(gradient.b_v));
     // dW_u, dW_v
     multiply<A>(context, plain(c.dx, h, pairs, 1, 2 * h), by_input(differences),
@@ -339,7 +343,8 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
     multiply<A>(context, plain(c.dx, pairs, h, 2 * h, 1), plain(given(unit.w_u), d, h, 1, d), {c.du, d});
     multiply<A>(context, plain(c.dx + h, pairs, h, 2 * h, 1), plain(given(unit.w_v), d, h, 1, d), {c.dv, d});
     if (unit.normalize_input) by_warps(through_input_norms_kernel<Real>, f, stride, int(d), count, c);
-    context.launch(gather_kernel<Real>, gathers, kGradientThreads, 0, n, f, stride, int(d), count, add, c, d_rows);
+    context.launch(gather_kernel<Real>, n * divided_up(d, kGathered), kGradientThreads, kGatherBytes<Real>, f, stride,
+                   int(d), count, add, c, d_rows);
   }
   context.launch(through_row_norms_kernel<Real>, divided_up(n, kGradientWarps), kGradientThreads, 0, n, f, stride, norm,
                  int(d), d_rows);

@@ -3,6 +3,7 @@
 #include "gradient.cuh"
 #include "kernels.h"
 #include "mine.cuh"
+#include "topk.cuh"
 
 #define PDDM_JOIN_(a, b) a##b
 #define PDDM_JOIN(a, b) PDDM_JOIN_(a, b)

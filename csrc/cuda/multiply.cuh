@@ -32,6 +32,15 @@ struct Operand {
   bool pairs_are_rows = false;
   int64_t given_rows = rows;  // those from here on are zeros
 
+  // Along which of the two elements are neighbours in memory, and whether 16 bytes of them can be had at once wherever
+  // they start at a multiple of their number.
+  __host__ __device__ bool along_inputs() const { return pairs.i ? pairs_are_rows : input_pitch == 1; }
+  __host__ __device__ bool in_sixteens() const {
+    const int64_t pitch = pairs.i || input_pitch == 1 ? row_pitch : input_pitch;
+    return (pairs.i || input_pitch == 1 || row_pitch == 1) && pitch * int64_t(sizeof(Real)) % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  }
+
   __device__ Real at(int64_t row, int64_t input) const {
     if (row >= given_rows || input >= inputs) return 0;
     if (!pairs.i) return data[row * row_pitch + input * input_pitch];
@@ -41,10 +50,30 @@ struct Operand {
     const Real made = pairs.make(data[i * row_pitch + column], data[j * row_pitch + column]);
     return pairs.scale ? made * pairs.scale[pair] : made;
   }
+  // 16 bytes of elements from (row, input) on, along inputs or along rows.
   template <int Length>
-  __device__ void load(int64_t row, int64_t input, Real (&x)[Length]) const {
+  __device__ __forceinline__ void load(int64_t row, int64_t input, bool sixteens, Real (&x)[Length]) const {
+    const bool by_input = along_inputs();
+    const bool inside = by_input ? row < given_rows && input + Length <= inputs
+                                 : row + Length <= given_rows && input < inputs;
+    if (!sixteens || !inside) {
 #pragma unroll
-    for (int k = 0; k < Length; ++k) x[k] = at(row, input + k);
+      for (int k = 0; k < Length; ++k) x[k] = by_input ? at(row, input + k) : at(row + k, input);
+      return;
+    }
+    if (!pairs.i) return cuda::load(data + row * row_pitch + input * input_pitch, x);
+    const int64_t pair = pairs_are_rows ? row : input, column = pairs_are_rows ? input : row;
+    const int i = pairs.i[pair], j = pairs.j[pair];
+    if (i < 0) {
+#pragma unroll
+      for (int k = 0; k < Length; ++k) x[k] = 0;
+      return;
+    }
+    Real y[Length];
+    cuda::load(data + i * row_pitch + column, x), cuda::load(data + j * row_pitch + column, y);
+    const Real scale = pairs.scale ? pairs.scale[pair] : Real(1);
+#pragma unroll
+    for (int k = 0; k < Length; ++k) x[k] = pairs.make(x[k], y[k]) * scale;
   }
 };
 
@@ -54,6 +83,7 @@ struct Output {
   int64_t pitch;
   const Real* bias = nullptr;  // by column
   bool relu = false, add = false;
+  Real scale = 1;
 };
 
 template <class A>
@@ -68,24 +98,42 @@ __global__ void __launch_bounds__(MultiplyShape::kThreads, MultiplyShape::kBlock
   unsigned char* const shared = shared_memory();
   const int64_t across = (right.rows + S::kOutputs - 1) / S::kOutputs;
   const int64_t first_row = blockIdx.x / across * S::kPairs, first_column = blockIdx.x % across * S::kOutputs;
-  const int thread = int(threadIdx.x), piece = thread % kPieces;
+  const int thread = int(threadIdx.x);
+  static_assert(kLength * sizeof(Real) == kPieceBytes && kDepth<A> % 8 == 0, "operands are as wide as numbers");
+
+  // What this thread loads of an operand: pieces of rows, or else pieces of columns, 4 side by side of 8 inputs to a warp
+  // (whole sectors, and few conflicts where they are stored).
+  struct Place {
+    int row, input;
+  };
+  const auto place = [&](bool along_inputs, int fill) {
+    if (along_inputs) return Place{(thread + fill * S::kThreads) / kPieces, thread % kPieces * kLength};
+    constexpr int kEights = kDepth<A> / 8;
+    const int part = warp_index() * kFills + fill, lane = lane_index();
+    return Place{(part / kEights * 4 + lane % 4) * kLength, part % kEights * 8 + lane / 4};
+  };
+  const bool left_sixteens = left.in_sixteens(), right_sixteens = right.in_sixteens();
 
   Real x[kFills][kLength], y[kFills][kLength];
   const auto load_both = [&](int64_t tile) {
 #pragma unroll
     for (int fill = 0; fill < kFills; ++fill) {
-      const int row = (thread + fill * S::kThreads) / kPieces;
-      const int64_t input = tile * kDepth<A> + piece * kLength;
-      left.load(first_row + row, input, x[fill]);
-      right.load(first_column + row, input, y[fill]);
+      const Place a = place(left.along_inputs(), fill), b = place(right.along_inputs(), fill);
+      left.load(first_row + a.row, tile * kDepth<A> + a.input, left_sixteens, x[fill]);
+      right.load(first_column + b.row, tile * kDepth<A> + b.input, right_sixteens, y[fill]);
     }
+  };
+  const auto store = [&](unsigned char* to, bool along_inputs, const Place& at, const Real(&z)[kLength]) {
+    if (along_inputs) return A::store_chunk(to + piece_offset(at.row, at.input / kLength), z);
+#pragma unroll
+    for (int k = 0; k < kLength; ++k)
+      *reinterpret_cast<typename A::Element*>(to + element_offset<A>(at.row + k, at.input)) = A::element(z[k]);
   };
   const auto store_both = [&](unsigned char* to) {
 #pragma unroll
     for (int fill = 0; fill < kFills; ++fill) {
-      const int offset = piece_offset((thread + fill * S::kThreads) / kPieces, piece);
-      *reinterpret_cast<uint4*>(to + offset) = A::piece(x[fill]);
-      *reinterpret_cast<uint4*>(to + kTile + offset) = A::piece(y[fill]);
+      store(to, left.along_inputs(), place(left.along_inputs(), fill), x[fill]);
+      store(to + kTile, right.along_inputs(), place(right.along_inputs(), fill), y[fill]);
     }
   };
 
@@ -107,7 +155,7 @@ __global__ void __launch_bounds__(MultiplyShape::kThreads, MultiplyShape::kBlock
   sums.each([&](int, int row, int column, Real& sum) {
     const int64_t r = first_row + row, c = first_column + column;
     if (r >= left.rows || c >= right.rows) return;
-    Real value = sum + (out.bias ? out.bias[c] : Real(0));
+    Real value = sum * out.scale + (out.bias ? out.bias[c] : Real(0));
     if (out.relu) value = relu(value);
     Real& to = out.to[r * out.pitch + c];
     to = out.add ? to + value : value;

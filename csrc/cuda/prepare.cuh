@@ -95,14 +95,15 @@ __global__ void __launch_bounds__(kPrepareThreads)
     Real* to;
     const Real* from;
     int64_t length, given;
+    Real scale = 1;
   };
   const Padded vectors[] = {{w.b_u, given.b_u, int64_t(w.hidden_blocks) * outputs, w.hidden},
-                            {w.b_v, given.b_v, w.a_stride, w.hidden},
+                            {w.b_v, given.b_v, w.a_stride, w.hidden, w.normalize_input ? Real(1) : Real(0.5)},
                             {w.b_c, given.b_c, int64_t(w.combined_blocks) * outputs, w.combined},
                             {w.w_s, given.w_s, int64_t(w.combined_blocks) * outputs, w.combined}};
 #pragma unroll
   for (const Padded& vector : vectors) {
-    if (at >= 0 && at < vector.length) vector.to[at] = at < vector.given ? vector.from[at] : 0;
+    if (at >= 0 && at < vector.length) vector.to[at] = at < vector.given ? vector.from[at] * vector.scale : 0;
     at -= vector.length;
   }
   if (at >= 0 && at < word_count) words[at] = 0;

@@ -137,14 +137,16 @@ class Prepared {
     context_.launch(kernel, std::min(blocks_, count_tiles<S::kPairs>(job, positives)), S::kThreads, used_, w, job);
   }
 
-  // a = W_v f, in the arithmetic of everything that is no product of pairs.
+  // a, in the arithmetic of everything that is no product of pairs.
   void project(const Unit& unit) {
     using Exact = std::conditional_t<sizeof(Real) == 8, ArithmeticF64, ArithmeticF32>;
     const Operand<Real> rows{w.f, w.n, w.dim, w.f_stride, 1};
     // As many outputs as a row of `a` is long: those past the last are zeros.
     Operand<Real> outputs{static_cast<const Real*>(unit.w_v), w.a_stride, w.dim, w.dim, 1};
     outputs.given_rows = w.hidden;
-    multiply<Exact>(context_, rows, outputs, {w.a, w.a_stride});
+    Output<Real> a{w.a, w.a_stride, w.normalize_input ? nullptr : w.b_v};
+    a.scale = Real(0.5);
+    multiply<Exact>(context_, rows, outputs, a);
   }
 
   const Context& context_;

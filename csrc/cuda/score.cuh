@@ -10,12 +10,13 @@
 //        kOutputs × 64 bytes      kPairs × 64                                      kPairs × 64
 //
 // The weights come as one endless stream of tiles that lie in memory in the order of their use, kStages − 1 copies
-// ahead of the multiplication. The left tile (|f_i − f_j|, then v' = σ((a_i + a_j) / 2 + b_v)) is made on its way from
-// global memory through registers, one step ahead. One barrier per step: it ends the use of what the step before has
-// read. Norms are sums of what passes by: ‖u'‖ where u' is stored, ‖v'‖ (and ‖u‖, ‖v‖) where the left tile is made.
+// ahead of the multiplication. The left tile (|f_i − f_j|, then v' = σ(a_i + a_j)) is made on its way from global memory
+// through registers, one step ahead. One barrier per step: it ends the use of what the step before has read. Norms are
+// sums of what passes by: ‖u'‖ where u' is stored, ‖v'‖ where the left tile is made. normalize_input asks for ‖u‖ and
+// ‖v‖ before the first step, and for v' = σ((a_i + a_j) / ‖v‖ + b_v).
 #pragma once
 
-#include <cstdio>
+#include <type_traits>
 
 #include "select.cuh"
 #include "workspace.cuh"
@@ -49,23 +50,156 @@ struct Layout {
   static constexpr int64_t streamed() { return kUAt + S::kStages * kLeft; }
 };
 
-// kLength numbers from 16-byte aligned memory.
-template <int Length>
-__device__ __forceinline__ void load(const float* from, float (&x)[Length]) {
-#pragma unroll
-  for (int k = 0; k < Length; k += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(from + k);
-    x[k] = four.x, x[k + 1] = four.y, x[k + 2] = four.z, x[k + 3] = four.w;
-  }
+// 16 bytes of numbers, from memory aligned to them.
+__device__ __forceinline__ void load(const float* from, float (&x)[4]) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
 }
-template <int Length>
-__device__ __forceinline__ void load(const double* from, double (&x)[Length]) {
-#pragma unroll
-  for (int k = 0; k < Length; k += 2) {
-    const double2 two = *reinterpret_cast<const double2*>(from + k);
-    x[k] = two.x, x[k + 1] = two.y;
-  }
+__device__ __forceinline__ void load(const double* from, double (&x)[2]) {
+  const double2 two = *reinterpret_cast<const double2*>(from);
+  x[0] = two.x, x[1] = two.y;
 }
+
+// What a left tile is made of.
+enum class Left { difference, mean, scaled_mean };
+template <Left What>
+using Is = std::integral_constant<Left, What>;
+
+// Makes left tiles out of the pairs' rows. What `load` asks for is on its way while the step multiplies; `store` comes at
+// the next one. kLanes neighbouring lanes share a pair, so that a warp's load takes whole lines; each has 16 bytes of
+// either row.
+template <class A, class S>
+class LeftMaker {
+ public:
+  using Real = typename A::Real;
+  static constexpr int kChunk = 16 / int(sizeof(Real)), kLanes = kDepth<A> / kChunk;
+  static constexpr int kFills = S::kPairs * kLanes / S::kThreads;
+  static_assert(kFills * S::kThreads == S::kPairs * kLanes, "every thread makes as many chunks");
+
+  // rows[p] are the rows of pair p.
+  __device__ LeftMaker(const Workspace<Real>& w, const int2* rows) : w_(w), rows_(rows) {}
+
+  // Asks for the rows' numbers of tile `input`.
+  template <Left What>
+  __device__ __forceinline__ void load(int input) {
+    const auto* base = reinterpret_cast<const char*>(What == Left::difference ? w_.f : w_.a);
+    base += (int64_t(input) * kDepth<A> + chunk() * kChunk) * int(sizeof(Real));
+    const auto pitch = unsigned(What == Left::difference ? w_.f_stride : w_.a_stride) * unsigned(sizeof(Real));
+#pragma unroll
+    for (int fill = 0; fill < kFills; ++fill) {
+      const int2 pair = rows_[row(fill)];
+      cuda::load(reinterpret_cast<const Real*>(base + uint64_t(unsigned(pair.x)) * pitch), x_[fill]);
+      cuda::load(reinterpret_cast<const Real*>(base + uint64_t(unsigned(pair.y)) * pitch), y_[fill]);
+    }
+  }
+
+  // Makes of them tile `input`, at `to`.
+  template <Left What>
+  __device__ __forceinline__ void store(int input, unsigned char* to, const Real* over_v) {
+#pragma unroll
+    for (int fill = 0; fill < kFills; ++fill) {
+      Real made[kChunk];
+      if constexpr (What == Left::difference) {
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) made[k] = absolute(x_[fill][k] - y_[fill][k]);
+      } else {
+        Real bias[kChunk] = {};
+        if constexpr (What == Left::scaled_mean) cuda::load(w_.b_v + input * kDepth<A> + chunk() * kChunk, bias);
+        const Real scale = What == Left::scaled_mean ? over_v[row(fill)] : Real(1);
+        Real squares[2] = {};
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+          const Real sum = x_[fill][k] + y_[fill][k];
+          made[k] = relu(What == Left::scaled_mean ? sum * scale + bias[k] : sum);
+          squares[k % 2] += made[k] * made[k];
+        }
+        squares_[fill] = (input == 0 ? Real(0) : squares_[fill]) + (squares[0] + squares[1]);
+      }
+      A::store_chunk(to + element_offset<A>(row(fill), chunk() * kChunk), made);
+    }
+  }
+
+  // ‖v'‖ of the tiles made since input 0.
+  __device__ __forceinline__ void give_norms(Real* v_norm) const {
+#pragma unroll
+    for (int fill = 0; fill < kFills; ++fill) {
+      const Real norm = sqrt(lanes_sum<kLanes>(squares_[fill]));
+      if (chunk() == 0) v_norm[row(fill)] = floored(norm);
+    }
+  }
+
+  // 1 / ‖u‖ and 1 / ‖v‖ of every pair, in a pass over the rows of its own.
+  __device__ void give_input_norms(Real* over_u, Real* over_v) {
+    Real u[kFills] = {}, v[kFills] = {};
+    for (int input = 0; input < w_.dim_tiles; ++input) {
+      load<Left::difference>(input);
+#pragma unroll
+      for (int fill = 0; fill < kFills; ++fill)
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+          const Real difference = x_[fill][k] - y_[fill][k], total = x_[fill][k] + y_[fill][k];
+          u[fill] += difference * difference, v[fill] += total * total;
+        }
+    }
+#pragma unroll
+    for (int fill = 0; fill < kFills; ++fill) {
+      const Real u_norm = sqrt(lanes_sum<kLanes>(u[fill])), v_norm = sqrt(lanes_sum<kLanes>(v[fill])) / 2;
+      if (chunk() == 0) over_u[row(fill)] = 1 / floored(u_norm), over_v[row(fill)] = 1 / floored(v_norm);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int chunk() const { return int(threadIdx.x) % kLanes; }
+  __device__ __forceinline__ int row(int fill) const { return (int(threadIdx.x) + fill * S::kThreads) / kLanes; }
+  const Workspace<Real>& w_;
+  const int2* const rows_;
+  Real x_[kFills][kChunk], y_[kFills][kChunk], squares_[kFills];
+};
+
+// The weights of tile after tile of pairs, kStages − 1 copies ahead of their use.
+template <class A, class S>
+class WeightStream {
+ public:
+  using L = Layout<A, S>;
+
+  __device__ WeightStream(const Workspace<typename A::Real>& w, unsigned char* shared)
+      : w_(w), shared_(shared), length_(w.weight_tiles()) {
+    for (int ahead = 0; ahead < S::kStages - 1; ++ahead) copy([] {});
+  }
+
+  // Begins a step: its weights, which are returned, have arrived, and what the step before has read may be overwritten.
+  // What `and_copy` copies has arrived when kStages − 1 more steps have begun.
+  template <class F>
+  __device__ __forceinline__ const unsigned char* next(const F& and_copy) {
+    wait_copies<S::kStages - 2>();
+    __syncthreads();
+    copy(and_copy);  // to where the step before has read; the stage after it is this step's
+    return shared_ + stage_ * L::kWeights;
+  }
+  __device__ __forceinline__ const unsigned char* next() {
+    return next([] {});
+  }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ void copy(const F& and_copy) {
+    const unsigned char* const from = w_.weights + int64_t(copied_) * L::kWeights + int(threadIdx.x) * kPieceBytes;
+    unsigned char* const to = shared_ + stage_ * L::kWeights + int(threadIdx.x) * kPieceBytes;
+    static_assert(S::kOutputs * kPieces % S::kThreads == 0, "every thread copies as many pieces");
+#pragma unroll
+    for (int piece = 0; piece < S::kOutputs * kPieces; piece += S::kThreads)
+      copy_async(to + piece * kPieceBytes, from + piece * kPieceBytes);
+    and_copy();
+    commit_copies();
+    copied_ = copied_ + 1 == length_ ? 0 : copied_ + 1;
+    stage_ = stage_ + 1 == S::kStages ? 0 : stage_ + 1;
+  }
+
+  const Workspace<typename A::Real>& w_;
+  unsigned char* const shared_;
+  const int length_;
+  int copied_ = 0, stage_ = 0;
+};
 
 template <class A, class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
@@ -74,20 +208,19 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   using Real = typename A::Real;
   using L = Layout<A, S>;
   using Block = Sums<A, S::kPairs, S::kOutputs, S::kRows, S::kColumns>;
-  constexpr int kPairs = S::kPairs, kLength = kPieceLength<A>, kFills = kPairs * kPieces / S::kThreads;
-  static_assert(kFills * S::kThreads == kPairs * kPieces && kFills <= 2, "a thread makes one or two pieces of a tile");
+  constexpr int kPairs = S::kPairs;
 
   const int thread = int(threadIdx.x), lane = lane_index();
   unsigned char* const shared = shared_memory();
   // u' in global memory, where it does not fit in shared memory.
   unsigned char* const u = w.u ? w.u + int64_t(blockIdx.x) * w.hidden_tiles * L::kLeft : nullptr;
   Real* const row_parts = reinterpret_cast<Real*>(shared + L::kRealsAt);  // of ‖u'‖², then of S
-  Real* const u_norm = row_parts + L::kSums;                              // 1 / ‖u‖ with normalize_input, then ‖u'‖
+  Real* const u_norm = row_parts + L::kSums;                              // ‖u'‖; before that
+  Real* const over_u = u_norm;                                            // 1 / ‖u‖ with normalize_input
   Real* const over_v = u_norm + kPairs;                                   // 1 / ‖v‖ with normalize_input
   Real* const v_norm = over_v + kPairs;                                   // ‖v'‖
-  int* const at_i = reinterpret_cast<int*>(shared + L::kRowsAt);
-  int* const at_j = at_i + kPairs;
-  Plan* const plan = reinterpret_cast<Plan*>(at_j + kPairs);
+  int2* const rows = reinterpret_cast<int2*>(shared + L::kRowsAt);
+  Plan* const plan = reinterpret_cast<Plan*>(rows + kPairs);
 
   Pair partner{-1, -1};
   if (job.walk == Walk::partners) partner = hardest_pair(job.far, job.n, shared);
@@ -96,35 +229,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     plan->tiles = count_tiles<kPairs>(job, job.walk == Walk::positives ? job.before[job.n] : 0);
   }
 
-  // The stream of weights.
-  const int stream_length = w.weight_tiles();
-  int copied = 0, stage = 0;  // the next tile to copy, and where to
-  const auto copy_weights = [&] {
-    const unsigned char* from = w.weights + int64_t(copied) * L::kWeights;
-    unsigned char* to = shared + stage * L::kWeights;
-    static_assert(S::kOutputs * kPieces % S::kThreads == 0, "every thread copies as many pieces");
-#pragma unroll
-    for (int piece = 0; piece < S::kOutputs * kPieces; piece += S::kThreads)
-      copy_async(to + (thread + piece) * kPieceBytes, from + (thread + piece) * kPieceBytes);
-    if (w.u) {
-      // The step that reads these weights may read u' too, which by now lies in global memory.
-      const int input = (copied - w.hidden_blocks * w.dim_tiles) % (2 * w.hidden_tiles) - w.hidden_tiles;
-      if (copied >= w.hidden_blocks * w.dim_tiles && input >= 0)
-        for (int piece = thread; piece < kPairs * kPieces; piece += S::kThreads)
-          copy_async(shared + L::kUAt + stage * L::kLeft + piece * kPieceBytes,
-                     u + input * L::kLeft + piece * kPieceBytes);
-    }
-    commit_copies();
-    copied = copied + 1 == stream_length ? 0 : copied + 1;
-    stage = stage + 1 == S::kStages ? 0 : stage + 1;
-  };
-  for (int ahead = 0; ahead < S::kStages - 1; ++ahead) copy_weights();
-
-  // This thread's pieces of the left tile: of row `fill_row(fill)`, kLength inputs from `fill_input`.
-  const auto fill_row = [&](int fill) { return (thread + fill * S::kThreads) / kPieces; };
-  const int fill_piece = thread % kPieces, fill_input = fill_piece * kLength;
-  Real x[kLength], y[kLength], x_squares[kFills], y_squares[kFills];
-
+  WeightStream<A, S> weights(w, shared);
+  using Maker = LeftMaker<A, S>;
+  Maker maker(w, rows);
   Block sums;
 
   __syncthreads();
@@ -133,76 +240,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     if (thread < kPairs) {  // whole warps
       const Pair at = pair_at<kPairs>(job, tile, thread, plan->partner);
       const bool there = at.i >= 0;
-      at_i[thread] = there ? at.i : 0, at_j[thread] = there ? at.j : 0;
+      rows[thread] = there ? int2{at.i, at.j} : int2{0, 0};
       const unsigned scored = __ballot_sync(~0u, there);
       if (lane == 0 && scored) atomicAdd(&scored_pairs, static_cast<unsigned long long>(__popc(scored)));
     }
     __syncthreads();
 
-    // What a step multiplies: |f_i − f_j| for every block of outputs, then v' and u' for every block of outputs.
-    struct Step {
-      enum { difference, v, u, done } left = difference;
-      int block = 0, input = 0;
-
-      __device__ void advance(const Workspace<Real>& w) {
-        if (++input < (left == difference ? w.dim_tiles : w.hidden_tiles)) return;
-        input = 0;
-        if (left == v) {
-          left = u;
-        } else if (left == u) {
-          left = ++block == w.combined_blocks ? done : v;
-        } else if (++block == w.hidden_blocks) {
-          left = v, block = 0;
-        }
-      }
-    };
-    const auto load_left = [&](const Step& step, int fill) {
-      const bool first = step.left == Step::difference;
-      const Real* rows = first ? w.f : w.a;
-      const int64_t pitch = first ? w.f_stride : w.a_stride;
-      const int input = step.input * kDepth<A> + fill_input;
-      const int row = fill_row(fill);
-      load(rows + at_i[row] * pitch + input, x);
-      load(rows + at_j[row] * pitch + input, y);
-    };
-    // Norms are summed over the inputs of the first block of outputs, and left where every thread finds them.
-    const auto store_left = [&](const Step& step, int fill, unsigned char* to) {
-      const bool first = step.left == Step::difference;
-      const bool sum = step.block == 0 && step.input + 1 == (first ? w.dim_tiles : w.hidden_tiles);
-      const int row = fill_row(fill);
-      Real made[kLength];
-      if (step.input == 0) x_squares[fill] = y_squares[fill] = 0;
-      if (first) {
-#pragma unroll
-        for (int k = 0; k < kLength; ++k) {
-          const Real difference = x[k] - y[k], total = x[k] + y[k];
-          made[k] = difference < 0 ? -difference : difference;
-          x_squares[fill] += difference * difference, y_squares[fill] += total * total;
-        }
-      } else {
-        const Real scale = w.normalize_input ? over_v[row] : Real(1);
-        Real bias[kLength];
-        load(w.b_v + step.input * kDepth<A> + fill_input, bias);
-#pragma unroll
-        for (int k = 0; k < kLength; ++k) {
-          made[k] = relu((x[k] + y[k]) / 2 * scale + bias[k]);
-          x_squares[fill] += made[k] * made[k];
-        }
-      }
-      *reinterpret_cast<uint4*>(to + piece_offset(row, fill_piece)) = A::piece(made);
-      if (sum) {
-        const Real x_sum = lanes_sum<kPieces>(x_squares[fill]), y_sum = lanes_sum<kPieces>(y_squares[fill]);
-        if (fill_piece == 0) {
-          const Real x_norm = sqrt(x_sum), y_norm = sqrt(y_sum) / 2;
-          if (first) {
-            u_norm[row] = 1 / floored(x_norm);
-            over_v[row] = 1 / floored(y_norm);
-          } else {
-            v_norm[row] = floored(x_norm);
-          }
-        }
-      }
-    };
     // Adds this warp's columns to those of the blocks before; the other warps' are beside them.
     const auto add_row_sums = [&](const Real(&row_sums)[Block::kSlots], bool first) {
       Block::each_row([&](int slot, int row) {
@@ -218,66 +261,103 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       return sum;
     };
 
-    unsigned char *left = shared + L::kLeftAt, *next_left = left + L::kLeft;
-    Step now, next;
-#pragma unroll
-    for (int fill = 0; fill < kFills; ++fill) load_left(now, fill), store_left(now, fill, left);
-    sums.clear();
-    for (; now.left != Step::done; now = next) {
-      wait_copies<S::kStages - 2>();
-      __syncthreads();
-      copy_weights();  // to where the step before has read; the stage after it is this step's
-      const unsigned char* const weights = shared + stage * L::kWeights;
-
-      next.advance(w);
-      const bool make = next.left == Step::difference || next.left == Step::v;
-      const unsigned char* const now_left =
-          now.left == Step::u ? shared + L::kUAt + (w.u ? stage : now.input) * L::kLeft : left;
-      if (make) load_left(next, 0);
-      sums.multiply(now_left, weights, 0);
-      if (kFills == 2 && make) store_left(next, 0, next_left), load_left(next, 1);
-      sums.multiply(now_left, weights, 1);
-      if (make) store_left(next, kFills - 1, next_left);
-      unsigned char* const read = left;
-      left = next_left, next_left = read;
-      if (next.left == now.left && next.block == now.block) continue;
-
-      // The end of a block of outputs, or of its half that meets v'.
-      const int first_output = now.block * S::kOutputs;
-      Real scale[Block::kSlots], row_sums[Block::kSlots] = {};
-      if (now.left == Step::difference) {
-        Block::each_row([&](int slot, int row) { scale[slot] = w.normalize_input ? u_norm[row] : Real(1); });
-        sums.each([&](int slot, int, int column, Real& sum) {
-          sum = relu(sum * scale[slot] + __ldg(w.b_u + first_output + column));
-          row_sums[slot] += sum * sum;
-        });
-        if (w.u)
-          sums.put(u, first_output, w.hidden_tiles);
-        else
-          sums.put(shared + L::kUAt, first_output, w.hidden_tiles);
-        add_row_sums(row_sums, now.block == 0);
-        if (next.left == Step::v) {
-          __syncthreads();
-          if (thread < kPairs) u_norm[thread] = floored(sqrt(add_up(thread)));
-        }
-        sums.clear();
-      } else if (now.left == Step::v) {
-        // From here on in units of 1 / ‖u'‖.
-        Block::each_row([&](int slot, int row) { scale[slot] = u_norm[row] / v_norm[row]; });
-        sums.each([&](int slot, int, int, Real& sum) { sum *= scale[slot]; });
-      } else {
-        Block::each_row([&](int slot, int row) { scale[slot] = 1 / u_norm[row]; });
-        sums.each([&](int slot, int, int column, Real& sum) {
-          const int output = first_output + column;
-          row_sums[slot] += relu(sum * scale[slot] + __ldg(w.b_c + output)) * __ldg(w.w_s + output);
-        });
-        add_row_sums(row_sums, now.block == 0);
-        sums.clear();
+    if (w.normalize_input) maker.give_input_norms(over_u, over_v);
+    // The buffer of left tiles that is free, and the other.
+    unsigned char *left = shared + L::kLeftAt, *other_left = left + L::kLeft;
+    const auto swap_left = [&] {
+      unsigned char* const free = other_left;
+      other_left = left, left = free;
+    };
+    const auto multiply = [&](const unsigned char* by, const unsigned char* right) {
+      sums.multiply(by, right, 0);
+      sums.multiply(by, right, 1);
+    };
+    // Made tiles 0 .. tiles by their weights. The first has been asked for.
+    const auto multiply_made = [&](auto what, int tiles) {
+      constexpr Left kWhat = decltype(what)::value;
+      maker.template store<kWhat>(0, left, over_v);
+      maker.template load<kWhat>(tiles > 1 ? 1 : 0);
+      for (int input = 1; input < tiles; ++input) {
+        const unsigned char* const right = weights.next();
+        maker.template store<kWhat>(input, other_left, over_v);
+        maker.template load<kWhat>(input + 1 < tiles ? input + 1 : input);
+        multiply(left, right);
+        swap_left();
       }
+      const unsigned char* const right = weights.next();
+      multiply(left, right);
+      swap_left();
+    };
+
+    maker.template load<Left::difference>(0);
+    for (int block = 0; block < w.hidden_blocks; ++block) {
+      sums.clear();
+      multiply_made(Is<Left::difference>{}, w.dim_tiles);
+      if (block + 1 < w.hidden_blocks)
+        maker.template load<Left::difference>(0);
+      else
+        maker.template load<Left::mean>(0);
+      const int first_output = block * S::kOutputs;
+      Real scale[Block::kSlots], row_sums[Block::kSlots] = {};
+      Block::each_row([&](int slot, int row) { scale[slot] = w.normalize_input ? over_u[row] : Real(1); });
+      sums.each([&](int slot, int, int column, Real& sum) {
+        sum = relu(sum * scale[slot] + __ldg(w.b_u + first_output + column));
+        row_sums[slot] += sum * sum;
+      });
+      sums.put(u ? u : shared + L::kUAt, first_output, w.hidden_tiles);
+      add_row_sums(row_sums, block == 0);
+    }
+    __syncthreads();
+    if (thread < kPairs) u_norm[thread] = floored(sqrt(add_up(thread)));
+
+    for (int block = 0; block < w.combined_blocks; ++block) {
+      sums.clear();
+      if (w.normalize_input)
+        multiply_made(Is<Left::scaled_mean>{}, w.hidden_tiles);
+      else
+        multiply_made(Is<Left::mean>{}, w.hidden_tiles);
+      if (block == 0) {
+        maker.give_norms(v_norm);
+        __syncthreads();
+      }
+      Real scale[Block::kSlots], row_sums[Block::kSlots] = {};
+      // From here on in units of 1 / ‖u'‖.
+      Block::each_row([&](int slot, int row) { scale[slot] = u_norm[row] / v_norm[row]; });
+      sums.each([&](int slot, int, int, Real& sum) { sum *= scale[slot]; });
+      if (u) {
+        // As many tiles ahead as the weights. The first ones are waited for.
+        const auto stage = [&](int input) { return shared + L::kUAt + input % S::kStages * L::kLeft; };
+        const auto copy_u = [&](int input) {
+          if (input >= w.hidden_tiles) return;
+          for (int piece = thread; piece < kPairs * kPieces; piece += S::kThreads)
+            copy_async(stage(input) + piece * kPieceBytes, u + int64_t(input) * L::kLeft + piece * kPieceBytes);
+        };
+        __syncthreads();  // the block before may still read them
+        for (int input = 0; input < S::kStages - 1; ++input) copy_u(input);
+        commit_copies();
+        wait_copies<0>();
+        for (int input = 0; input < w.hidden_tiles; ++input) {
+          const unsigned char* const right = weights.next([&] { copy_u(input + S::kStages - 1); });
+          multiply(stage(input), right);
+        }
+      } else {
+        for (int input = 0; input < w.hidden_tiles; ++input) {
+          const unsigned char* const right = weights.next();
+          multiply(shared + L::kUAt + input * L::kLeft, right);
+        }
+      }
+      if (block + 1 < w.combined_blocks) maker.template load<Left::mean>(0);
+      const int first_output = block * S::kOutputs;
+      Block::each_row([&](int slot, int row) { scale[slot] = 1 / u_norm[row]; });
+      sums.each([&](int slot, int, int column, Real& sum) {
+        const int output = first_output + column;
+        row_sums[slot] += relu(sum * scale[slot] + __ldg(w.b_c + output)) * __ldg(w.w_s + output);
+      });
+      add_row_sums(row_sums, block == 0);
     }
     __syncthreads();
     if (thread < kPairs) {
-      // Found again rather than kept: at_i and at_j name row 0 for pairs that are not there.
+      // Found again rather than kept: `rows` has row 0 for pairs that are not there.
       const Pair at = pair_at<kPairs>(job, tile, thread, plan->partner);
       take_score<kPairs>(job, tile, thread, at, add_up(thread) + *w.b_s);
     }

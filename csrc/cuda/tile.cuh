@@ -19,6 +19,8 @@ namespace pddm::cuda {
 
 constexpr int kRowBytes = 64, kPieceBytes = 16, kPieces = kRowBytes / kPieceBytes;
 
+// Rows 8 apart have their pieces in the same order: piece_offset(row + 8, piece) is 8 rows after piece_offset(row, piece).
+// So have pieces 2 apart but for bit 5: piece_offset(row, piece ^ 2) is piece_offset(row, piece) ^ 32.
 __device__ __forceinline__ int piece_offset(int row, int piece) {
   return row * kRowBytes + ((piece ^ ((row >> 1) & 3)) * kPieceBytes);
 }
@@ -32,6 +34,10 @@ struct Half {
   __device__ static uint4 piece(const float (&x)[8]) {
     return {pack(Operand{}, x[0], x[1]), pack(Operand{}, x[2], x[3]), pack(Operand{}, x[4], x[5]),
             pack(Operand{}, x[6], x[7])};
+  }
+  // Of 16 bytes of Real, as operands.
+  __device__ static void store_chunk(unsigned char* to, const float (&x)[4]) {
+    *reinterpret_cast<uint2*>(to) = {pack(Operand{}, x[0], x[1]), pack(Operand{}, x[2], x[3])};
   }
 };
 template <class A>
@@ -50,26 +56,38 @@ struct ArithmeticTf32 {
   using Element = uint32_t;
   using Real = float;
   static constexpr bool kTensor = true;
+  __device__ static Element element(float x) { return round_tf32(x); }
   __device__ static uint4 piece(const float (&x)[4]) {
     return {round_tf32(x[0]), round_tf32(x[1]), round_tf32(x[2]), round_tf32(x[3])};
+  }
+  __device__ static void store_chunk(unsigned char* to, const float (&x)[4]) {
+    *reinterpret_cast<uint4*>(to) = piece(x);
   }
 };
 struct ArithmeticF32 {
   using Element = float;
   using Real = float;
   static constexpr bool kTensor = false;
+  __device__ static Element element(float x) { return x; }
   __device__ static uint4 piece(const float (&x)[4]) {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
+  }
+  __device__ static void store_chunk(unsigned char* to, const float (&x)[4]) {
+    *reinterpret_cast<uint4*>(to) = piece(x);
   }
 };
 struct ArithmeticF64 {
   using Element = double;
   using Real = double;
   static constexpr bool kTensor = false;
+  __device__ static Element element(double x) { return x; }
   __device__ static uint4 piece(const double (&x)[2]) {
     const auto a = static_cast<unsigned long long>(__double_as_longlong(x[0]));
     const auto b = static_cast<unsigned long long>(__double_as_longlong(x[1]));
     return {unsigned(a), unsigned(a >> 32), unsigned(b), unsigned(b >> 32)};
+  }
+  __device__ static void store_chunk(unsigned char* to, const double (&x)[2]) {
+    *reinterpret_cast<uint4*>(to) = piece(x);
   }
 };
 
@@ -109,13 +127,14 @@ class Sums<A, TM, TN, WM, WN, true> {
     // Of four matrices, rows first for A (rows 0-7, 8-15, then the next 16 bytes) and bytes first for B.
     const int a_row = warp / WN * (TM / WM) + lane % 16, a_piece = lane / 16;
     const int b_row = warp % WN * (TN / WN) + lane % 8 + lane / 16 * 8, b_piece = lane / 8 % 2;
+    a += piece_offset(a_row, a_piece) ^ (32 * half), b += piece_offset(b_row, b_piece) ^ (32 * half);
     uint32_t left[kRows][4];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) load_matrices(left[r], a + piece_offset(a_row + 16 * r, 2 * half + a_piece));
+    for (int r = 0; r < kRows; ++r) load_matrices(left[r], a + 16 * r * kRowBytes);
 #pragma unroll
     for (int c = 0; c < kColumns; c += 2) {
       uint32_t right[4];
-      load_matrices(right, b + piece_offset(b_row + 8 * c, 2 * half + b_piece));
+      load_matrices(right, b + 8 * c * kRowBytes);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         multiply_add(typename A::Operand{}, sum_[r][c], left[r], right[0], right[1]);
@@ -192,7 +211,7 @@ class Sums<A, TM, TN, WM, WN, false> {
       Piece right[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
-        right[c] = *reinterpret_cast<const Piece*>(b + piece_offset(column + 8 * c, piece));
+        right[c] = *reinterpret_cast<const Piece*>(b + piece_offset(column, piece) + 8 * c * kRowBytes);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const Piece left = *reinterpret_cast<const Piece*>(a + piece_offset(row + 4 * r, piece));
