@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pddm_ext import _C, QuadrupletLoss, mine_and_score
+from pddm_ext import _C, QuadrupletLoss, mine_and_score, score_matrix, topk
 from peers import chunked_mine
 from races import batch, pair_operations, race, row, seconds, training_step
 
@@ -57,18 +57,36 @@ def test_forward_anchor(benchmark: Any, dtype: torch.dtype) -> None:
     figures = {"matmul": (statistics.median(shares), 0.5)}
     if dtype == torch.bfloat16:
         chunk = quickest_chunk(lambda rows: chunked_mine(feats, labels, unit, "anchor", rows))
-        compiled = torch.compile(lambda: chunked_mine(feats, labels, unit, "anchor", 64))
-        ratio = race(
-            benchmark,
-            ours,
-            {"chunked": lambda: chunked_mine(feats, labels, unit, "anchor", chunk), "compiled": compiled},
-            rounds=5,
-        )
+        peers = {"chunked": lambda: chunked_mine(feats, labels, unit, "anchor", chunk)}
         benchmark.extra_info["chunk"] = chunk
-        figures |= {"chunked": (ratio["chunked"], 15), "compiled": (ratio["compiled"], 5)}
+        figures["chunked"] = (race(benchmark, ours, peers, rounds=5)["chunked"], 15)
     else:
         race(benchmark, ours, {}, rounds=5)
     row(benchmark, f'forward `"anchor"`, n={n}, d=h=m={dim}, {str(dtype).removeprefix("torch.")}', **figures)
+
+
+@torch.no_grad()
+def test_forward_of_narrow_units(benchmark: Any) -> None:
+    n, dim = 8192, 128
+    given = on_gpu(n, dim, torch.bfloat16)
+    race(benchmark, lambda: mine_and_score(*given, mode="anchor"), {}, rounds=5)
+    rate = pair_operations(n * (n - 1) / 2, dim) / benchmark.extra_info["milliseconds"]["ours"] * 1e3
+    row(
+        benchmark,
+        f'forward `"anchor"`, n={n}, d=h=m={dim}, bfloat16',
+        matmul=(rate / matmul_rate(torch.bfloat16), 0.3),
+    )
+
+
+# Its chunks are one graph, which takes minutes to compile.
+@torch.no_grad()
+def test_forward_compiled(benchmark: Any) -> None:
+    feats, labels, unit = on_gpu(4096, 512, torch.bfloat16)
+    compiled = torch.compile(lambda: chunked_mine(feats, labels, unit, "anchor", 64))
+    ratio = race(
+        benchmark, lambda: mine_and_score(feats, labels, unit, mode="anchor"), {"compiled": compiled}, rounds=5
+    )
+    row(benchmark, 'forward `"anchor"`, n=4096, d=h=m=512, bfloat16, beside compiled', compiled=(ratio["compiled"], 5))
 
 
 def test_training_step(benchmark: Any) -> None:
@@ -120,3 +138,65 @@ def test_anchor_scaling(benchmark: Any) -> None:
         rounds=5,
     )
     row(benchmark, '`"anchor"` time, n=16384 over n=4096, d=512, bfloat16 (16 ± 10 %)', **{name: (ratio[name], -17.6)})
+
+
+def test_step_over_mining(benchmark: Any) -> None:
+    feats, labels, unit = on_gpu(1024, 512, torch.bfloat16)
+    mining = torch.no_grad()(lambda: mine_and_score(feats, labels, unit, mode="anchor"))
+    ratio = race(benchmark, training_step(feats, labels, unit, "anchor", mine_and_score), {"mining": mining}, rounds=15)
+    row(
+        benchmark,
+        'training step `"anchor"`, n=1024, 4 per class, d=512, bfloat16, over its mining alone',
+        **{"÷ mining": (1 / ratio["mining"], -1.5)},
+    )
+
+
+def test_matrix_backward(benchmark: Any) -> None:
+    feats, _, unit = on_gpu(2048, 512, torch.bfloat16)
+    feats.requires_grad_()
+    scores, inputs = score_matrix(feats, unit), [feats, *unit.parameters()]
+    upstream = torch.randn_like(scores)
+    ratio = race(
+        benchmark,
+        lambda: torch.autograd.grad(scores, inputs, upstream, retain_graph=True),
+        {"forward": torch.no_grad()(lambda: score_matrix(feats, unit))},
+        rounds=3,
+    )
+    row(
+        benchmark,
+        "`score_matrix` backward over forward, n=2048, d=h=m=512, bfloat16",
+        **{"÷ forward": (1 / ratio["forward"], -5)},
+    )
+
+
+@pytest.mark.parametrize(("queries", "gallery"), [(1, 1_000_000), (1000, 100_000)])
+@torch.no_grad()
+def test_topk(benchmark: Any, queries: int, gallery: int) -> None:
+    """Over the scores alone, as a matrix."""
+    among, _, unit = on_gpu(gallery, 128, torch.bfloat16)
+    of = among[:queries] + 0.1
+    ratio = race(
+        benchmark, lambda: topk(of, among, 10, unit), {"scores": lambda: score_matrix(of, unit, among)}, rounds=5
+    )
+    row(
+        benchmark,
+        f"`topk` of {queries:,} queries among {gallery:,}, d=h=m=128, bfloat16, over its scores alone",
+        **{"÷ scores": (1 / ratio["scores"], -1.25)},
+    )
+
+
+@pytest.mark.parametrize(("dim", "wanted"), [(512, 25), (128, 15)])
+@torch.no_grad()
+def test_candidates(benchmark: Any, dim: int, wanted: float) -> None:
+    given = on_gpu(4096, dim, torch.bfloat16)
+    ratio = race(
+        benchmark,
+        lambda: mine_and_score(*given, mode="anchor", candidates=32),
+        {"exact": lambda: mine_and_score(*given, mode="anchor")},
+        rounds=5,
+    )
+    row(
+        benchmark,
+        f'`"anchor"` by 32 candidates, n=4096, 4 per class, d=h=m={dim}, bfloat16',
+        **{"exact mining": (ratio["exact"], wanted)},
+    )

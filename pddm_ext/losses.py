@@ -183,8 +183,8 @@ class QuadrupletLoss(nn.Module):
         if feats.shape[0] == 0:
             return feats.sum().to(quads.s_ij.dtype)
         # Slots that are not valid are cut off before the norm, for the gradient of a row of NaN would be NaN even
-        # times 0. An embedding's gradient is added up in one order on every device.
-        f = F.embedding(torch.stack(quads[:4]).clamp(min=0), feats).to(quads.s_ij.dtype)
+        # times 0. An embedding's gradient is added up in one order on every device, and before it is rounded.
+        f = F.embedding(torch.stack(quads[:4]).clamp(min=0), feats.to(quads.s_ij.dtype))
         f_i, f_j, f_k, f_l = F.normalize(torch.where(quads.valid[:, None], f, 0.0), dim=-1)
         d_ij, d_ik, d_jl = (torch.stack([f_i, f_i, f_j]) - torch.stack([f_j, f_k, f_l])).square().sum(-1)
         return F.relu(d_ij + self.beta - torch.stack([d_ik, d_jl])).sum(0)

@@ -125,6 +125,8 @@ class MemoryBank(nn.Module):
         self._additions += 1
         if self._additions <= self.warm_up:
             self._next = self._held = 0
+        if self.ring_feats.is_inference() and not torch.is_inference_mode_enabled():  # moved to a device within it
+            self.ring_feats, self.ring_labels, self.ring_ids = (x.clone() for x in self.buffers())
         # To the end of the ring, and what is left from its beginning.
         first = min(count, self.size - self._next)
         for ring, new in ((self.ring_feats, feats), (self.ring_labels, labels), (self.ring_ids, ids)):

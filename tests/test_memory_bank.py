@@ -97,9 +97,9 @@ def test_three_lines_mine_among_earlier_batches():
 
 def test_steps_can_be_summed_before_the_backward_pass():
     labels = torch.arange(6, device=DEVICE) // 2
-    bank, unit, total = MemoryBank(8, 3).to(DEVICE), make_unit(3), 0
+    bank, unit, total = MemoryBank(8, 12).to(DEVICE), make_unit(12), 0
     for step in range(3):
-        feats = make_features(6, 3, seed=step).requires_grad_()
+        feats = make_features(6, 12, seed=step).requires_grad_()
         ids = torch.arange(6, device=DEVICE) + 6 * step
         bank.add(feats, labels, ids)
         quads = unit.mine(feats, labels, ids=ids, **bank.references())
@@ -120,8 +120,10 @@ def test_the_state_of_another_bank_is_refused_and_nothing_is_lost():
 def test_one_made_without_gradients_can_be_added_to_later():
     with torch.inference_mode():
         bank = MemoryBank(5, 3).to(DEVICE)
-    bank.add(*rows(0, 3))
-    assert held(bank) == [0, 1, 2]
+        copied = copy.deepcopy(bank)  # its buffers are made in this mode
+    for one in (bank, copied):
+        one.add(*rows(0, 3))
+        assert held(one) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

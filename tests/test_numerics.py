@@ -56,7 +56,7 @@ def test_every_entry_scores_as_the_reference(capability, size, dtype, normalize_
     assert_within(pddm_ext.score_pairs(x, i, j, unit).reshape(n, n), *within)
     assert_within(unit(x[i].reshape(n, n, d), x[j].reshape(n, n, d)), *within)
     scores, columns = pddm_ext.topk(x, y, n + 3, unit)
-    assert_within(scores, *(t.gather(1, columns) for t in across))
+    assert_within(scores, *(t.gather(1, columns.cpu()) for t in across))
 
 
 # (n, d, h, m) about the GPU's tiles: 16 × 16 blocks of pairs, tiles of 32, 64 and 128 pairs, of 64, 128 and 256

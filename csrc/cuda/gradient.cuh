@@ -1,13 +1,12 @@
 // The way back. Pairs with a gradient are recomputed, kChunk at a time, as plain matrix products; every sum has one
 // order.
 //
+//     u = |f_i − f_j|, v = (f_i + f_j) / 2   pairs × dim each   recomputed (to unit norm with normalize_input)
 //     X  = [u'/‖u'‖ ; v'/‖v'‖]          pairs × 2 hidden        recomputed
 //     C  = σ(X W_cᵀ + b_c)              pairs × combined        recomputed, then dC in its place
 //     dX = dC W_c                       pairs × 2 hidden        then the gradients before the relus, dZ
 //     dW_c += dCᵀ X    dW_u += dZ_uᵀ u    dW_v += dZ_vᵀ v
-//     du = dZ_u W_u    dv = dZ_v W_v    pairs × dim each, then added to their rows
-//
-// u and v are made of the rows on their way into the products, as in the forward pass.
+//     du = dZ_u W_u    dv = dZ_v W_v    pairs × dim each, in place of u and v; then added to their rows
 #pragma once
 
 #include "multiply.cuh"
@@ -16,7 +15,7 @@
 namespace pddm::cuda {
 
 // Bytes of a chunk's buffers, and pairs in it.
-constexpr int64_t kChunkBytes = 16 << 20, kMaxChunk = 2048;
+constexpr int64_t kChunkBytes = 24 << 20, kMaxChunk = 2048;
 constexpr int kGradientThreads = 256, kGradientWarps = kGradientThreads / kWarp;
 
 // Where a chunk's pairs come from: a list, or the entries of a matrix (of all rows with themselves, i <= j, where both
@@ -31,8 +30,9 @@ struct Source {
 template <class Real>
 struct Chunk {
   int *i, *j;  // −1: no gradient, not recomputed
-  Real *weight, *over_u, *over_v;
-  Real *norm_u, *norm_v, *x, *c, *dx, *du, *dv;
+  Real *weight, *over_u, *over_v;  // over_u = 1 / ‖u‖ and over_v with normalize_input, else null
+  Real *norm_u, *norm_v, *x, *c, *dx;
+  Real *du, *dv;  // first u and v
 };
 
 template <class Real>
@@ -68,19 +68,38 @@ __global__ void __launch_bounds__(kGradientThreads)
   if (pair >= (count)) return;                                      \
   const int lane = lane_index();
 
-// 1 / ‖u‖ and 1 / ‖v‖.
+template <class Real>
+__device__ __forceinline__ Real difference_of(Real a, Real b) {
+  return absolute(a - b);
+}
+template <class Real>
+__device__ __forceinline__ Real mean_of(Real a, Real b) {
+  return (a + b) / 2;
+}
+
+// u and v; zeros for a pair without a gradient.
 template <class Real>
 __global__ void __launch_bounds__(kGradientThreads)
-    input_norms_kernel(const Real* f, int64_t f_stride, int dim, int count, const __grid_constant__ Chunk<Real> chunk) {
+    pair_rows_kernel(const Real* f, int64_t f_stride, int dim, int count, const __grid_constant__ Chunk<Real> chunk) {
   PDDM_PAIR_OF_WARP(count)
   const int i = chunk.i[pair], j = chunk.j[pair];
-  Real u = 0, v = 0;
-  for (int k = lane; k < dim && i >= 0; k += kWarp) {
-    const Real a = f[i * f_stride + k], b = f[j * f_stride + k];
-    u += (a - b) * (a - b), v += (a + b) * (a + b);
+  const bool there = i >= 0;
+  const Real *a = f + (there ? i : 0) * f_stride, *b = f + (there ? j : 0) * f_stride;
+  Real *u = chunk.du + int64_t(pair) * dim, *v = chunk.dv + int64_t(pair) * dim;
+  Real over_u = there, over_v = there;
+  if (chunk.over_u) {
+    Real u_squares = 0, v_squares = 0;
+    for (int k = lane; k < dim && there; k += kWarp) {
+      const Real difference = difference_of(a[k], b[k]), mean = mean_of(a[k], b[k]);
+      u_squares += difference * difference, v_squares += mean * mean;
+    }
+    over_u = 1 / floored(sqrt(lanes_sum(u_squares))), over_v = 1 / floored(sqrt(lanes_sum(v_squares)));
+    if (lane == 0) chunk.over_u[pair] = over_u, chunk.over_v[pair] = over_v;
   }
-  u = sqrt(lanes_sum(u)), v = sqrt(lanes_sum(v)) / 2;
-  if (lane == 0) chunk.over_u[pair] = 1 / floored(u), chunk.over_v[pair] = 1 / floored(v);
+  for (int k = lane; k < dim; k += kWarp) {
+    u[k] = there ? difference_of(a[k], b[k]) * over_u : Real(0);
+    v[k] = there ? mean_of(a[k], b[k]) * over_v : Real(0);
+  }
 }
 
 // u' and v' to unit norm.
@@ -189,15 +208,18 @@ __global__ void __launch_bounds__(kGradientThreads)
   const int i = chunk.i[pair], j = chunk.j[pair];
   if (i < 0) return;
   for (int half = 0; half < 2; ++half) {
-    const PairRows<Real> rows{nullptr, nullptr, nullptr, half == 1};
+    const auto made = [&](int k) {
+      const Real a = f[i * f_stride + k], b = f[j * f_stride + k];
+      return half ? mean_of(a, b) : difference_of(a, b);
+    };
     const Real over = (half ? chunk.over_v : chunk.over_u)[pair];
     Real* d = (half ? chunk.dv : chunk.du) + int64_t(pair) * dim;
     Real dot = 0;
-    for (int k = lane; k < dim; k += kWarp) dot += rows.make(f[i * f_stride + k], f[j * f_stride + k]) * over * d[k];
+    for (int k = lane; k < dim; k += kWarp) dot += made(k) * over * d[k];
     dot = lanes_sum(dot);
     if (over >= Real(1 / kNormFloor)) dot = 0;  // divided by a constant
     for (int k = lane; k < dim; k += kWarp)
-      d[k] = (d[k] - rows.make(f[i * f_stride + k], f[j * f_stride + k]) * over * dot) * over;
+      d[k] = (d[k] - made(k) * over * dot) * over;
   }
 }
 
@@ -307,20 +329,15 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
     };
     context.launch(list_kernel<Real>, divided_up(pairs, kGradientThreads), kGradientThreads, 0, source, first, count,
                    c);
-    if (unit.normalize_input) by_warps(input_norms_kernel<Real>, f, stride, int(d), count, c);
+    by_warps(pair_rows_kernel<Real>, f, stride, int(d), count, c);
 
-    const PairRows<Real> differences{c.i, c.j, c.over_u, false}, means{c.i, c.j, c.over_v, true};
-    const auto by_pair = [&](const PairRows<Real>& made) { return Operand<Real>{f, pairs, d, stride, 1, made, true}; };
-    const auto by_input = [&](const PairRows<Real>& made) {
-      return Operand<Real>{f, d, pairs, stride, 1, made, false};
-    };
     const auto plain = [](const Real* data, int64_t rows, int64_t inputs, int64_t row_pitch, int64_t input_pitch) {
       return Operand<Real>{data, rows, inputs, row_pitch, input_pitch};
     };
     // X, C
-    multiply<A>(context, by_pair(differences), plain(given(unit.w_u), h, d, d, 1),
+    multiply<A>(context, plain(c.du, pairs, d, d, 1), plain(given(unit.w_u), h, d, d, 1),
                 {c.x, 2 * h, given(unit.b_u), true, false});
-    multiply<A>(context, by_pair(means), plain(given(unit.w_v), h, d, d, 1),
+    multiply<A>(context, plain(c.dv, pairs, d, d, 1), plain(given(unit.w_v), h, d, d, 1),
                 {c.x + h, 2 * h, given(unit.b_v), true, false});
     by_warps(unit_norms_kernel<Real>, int(h), count, c);
     multiply<A>(context, plain(c.x, pairs, 2 * h, 2 * h, 1), plain(given(unit.w_c), m, 2 * h, 2 * h, 1),
@@ -335,9 +352,9 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
     context.launch(sum_biases_kernel<Real>, divided_up(2 * h, kWarp), kSumThreads, kSumBytes<1, Real>, int(h),
                    count, add, c.dx, wanted(gradient.b_u), wanted(gradient.b_v));
     // dW_u, dW_v
-    multiply<A>(context, plain(c.dx, h, pairs, 1, 2 * h), by_input(differences),
+    multiply<A>(context, plain(c.dx, h, pairs, 1, 2 * h), plain(c.du, d, pairs, 1, d),
                 {wanted(gradient.w_u), d, nullptr, false, add});
-    multiply<A>(context, plain(c.dx + h, h, pairs, 1, 2 * h), by_input(means),
+    multiply<A>(context, plain(c.dx + h, h, pairs, 1, 2 * h), plain(c.dv, d, pairs, 1, d),
                 {wanted(gradient.w_v), d, nullptr, false, add});
     // du, dv, and the rows
     multiply<A>(context, plain(c.dx, pairs, h, 2 * h, 1), plain(given(unit.w_u), d, h, 1, d), {c.du, d});

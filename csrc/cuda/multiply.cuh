@@ -1,5 +1,5 @@
-// out = left · rightᵀ for operands that are matrices with any strides, or are made of pairs of rows on the way into
-// shared memory. A block owns 64 × 64 outputs and walks all inputs in order, two tiles of each operand deep.
+// out = left · rightᵀ for operands that are matrices with any strides. A block owns 64 × 64 outputs and walks all inputs in
+// order, two tiles of each operand deep.
 #pragma once
 
 #include "launch.cuh"
@@ -7,73 +7,33 @@
 
 namespace pddm::cuda {
 
-using MultiplyShape = Shape<64, 64, 2, 2, 2, 2>;
+template <class A>
+using MultiplyShape = Shape<64, 64, 2, 2, 2, sizeof(typename A::Real) == 8 ? 2 : 3>;
 
-// Pairs of rows of f; −1 is no pair, and zeros.
-template <class Real>
-struct PairRows {
-  const int *i = nullptr, *j = nullptr;
-  const Real* scale = nullptr;  // by pair, if any
-  bool total = false;           // (f_i + f_j) / 2 rather than |f_i − f_j|
-
-  __device__ Real make(Real a, Real b) const {
-    if (total) return (a + b) / 2;
-    return a < b ? b - a : a - b;
-  }
-};
-
-// Element (row, input) is data[row * row_pitch + input * input_pitch]; or, with pairs, of pair `row` (pairs_are_rows)
-// or pair `input`, with row_pitch the length of a row of f.
+// Element (row, input) is data[row * row_pitch + input * input_pitch]; one of the pitches is 1.
 template <class Real>
 struct Operand {
   const Real* data;
   int64_t rows, inputs, row_pitch, input_pitch;
-  PairRows<Real> pairs = {};
-  bool pairs_are_rows = false;
   int64_t given_rows = rows;  // those from here on are zeros
 
-  // Along which of the two elements are neighbours in memory, and whether 16 bytes of them can be had at once wherever
-  // they start at a multiple of their number.
-  __host__ __device__ bool along_inputs() const { return pairs.i ? pairs_are_rows : input_pitch == 1; }
+  __host__ __device__ bool along_inputs() const { return input_pitch == 1; }
+  // Whether 16 bytes can be had at once wherever they start at a multiple of their number.
   __host__ __device__ bool in_sixteens() const {
-    const int64_t pitch = pairs.i || input_pitch == 1 ? row_pitch : input_pitch;
-    return (pairs.i || input_pitch == 1 || row_pitch == 1) && pitch * int64_t(sizeof(Real)) % 16 == 0 &&
-           reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    const int64_t pitch = along_inputs() ? row_pitch : input_pitch;
+    return pitch * int64_t(sizeof(Real)) % 16 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   }
 
-  __device__ Real at(int64_t row, int64_t input) const {
-    if (row >= given_rows || input >= inputs) return 0;
-    if (!pairs.i) return data[row * row_pitch + input * input_pitch];
-    const int64_t pair = pairs_are_rows ? row : input, column = pairs_are_rows ? input : row;
-    const int i = pairs.i[pair], j = pairs.j[pair];
-    if (i < 0) return 0;
-    const Real made = pairs.make(data[i * row_pitch + column], data[j * row_pitch + column]);
-    return pairs.scale ? made * pairs.scale[pair] : made;
-  }
-  // 16 bytes of elements from (row, input) on, along inputs or along rows.
+  // 16 bytes of elements from (row, input) on, along inputs or along rows; zeros where there are none.
   template <int Length>
   __device__ __forceinline__ void load(int64_t row, int64_t input, bool sixteens, Real (&x)[Length]) const {
     const bool by_input = along_inputs();
-    const bool inside = by_input ? row < given_rows && input + Length <= inputs
-                                 : row + Length <= given_rows && input < inputs;
-    if (!sixteens || !inside) {
+    const Real* const from = data + row * row_pitch + input * input_pitch;
+    const int64_t rows_left = given_rows - row, inputs_left = inputs - input;
+    const int64_t along = by_input ? inputs_left : rows_left, across = by_input ? rows_left : inputs_left;
+    if (sixteens && across > 0 && along >= Length) return cuda::load(from, x);
 #pragma unroll
-      for (int k = 0; k < Length; ++k) x[k] = by_input ? at(row, input + k) : at(row + k, input);
-      return;
-    }
-    if (!pairs.i) return cuda::load(data + row * row_pitch + input * input_pitch, x);
-    const int64_t pair = pairs_are_rows ? row : input, column = pairs_are_rows ? input : row;
-    const int i = pairs.i[pair], j = pairs.j[pair];
-    if (i < 0) {
-#pragma unroll
-      for (int k = 0; k < Length; ++k) x[k] = 0;
-      return;
-    }
-    Real y[Length];
-    cuda::load(data + i * row_pitch + column, x), cuda::load(data + j * row_pitch + column, y);
-    const Real scale = pairs.scale ? pairs.scale[pair] : Real(1);
-#pragma unroll
-    for (int k = 0; k < Length; ++k) x[k] = pairs.make(x[k], y[k]) * scale;
+    for (int k = 0; k < Length; ++k) x[k] = across > 0 && k < along ? from[k] : Real(0);
   }
 };
 
@@ -87,12 +47,12 @@ struct Output {
 };
 
 template <class A>
-__global__ void __launch_bounds__(MultiplyShape::kThreads, MultiplyShape::kBlocks)
+__global__ void __launch_bounds__(MultiplyShape<A>::kThreads, MultiplyShape<A>::kBlocks)
     multiply_kernel(const __grid_constant__ Operand<typename A::Real> left,
                     const __grid_constant__ Operand<typename A::Real> right,
                     const __grid_constant__ Output<typename A::Real> out) {
   using Real = typename A::Real;
-  using S = MultiplyShape;
+  using S = MultiplyShape<A>;
   constexpr int kTile = S::kPairs * kRowBytes, kLength = kPieceLength<A>;
   constexpr int kFills = S::kPairs * kPieces / S::kThreads;
   unsigned char* const shared = shared_memory();
@@ -137,20 +97,22 @@ __global__ void __launch_bounds__(MultiplyShape::kThreads, MultiplyShape::kBlock
     }
   };
 
-  Sums<A, S::kPairs, S::kOutputs, S::kRows, S::kColumns> sums;
+  using Block = Sums<A, S::kPairs, S::kOutputs, S::kRows, S::kColumns>;
+  Block sums;
   sums.clear();
   const int64_t tiles = (left.inputs + kDepth<A> - 1) / kDepth<A>;
-  if (tiles > 0) {
-    load_both(0);
-    store_both(shared);
-  }
+  const auto buffer = [&](int64_t tile) { return shared + tile % 2 * 2 * kTile; };
+  if (tiles > 0) load_both(0), store_both(buffer(0));
+  if (tiles > 1) load_both(1);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     __syncthreads();
-    const unsigned char* now = shared + tile % 2 * 2 * kTile;
-    if (tile + 1 < tiles) load_both(tile + 1);
-    sums.multiply(now, now + kTile, 0);
-    sums.multiply(now, now + kTile, 1);
-    if (tile + 1 < tiles) store_both(shared + (tile + 1) % 2 * 2 * kTile);
+    const unsigned char* const now = buffer(tile);
+    typename Block::Half first, second;
+    first.load(now, now + kTile, 0), second.load(now, now + kTile, 1);
+    // What is loaded is on its way while a whole step multiplies.
+    if (tile + 1 < tiles) store_both(buffer(tile + 1));
+    if (tile + 2 < tiles) load_both(tile + 2);
+    sums.multiply(first), sums.multiply(second);
   }
   sums.each([&](int, int row, int column, Real& sum) {
     const int64_t r = first_row + row, c = first_column + column;
@@ -165,7 +127,7 @@ __global__ void __launch_bounds__(MultiplyShape::kThreads, MultiplyShape::kBlock
 template <class A>
 void multiply(const Context& context, const Operand<typename A::Real>& left, const Operand<typename A::Real>& right,
               const Output<typename A::Real>& out) {
-  using S = MultiplyShape;
+  using S = MultiplyShape<A>;
   context.launch(multiply_kernel<A>, divided_up(left.rows, S::kPairs) * divided_up(right.rows, S::kOutputs),
                  S::kThreads, 4 * S::kPairs * kRowBytes, left, right, out);
 }

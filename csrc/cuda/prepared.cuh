@@ -9,22 +9,23 @@
 
 namespace pddm::cuda {
 
-// From the largest to the smallest. Larger ones read the weights less often, and take fewer steps with each barrier.
 template <class... S>
 struct Shapes {};
 
+// Larger ones read the weights less often and take fewer steps with each barrier; those of few outputs waste less where a
+// unit has few. What one is worth: products per cycle of a full multiprocessor, measured (docs/gpu.md).
 template <class A>
 struct ShapesOf {
-  using List = Shapes<Shape<128, 256, 2, 4, 4, 1>, Shape<64, 256, 2, 4, 4, 1>, Shape<64, 128, 2, 4, 3, 2>,
-                      Shape<32, 64, 2, 2, 3, 4>>;
+  using List = Shapes<Shape<128, 256, 2, 4, 4, 1, 100>, Shape<64, 256, 2, 4, 4, 1, 72>, Shape<64, 128, 2, 4, 3, 2, 70>,
+                      Shape<32, 64, 2, 2, 3, 4, 46>>;
 };
 template <>
 struct ShapesOf<ArithmeticF32> {
-  using List = Shapes<Shape<64, 256, 2, 4, 3, 1>, Shape<64, 128, 2, 4, 3, 1>, Shape<32, 64, 2, 2, 3, 2>>;
+  using List = Shapes<Shape<64, 256, 2, 4, 3, 1, 100>, Shape<64, 128, 2, 4, 3, 1, 90>, Shape<32, 64, 2, 2, 3, 2, 80>>;
 };
 template <>
 struct ShapesOf<ArithmeticF64> {
-  using List = Shapes<Shape<32, 64, 2, 2, 3, 2>>;
+  using List = Shapes<Shape<32, 64, 2, 2, 3, 2, 100>>;
 };
 
 template <class A>
@@ -85,34 +86,36 @@ class Prepared {
   }
 
  private:
-  // The first shape that gives every multiprocessor a tile and keeps u' in shared memory; failing that the first that
-  // gives every one a tile. Where there are too few pairs for either, what counts is how long one tile takes: the first
-  // of at most 64 pairs that keeps u'. The smallest takes whatever is left. (u' in global memory is read from the
-  // second level cache; the smallest shape would read the weights from there four times as often.)
+  // The shape that should take the least time for so many pairs: in waves of as many tiles as there are blocks at once,
+  // of every tile all outputs, those too that only fill it up. With u' in shared memory if that costs no block.
   template <class... S>
   void choose(Shapes<S...>, int64_t pairs) {
     struct Fit {
       int64_t tiles, resident, streamed;
-      int pairs, outputs;
+      int pairs, outputs, blocks, worth;
     };
     const Fit fits[] = {{tiles_of<S::kPairs>(pairs), Layout<A, S>::resident(w.hidden_tiles), Layout<A, S>::streamed(),
-                         S::kPairs, S::kOutputs}...};
-    constexpr int kCount = int(sizeof...(S));
+                         S::kPairs, S::kOutputs, S::kBlocks, S::kWorth}...};
     shared_ = context_.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    const auto take = [&](const auto& fit) {
-      for (int at = 0; at < kCount && shape_ < 0; ++at)
-        if (fit(fits[at])) shape_ = at;
-    };
-    if (kCount > 1) {
-      const auto enough = [&](const Fit& f) { return f.pairs >= 64 && f.tiles >= multiprocessors_; };
-      take([&](const Fit& f) { return enough(f) && f.resident <= shared_; });
-      take([&](const Fit& f) { return enough(f) && f.streamed <= shared_; });
-      take([&](const Fit& f) { return f.pairs <= 64 && f.resident <= shared_; });
+    const int64_t at_once = context_.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    const int64_t reserved = at_once - shared_;  // of every block, by the driver
+    double least = 0;
+    for (int at = 0; at < int(sizeof...(S)); ++at) {
+      const Fit& f = fits[at];
+      const auto blocks = [&](int64_t used) { return std::min<int64_t>(f.blocks, at_once / (used + reserved)); };
+      const int64_t most = blocks(f.streamed), resident = f.resident <= shared_ ? blocks(f.resident) : 0;
+      if (most == 0 && resident == 0) continue;
+      const bool keeps = resident >= most;
+      const int64_t beside = keeps ? resident : most;
+      const int64_t waves = divided_up(f.tiles, beside * multiprocessors_);
+      const double outputs = double(divided_up(w.hidden, f.outputs)) * w.dim_tiles +
+                             2.0 * double(divided_up(w.combined, f.outputs)) * w.hidden_tiles;
+      // A multiprocessor with fewer blocks than it could have does less at once.
+      const double took = double(waves) * f.blocks * f.pairs * f.outputs * outputs / f.worth;
+      if (shape_ >= 0 && took >= least) continue;
+      least = took, shape_ = at, outputs_ = f.outputs, resident_ = keeps, used_ = keeps ? f.resident : f.streamed;
     }
-    if (shape_ < 0) shape_ = kCount - 1;
-    resident_ = fits[shape_].resident <= shared_;
-    used_ = resident_ ? fits[shape_].resident : fits[shape_].streamed;
-    outputs_ = fits[shape_].outputs;
+    if (shape_ < 0) throw std::runtime_error("pddm: the device has too little shared memory for any shape of the kernels");
   }
 
   template <class First, class... Rest>

@@ -17,6 +17,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "select.cuh"
 #include "workspace.cuh"
@@ -74,7 +75,9 @@ class LeftMaker {
   using Real = typename A::Real;
   static constexpr int kChunk = 16 / int(sizeof(Real)), kLanes = kDepth<A> / kChunk;
   static constexpr int kFills = S::kPairs * kLanes / S::kThreads;
-  static_assert(kFills * S::kThreads == S::kPairs * kLanes, "every thread makes as many chunks");
+  static constexpr int kApart = S::kThreads / kLanes;  // a thread's rows
+  static_assert(kFills * kApart == S::kPairs, "every thread makes as many chunks");
+  static_assert(kApart % 8 == 0, "a thread's rows have their pieces in one order");
 
   // rows[p] are the rows of pair p.
   __device__ LeftMaker(const Workspace<Real>& w, const int2* rows) : w_(w), rows_(rows) {}
@@ -85,9 +88,10 @@ class LeftMaker {
     const auto* base = reinterpret_cast<const char*>(What == Left::difference ? w_.f : w_.a);
     base += (int64_t(input) * kDepth<A> + chunk() * kChunk) * int(sizeof(Real));
     const auto pitch = unsigned(What == Left::difference ? w_.f_stride : w_.a_stride) * unsigned(sizeof(Real));
+    const int2* const rows = rows_ + row(0);
 #pragma unroll
     for (int fill = 0; fill < kFills; ++fill) {
-      const int2 pair = rows_[row(fill)];
+      const int2 pair = rows[fill * kApart];
       cuda::load(reinterpret_cast<const Real*>(base + uint64_t(unsigned(pair.x)) * pitch), x_[fill]);
       cuda::load(reinterpret_cast<const Real*>(base + uint64_t(unsigned(pair.y)) * pitch), y_[fill]);
     }
@@ -96,6 +100,7 @@ class LeftMaker {
   // Makes of them tile `input`, at `to`.
   template <Left What>
   __device__ __forceinline__ void store(int input, unsigned char* to, const Real* over_v) {
+    to += element_offset<A>(row(0), chunk() * kChunk);
 #pragma unroll
     for (int fill = 0; fill < kFills; ++fill) {
       Real made[kChunk];
@@ -115,7 +120,7 @@ class LeftMaker {
         }
         squares_[fill] = (input == 0 ? Real(0) : squares_[fill]) + (squares[0] + squares[1]);
       }
-      A::store_chunk(to + element_offset<A>(row(fill), chunk() * kChunk), made);
+      A::store_chunk(to + fill * kApart * kRowBytes, made);
     }
   }
 
@@ -150,7 +155,7 @@ class LeftMaker {
 
  private:
   __device__ __forceinline__ int chunk() const { return int(threadIdx.x) % kLanes; }
-  __device__ __forceinline__ int row(int fill) const { return (int(threadIdx.x) + fill * S::kThreads) / kLanes; }
+  __device__ __forceinline__ int row(int fill) const { return int(threadIdx.x) / kLanes + fill * kApart; }
   const Workspace<Real>& w_;
   const int2* const rows_;
   Real x_[kFills][kChunk], y_[kFills][kChunk], squares_[kFills];
@@ -168,32 +173,33 @@ class WeightStream {
   }
 
   // Begins a step: its weights, which are returned, have arrived, and what the step before has read may be overwritten.
-  // What `and_copy` copies has arrived when kStages − 1 more steps have begun.
-  template <class F>
-  __device__ __forceinline__ const unsigned char* next(const F& and_copy) {
+  __device__ __forceinline__ const unsigned char* begin() {
     wait_copies<S::kStages - 2>();
     __syncthreads();
-    copy(and_copy);  // to where the step before has read; the stage after it is this step's
-    return shared_ + stage_ * L::kWeights;
+    return shared_ + after(stage_) * L::kWeights;
   }
-  __device__ __forceinline__ const unsigned char* next() {
-    return next([] {});
-  }
-
- private:
+  // Once a step: weights to where the step before has read. With what `and_copy` copies they have arrived when kStages − 1
+  // more steps have begun.
   template <class F>
   __device__ __forceinline__ void copy(const F& and_copy) {
-    const unsigned char* const from = w_.weights + int64_t(copied_) * L::kWeights + int(threadIdx.x) * kPieceBytes;
-    unsigned char* const to = shared_ + stage_ * L::kWeights + int(threadIdx.x) * kPieceBytes;
-    static_assert(S::kOutputs * kPieces % S::kThreads == 0, "every thread copies as many pieces");
-#pragma unroll
-    for (int piece = 0; piece < S::kOutputs * kPieces; piece += S::kThreads)
-      copy_async(to + piece * kPieceBytes, from + piece * kPieceBytes);
+    constexpr int kPerThread = S::kOutputs * kPieces / S::kThreads;
+    static_assert(kPerThread * S::kThreads == S::kOutputs * kPieces, "every thread copies as many pieces");
+    const unsigned piece = unsigned(copied_) * (L::kWeights / kPieceBytes) + threadIdx.x;
+    copy_pieces(shared_ + stage_ * L::kWeights + int(threadIdx.x) * kPieceBytes,
+                w_.weights + uint64_t(piece) * kPieceBytes, std::make_integer_sequence<int, kPerThread>{});
     and_copy();
     commit_copies();
     copied_ = copied_ + 1 == length_ ? 0 : copied_ + 1;
-    stage_ = stage_ + 1 == S::kStages ? 0 : stage_ + 1;
+    stage_ = after(stage_);
   }
+
+ private:
+  template <int... Piece>
+  __device__ static __forceinline__ void copy_pieces(unsigned char* to, const unsigned char* from,
+                                                     std::integer_sequence<int, Piece...>) {
+    (copy_async<Piece * S::kThreads * kPieceBytes>(to, from), ...);
+  }
+  __device__ static int after(int stage) { return stage + 1 == S::kStages ? 0 : stage + 1; }
 
   const Workspace<typename A::Real>& w_;
   unsigned char* const shared_;
@@ -262,31 +268,35 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     };
 
     if (w.normalize_input) maker.give_input_norms(over_u, over_v);
-    // The buffer of left tiles that is free, and the other.
-    unsigned char *left = shared + L::kLeftAt, *other_left = left + L::kLeft;
-    const auto swap_left = [&] {
-      unsigned char* const free = other_left;
-      other_left = left, left = free;
+    // Two buffers of left tiles take turns; `free` is the one that no warp reads any more.
+    int free = 0;
+    const auto left = [&](int which) { return shared + L::kLeftAt + which * L::kLeft; };
+    // A step: the first half of the operands is asked for before everything else, the second before the first is
+    // multiplied, and what the next step makes a tile of between the two. No stage waits for the one right before it.
+    const auto step = [&](const unsigned char* by, const auto& and_copy, const auto& make, const auto& ask) {
+      const unsigned char* const right = weights.begin();
+      typename Block::Half first, second;
+      first.load(by, right, 0);
+      weights.copy(and_copy);
+      make();
+      second.load(by, right, 1);
+      sums.multiply(first);
+      ask();
+      sums.multiply(second);
     };
-    const auto multiply = [&](const unsigned char* by, const unsigned char* right) {
-      sums.multiply(by, right, 0);
-      sums.multiply(by, right, 1);
-    };
+    const auto nothing = [] {};
     // Made tiles 0 .. tiles by their weights. The first has been asked for.
     const auto multiply_made = [&](auto what, int tiles) {
       constexpr Left kWhat = decltype(what)::value;
-      maker.template store<kWhat>(0, left, over_v);
+      maker.template store<kWhat>(0, left(free), over_v);
       maker.template load<kWhat>(tiles > 1 ? 1 : 0);
-      for (int input = 1; input < tiles; ++input) {
-        const unsigned char* const right = weights.next();
-        maker.template store<kWhat>(input, other_left, over_v);
-        maker.template load<kWhat>(input + 1 < tiles ? input + 1 : input);
-        multiply(left, right);
-        swap_left();
+      for (int input = 1; input < tiles; ++input, free = 1 - free) {
+        step(
+            left(free), nothing, [&] { maker.template store<kWhat>(input, left(1 - free), over_v); },
+            [&] { maker.template load<kWhat>(input + 1 < tiles ? input + 1 : input); });
       }
-      const unsigned char* const right = weights.next();
-      multiply(left, right);
-      swap_left();
+      step(left(free), nothing, nothing, nothing);
+      free = 1 - free;
     };
 
     maker.template load<Left::difference>(0);
@@ -337,14 +347,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
         commit_copies();
         wait_copies<0>();
         for (int input = 0; input < w.hidden_tiles; ++input) {
-          const unsigned char* const right = weights.next([&] { copy_u(input + S::kStages - 1); });
-          multiply(stage(input), right);
+          step(stage(input), [&] { copy_u(input + S::kStages - 1); }, nothing, nothing);
         }
       } else {
-        for (int input = 0; input < w.hidden_tiles; ++input) {
-          const unsigned char* const right = weights.next();
-          multiply(shared + L::kUAt + input * L::kLeft, right);
-        }
+        for (int input = 0; input < w.hidden_tiles; ++input)
+          step(shared + L::kUAt + input * L::kLeft, nothing, nothing, nothing);
       }
       if (block + 1 < w.combined_blocks) maker.template load<Left::mean>(0);
       const int first_output = block * S::kOutputs;

@@ -10,7 +10,7 @@
 //     rows 6, 7        6.3     6.2     6.1     6.0     7.3     7.2     7.1     7.0
 //
 //   Block: sums (TM × TN) += A (TM × kDepth) · Bᵀ (TN × kDepth), the sums in the registers of WM × WN warps, each with
-//   TM / WM rows and TN / WN columns.
+//   TM / WM rows and TN / WN columns. A step has two halves, each loaded before it is multiplied.
 #pragma once
 
 #include "device.cuh"
@@ -121,24 +121,30 @@ class Sums<A, TM, TN, WM, WN, true> {
         for (int e = 0; e < 4; ++e) sum_[r][c][e] = 0;
   }
 
-  // Adds the products of 32 of the 64 bytes.
-  __device__ __forceinline__ void multiply(const unsigned char* a, const unsigned char* b, int half) {
-    const int lane = lane_index(), warp = warp_index();
-    // Of four matrices, rows first for A (rows 0-7, 8-15, then the next 16 bytes) and bytes first for B.
-    const int a_row = warp / WN * (TM / WM) + lane % 16, a_piece = lane / 16;
-    const int b_row = warp % WN * (TN / WN) + lane % 8 + lane / 16 * 8, b_piece = lane / 8 % 2;
-    a += piece_offset(a_row, a_piece) ^ (32 * half), b += piece_offset(b_row, b_piece) ^ (32 * half);
-    uint32_t left[kRows][4];
+  // 32 of the 64 bytes of both operands, in registers.
+  struct Half {
+    uint32_t left[kRows][4], right[kColumns / 2][4];
+
+    __device__ __forceinline__ void load(const unsigned char* a, const unsigned char* b, int half) {
+      const int lane = lane_index(), warp = warp_index();
+      // Of four matrices, rows first for A (rows 0-7, 8-15, then the next 16 bytes) and bytes first for B.
+      const int a_row = warp / WN * (TM / WM) + lane % 16, a_piece = lane / 16;
+      const int b_row = warp % WN * (TN / WN) + lane % 8 + lane / 16 * 8, b_piece = lane / 8 % 2;
+      a += piece_offset(a_row, a_piece) ^ (32 * half), b += piece_offset(b_row, b_piece) ^ (32 * half);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) load_matrices(left[r], a + 16 * r * kRowBytes);
+      for (int r = 0; r < kRows; ++r) load_matrices(left[r], a + 16 * r * kRowBytes);
 #pragma unroll
-    for (int c = 0; c < kColumns; c += 2) {
-      uint32_t right[4];
-      load_matrices(right, b + 8 * c * kRowBytes);
+      for (int c = 0; c < kColumns / 2; ++c) load_matrices(right[c], b + 16 * c * kRowBytes);
+    }
+  };
+  __device__ __forceinline__ void multiply(const Half& half) {
+#pragma unroll
+    for (int c = 0; c < kColumns / 2; ++c) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        multiply_add(typename A::Operand{}, sum_[r][c], left[r], right[0], right[1]);
-        multiply_add(typename A::Operand{}, sum_[r][c + 1], left[r], right[2], right[3]);
+        const uint32_t(&right)[4] = half.right[c];
+        multiply_add(typename A::Operand{}, sum_[r][2 * c], half.left[r], right[0], right[1]);
+        multiply_add(typename A::Operand{}, sum_[r][2 * c + 1], half.left[r], right[2], right[3]);
       }
     }
   }
@@ -200,21 +206,30 @@ class Sums<A, TM, TN, WM, WN, false> {
       for (int c = 0; c < kColumns; ++c) sum_[r][c] = 0;
   }
 
-  __device__ __forceinline__ void multiply(const unsigned char* a, const unsigned char* b, int half) {
+  // 32 of the 64 bytes of both operands, left where they are.
+  struct Half {
+    const unsigned char *a, *b;
+    int half;
+
+    __device__ __forceinline__ void load(const unsigned char* from_a, const unsigned char* from_b, int which) {
+      a = from_a, b = from_b, half = which;
+    }
+  };
+  __device__ __forceinline__ void multiply(const Half& from) {
     const int lane = lane_index(), warp = warp_index();
     const int row = warp / WN * (TM / WM) + lane / 8, column = warp % WN * (TN / WN) + lane % 8;
     struct alignas(kPieceBytes) Piece {
       Real x[kLength];
     };
 #pragma unroll
-    for (int piece = 2 * half; piece < 2 * half + 2; ++piece) {
+    for (int piece = 2 * from.half; piece < 2 * from.half + 2; ++piece) {
       Piece right[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
-        right[c] = *reinterpret_cast<const Piece*>(b + piece_offset(column, piece) + 8 * c * kRowBytes);
+        right[c] = *reinterpret_cast<const Piece*>(from.b + piece_offset(column, piece) + 8 * c * kRowBytes);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const Piece left = *reinterpret_cast<const Piece*>(a + piece_offset(row + 4 * r, piece));
+        const Piece left = *reinterpret_cast<const Piece*>(from.a + piece_offset(row + 4 * r, piece));
 #pragma unroll
         for (int k = 0; k < kLength; ++k)
 #pragma unroll

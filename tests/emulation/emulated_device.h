@@ -10,7 +10,10 @@ namespace pddm::cuda {
 
 inline unsigned char* shared_memory() { return emulation::shared_memory(); }
 
-inline void copy_async(void* shared, const void* global) { emulation::copy_async(shared, global); }
+template <int Offset = 0>
+void copy_async(void* shared, const void* global) {
+  emulation::copy_async(static_cast<char*>(shared) + Offset, static_cast<const char*>(global) + Offset);
+}
 inline void commit_copies() { emulation::commit_copies(); }
 template <int Pending>
 void wait_copies() {
