@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _checks, ops
 from .candidates import first_largest, slots
 from .precision import no_autocast, score_dtype
 from .quadruplets import MODES
@@ -241,7 +241,7 @@ def keep_among(ctx: Any, feats: Tensor, ref_feats: Tensor, unit: Sequence[Any], 
     A memory bank may go on meanwhile."""
     named = torch.cat(mined[4:7])
     picked, place = named.clamp(min=0), torch.arange(named.shape[0], device=named.device)
-    if not torch.compiler.is_compiling():
+    if _checks.concrete(named):
         picked, place = torch.unique(picked, return_inverse=True)
     rows = ref_feats[picked] if ref_feats.shape[0] else ref_feats.new_zeros(picked.shape[0], ref_feats.shape[1])
     place = torch.where(named < 0, -1, place + feats.shape[0])
