@@ -98,16 +98,18 @@ NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildca
 $(VENV)/nvcc: $(VENV)/tools
 	$(if $(NVCC),,$(BIN)/python $(PIP) install \
 	  $(foreach part,cuda-nvcc cuda-runtime cuda-crt nvvm cuda-cccl,"nvidia-$(part)==13.0.*"))
+	$(BIN)/python $(PIP) install "nvidia-cuda-cuobjdump==13.*" "nvidia-cuda-nvdisasm==13.*"
 	ln -sf $(if $(NVCC),"$(NVCC)","$(CURDIR)"/$(VENV)/lib/python*/site-packages/nvidia/cu13/bin/nvcc) $@
 
 ARITHMETICS := $(addprefix pddm_cuda_,F32 F64 Tf32 Bf16 F16)
-cuda: $(VENV)/nvcc ## compile the CUDA kernels for every architecture: registers, shared memory and spills of each
+cuda: $(VENV)/nvcc ## compile the CUDA kernels for every architecture: registers, shared memory and main loops of each
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja -DPDDM_CUDA=on \
 	  "-DPDDM_NVCC=$$(readlink $(VENV)/nvcc)" -DCMAKE_CUDA_FLAGS="-Xptxas -v" \
 	  "-DCMAKE_CUDA_ARCHITECTURES=80-real;86-real;90a-real;100a-real;120-real" \
 	  "-DCMAKE_CUDA_COMPILER_LAUNCHER=$(CURDIR)/$(BIN)/python;$(CURDIR)/tests/cuda/resources.py;keep"
 	$(BIN)/cmake --build build/cuda --target cuda_shapes $(ARITHMETICS)
-	$(BIN)/python tests/cuda/resources.py report build/cuda build/cuda/tests/emulation/cuda_shapes
+	bin=$$(echo "$(CURDIR)"/$(VENV)/lib/python*/site-packages/nvidia/cu13/bin); PATH="$$bin:$$PATH" \
+	  $(BIN)/python tests/cuda/resources.py report build/cuda build/cuda/tests/emulation/cuda_shapes "$$bin/cuobjdump"
 
 bench: $(VENV)/bench ## benchmark the CPU's kernels and the search; STORE=--store writes the results and the pages, too
 	@mkdir -p build
@@ -130,10 +132,15 @@ $(CUDA_BUILD)/built: $(NATIVE) $(PACKAGE)
 ON_CUDA := PYTHONPATH="$(CURDIR)/$(CUDA_BUILD)/installed:$$PYTHONPATH" PDDM_TEST_DEVICE=cuda
 # What a GPU machine may lack the packages for.
 NEED_EXTRAS := $(shell grep -lE 'workbench|adapters|pytorch_metric_learning|sklearn|from runs|small_data|test_docs' tests/test_*.py)
-test-cuda: $(CUDA_BUILD)/built ## on a GPU: the Python tests, and the memory and race checkers of its toolkit
+test-cuda: $(CUDA_BUILD)/built ## on a GPU: the Python tests, and the memory, race and barrier checkers of its toolkit
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer of the CUDA toolkit is not on the PATH" >&2; exit 1; }
+	@$(PYTHON) -c 'import importlib.util as u, torch; \
+	  missing = [m for m in ("pytest", "hypothesis") if u.find_spec(m) is None]; \
+	  exit(f"$(PYTHON) lacks {missing}" if missing else None if torch.cuda.is_available() else "torch sees no GPU")'
 	$(ON_CUDA) $(PYTHON) $(PYTEST) tests $(NEED_EXTRAS:%=--ignore=%)
 	$(ON_CUDA) compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
+	$(ON_CUDA) compute-sanitizer --tool synccheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 
 bench-cuda: $(CUDA_BUILD)/built ## on a GPU: benchmark its kernels; STORE=--store as for bench
 	$(ON_CUDA) $(PYTHON) $(PYTEST) bench/test_cuda.py --benchmark-json=build/bench-cuda.json --benchmark-quiet \

@@ -17,10 +17,9 @@ import pddm_ext
 ROOT = Path(__file__).resolve().parents[1]
 RESOURCES = Path(__file__).parent / "cuda" / "resources.py"
 SCORE = (
-    "_ZN4pddm4cuda12score_kernelINS0_13ArithmeticF32ENS0_5ShapeILi32ELi64ELi2ELi2ELi3ELi2EEEEEv"
+    "_ZN4pddm4cuda12score_kernelINS0_14ArithmeticBf16ENS0_5ShapeILi32ELi64ELi2ELi2ELi3ELi2EEEEEv"
     "NS0_9WorkspaceINT_4RealEEENS0_3JobIS7_EE"
 )
-OTHER = "_ZN4pddm4cuda11list_kernelIfEEvNS0_6SourceIT_EEliNS0_5ChunkIS3_EE"
 
 
 def said_by_ptxas(kernel: str, spilled: int) -> str:
@@ -32,28 +31,47 @@ def said_by_ptxas(kernel: str, spilled: int) -> str:
     )
 
 
-def report(folder: Path) -> subprocess.CompletedProcess[str]:
-    shapes = folder / "shapes"
-    shapes.write_text("#!/bin/sh\nprintf 'score_kernel<F32, Shape<32, 64, 2, 2, 3, 2>>\\t83200\\n'\n")
-    shapes.chmod(0o755)
-    return subprocess.run([sys.executable, RESOURCES, "report", folder, shapes], capture_output=True, text=True)
+def report(folder: Path, loop: list[str]) -> subprocess.CompletedProcess[str]:
+    """Of a kernel whose only loop is this."""
+    shapes, cuobjdump = folder / "shapes", folder / "cuobjdump"
+    shapes.write_text("#!/bin/sh\nprintf 'score_kernel<Bf16, Shape<32, 64, 2, 2, 3, 2>>\\t83200\\n'\n")
+    code = [*loop, "@!P0 BRA 0x0", "EXIT", "BRA 0xff0"]
+    lines = "\n".join(f"        /*{16 * k:04x}*/   {text} ;   /* 0x0 */" for k, text in enumerate(code))
+    listing = f"\nFatbin elf code:\n================\narch = sm_90a\n\t\tFunction : {SCORE}\n{lines}\n"
+    (folder / "listing").write_text(listing)
+    cuobjdump.write_text(f"#!/bin/sh\ncat '{folder}/listing'\n")
+    for program in (shapes, cuobjdump):
+        program.chmod(0o755)
+    return subprocess.run(
+        [sys.executable, RESOURCES, "report", folder, shapes, cuobjdump], capture_output=True, text=True
+    )
 
 
-@pytest.mark.parametrize(("kernel", "spilled", "fails"), [(SCORE, 0, False), (SCORE, 4, True), (OTHER, 8, False)])
-def test_a_spill_in_a_hot_kernel_fails(tmp_path, kernel, spilled, fails):
-    (tmp_path / "kernels.o.ptxas").write_text(said_by_ptxas(kernel, spilled))
-    done = report(tmp_path)
-    assert done.returncode == fails, done.stderr
-    assert "128" in done.stdout
-    assert ("spills in a hot kernel" in done.stderr) == fails
-    if spilled:
-        assert f"+{spilled} B spilled" in done.stdout
-    if kernel == SCORE:
-        assert "score_kernel<F32, Shape<32, 64, 2, 2, 3, 2>>  83200" in done.stdout
+PRODUCT = "HMMA.16816.F32.BF16 R4, R8, R12, R4"
+
+
+@pytest.mark.parametrize(
+    ("loop", "complaint"),
+    [
+        ([PRODUCT, *["NOP"] * 15], None),
+        ([PRODUCT, *["NOP"] * 30], "32.00 instructions per product; at most"),
+        ([PRODUCT, "LDL R3, [R1]"], "a main loop touches local memory"),
+        ([PRODUCT, "STL [R1], R3"], "a main loop touches local memory"),
+        (["NOP"], "no main loop was found"),
+    ],
+)
+def test_a_main_loop_that_spills_or_issues_too_much_fails(tmp_path, loop, complaint):
+    (tmp_path / "kernels.o.ptxas").write_text(said_by_ptxas(SCORE, 8))
+    done = report(tmp_path, loop)
+    assert done.returncode == bool(complaint), done.stderr
+    assert (complaint or "") in done.stderr
+    assert "score_kernel<Bf16, Shape<32, 64, 2, 2, 3, 2>>  83200         128 +8 B spilled" in done.stdout  # cold ones
+    if not complaint:
+        assert f"score_kernel<Bf16, Shape<32, 64, 2, 2, 3, 2>>  {(len(loop) + 1):.2f}" in done.stdout
 
 
 def test_nothing_to_report_is_a_failure(tmp_path):
-    assert report(tmp_path).returncode != 0
+    assert report(tmp_path, [PRODUCT]).returncode != 0
 
 
 def test_the_launcher_keeps_the_report_and_passes_on_what_failed(tmp_path):

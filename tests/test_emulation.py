@@ -29,21 +29,36 @@ def assert_all_of_it(x: torch.Tensor, unit: pddm_ext.PDDM) -> None:
         assert_lowest(quads, x, labels, mode)
 
 
-# Of 300 pairs there are 3 tiles of 128 and 5 of 64; the half precisions take, by csrc/cuda/prepared.cuh,
+def test_a_device_that_is_too_old_is_refused_in_words(monkeypatch):
+    monkeypatch.setenv("PDDM_EMULATION_DEVICE", "sm_75")
+    unit, x = make_unit(4), make_features(6, 4)
+    for call in (
+        lambda: unit.mine(x, make_labels(6)),
+        lambda: pddm_ext.score_matrix(x, unit),
+        lambda: pddm_ext.topk(x, x, 2, unit),
+    ):
+        reset_counters()
+        with pytest.raises(RuntimeError, match=r"CUDA device 0 is of compute capability 7\.5; the kernels need 8\.0"):
+            call()
+        assert counters()["launches"] == 0
+
+
+# Of 300 pairs there are 3 tiles of 128 and 5 of 64; of (hidden, combined) the half precisions take, by prepared.cuh,
 SHAPES = [
-    ("sm_90", 1, 70),  # 128 × 256, which leaves no multiprocessor idle
-    ("sm_90", 5, 70),  # 64 × 256
-    ("sm_86", 5, 300),  # 64 × 128, whose u' still fits
-    ("sm_86", 6, 800),  # 32 × 64
-    ("sm_86", 5, 900),  # 64 × 256 with u' in global memory
+    ("sm_90", 1, (70, 132)),  # 128 × 256, in the fewest waves
+    ("sm_90", 5, (70, 132)),  # 64 × 256, which leaves no multiprocessor idle
+    ("sm_80", 1, (120, 120)),  # 64 × 128
+    ("sm_80", 2, (60, 60)),  # 32 × 64
+    ("sm_80", 1, (300, 300)),  # 128 × 256 with u' in global memory
+    ("sm_86", 5, (900, 9)),  # 64 × 256 with u' in global memory
 ]
 
 
 @pytest.mark.parametrize("normalize_input", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_shape_of_the_tiles_scores_as_the_reference(monkeypatch, dtype, normalize_input):
-    for device, multiprocessors, hidden in SHAPES:
-        unit = make_unit(33, hidden, 132 if hidden < 300 else 9, normalize_input=normalize_input)
+    for device, multiprocessors, (hidden, combined) in SHAPES:
+        unit = make_unit(33, hidden, combined, normalize_input=normalize_input)
         x = make_features(24, 33, dtype=dtype)
         x[20] = x[5].clone()
         monkeypatch.setenv("PDDM_EMULATION_DEVICE", device)

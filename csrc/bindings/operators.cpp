@@ -191,7 +191,7 @@ using Mined = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 
 Mined mine(const Tensor& feats, const Tensor& labels, PDDM_UNIT, int64_t mode) {
   STD_TORCH_CHECK(mode >= 0 && mode <= 2, "pddm: unknown mode ", mode);
-  const Call call(feats, allow_tf32);
+  Call call(feats, allow_tf32);
   const Tensor rows = dense(feats, call.dtype), y = dense(labels, ScalarType::Long);
   const int64_t n = rows.size(0);
   STD_TORCH_CHECK(y.numel() == n && same_device(rows, y), "pddm: one label per row, on its device");
@@ -214,7 +214,7 @@ Mined mine(const Tensor& feats, const Tensor& labels, PDDM_UNIT, int64_t mode) {
 }
 
 Tensor score_pairs(const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_UNIT) {
-  const Call call(feats, allow_tf32);
+  Call call(feats, allow_tf32);
   const Tensor rows = dense(feats, call.dtype), a = dense(i, ScalarType::Long), b = dense(j, ScalarType::Long);
   const UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
   const Pairs pairs = checked_pairs(call, a, b, rows.size(0), false);
@@ -225,7 +225,7 @@ Tensor score_pairs(const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_U
 
 // split < 0: all rows against all rows. Otherwise rows[:split] against rows[split:].
 Tensor score_matrix(const Tensor& feats, int64_t split, PDDM_UNIT) {
-  const Call call(feats, allow_tf32);
+  Call call(feats, allow_tf32);
   const Tensor rows = dense(feats, call.dtype);
   const UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
   const int64_t n = rows.size(0);
@@ -236,7 +236,7 @@ Tensor score_matrix(const Tensor& feats, int64_t split, PDDM_UNIT) {
 }
 
 std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, int64_t k, PDDM_UNIT) {
-  const Call call(queries, allow_tf32);
+  Call call(queries, allow_tf32);
   const Tensor q = dense(queries, call.dtype), g = dense(gallery, call.dtype);
   STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == q.size(1), "pddm: queries and gallery differ in dimension");
   STD_TORCH_CHECK(k >= 0 && k <= g.size(0), "pddm: k is ", k, " and the gallery has ", g.size(0), " rows");
@@ -253,7 +253,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 template <class Run>
 Gradients backward(const Tensor& weight, const Tensor& feats, PDDM_UNIT, const Run& run) {
-  const Call call(feats, allow_tf32);
+  Call call(feats, allow_tf32);
   const Tensor rows = dense(feats, call.dtype), upstream = dense(weight, call.dtype);
   UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
   // The CPU's backward pass touches only the rows it must.

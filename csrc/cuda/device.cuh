@@ -32,8 +32,8 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return bytes;
 }
 
-// 16 bytes of global memory, both ends aligned, `Offset` bytes after the pointers; they have arrived after `wait_copies`
-// for their group and a barrier.
+// 16 bytes of global memory, both ends aligned, `Offset` bytes after the pointers; they have arrived after
+// `wait_copies` for their group and a barrier.
 template <int Offset = 0>
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

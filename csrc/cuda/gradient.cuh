@@ -29,7 +29,7 @@ struct Source {
 
 template <class Real>
 struct Chunk {
-  int *i, *j;  // −1: no gradient, not recomputed
+  int *i, *j;                      // −1: no gradient, not recomputed
   Real *weight, *over_u, *over_v;  // over_u = 1 / ‖u‖ and over_v with normalize_input, else null
   Real *norm_u, *norm_v, *x, *c, *dx;
   Real *du, *dv;  // first u and v
@@ -134,8 +134,7 @@ __device__ __forceinline__ void sum_columns(int64_t columns, int count, const Ta
 #pragma unroll
   for (int which = 0; which < Count; ++which) {
     Real sum = 0;
-    for (int warp = 0; warp < kSumWarps; ++warp)
-      sum += parts[(which * kSumWarps + warp) * kWarp + lane_index()];
+    for (int warp = 0; warp < kSumWarps; ++warp) sum += parts[(which * kSumWarps + warp) * kWarp + lane_index()];
     give(which, column, sum);
   }
 }
@@ -218,8 +217,7 @@ __global__ void __launch_bounds__(kGradientThreads)
     for (int k = lane; k < dim; k += kWarp) dot += made(k) * over * d[k];
     dot = lanes_sum(dot);
     if (over >= Real(1 / kNormFloor)) dot = 0;  // divided by a constant
-    for (int k = lane; k < dim; k += kWarp)
-      d[k] = (d[k] - made(k) * over * dot) * over;
+    for (int k = lane; k < dim; k += kWarp) d[k] = (d[k] - made(k) * over * dot) * over;
   }
 }
 
@@ -230,8 +228,8 @@ template <class Real>
 constexpr int64_t kGatherBytes = int64_t(kGradientWarps) * kGathered * sizeof(Real);
 template <class Real>
 __global__ void __launch_bounds__(kGradientThreads)
-    gather_kernel(const Real* f, int64_t f_stride, int dim, int count, bool add, const __grid_constant__ Chunk<Real> chunk,
-                  Real* d_f) {
+    gather_kernel(const Real* f, int64_t f_stride, int dim, int count, bool add,
+                  const __grid_constant__ Chunk<Real> chunk, Real* d_f) {
   Real* const parts = reinterpret_cast<Real*>(shared_memory());
   const int across = (dim + kGathered - 1) / kGathered;
   const int64_t row = blockIdx.x / across;
@@ -343,14 +341,14 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
     multiply<A>(context, plain(c.x, pairs, 2 * h, 2 * h, 1), plain(given(unit.w_c), m, 2 * h, 2 * h, 1),
                 {c.c, m, given(unit.b_c), true, false});
     // dC, dX, dZ
-    context.launch(through_score_kernel<Real>, divided_up(m + 1, kWarp), kSumThreads, kSumBytes<2, Real>, int(m),
-                   count, add, given(unit.w_s), c, wanted(gradient.w_s), wanted(gradient.b_c), wanted(gradient.b_s));
+    context.launch(through_score_kernel<Real>, divided_up(m + 1, kWarp), kSumThreads, kSumBytes<2, Real>, int(m), count,
+                   add, given(unit.w_s), c, wanted(gradient.w_s), wanted(gradient.b_c), wanted(gradient.b_s));
     multiply<A>(context, plain(c.c, pairs, m, m, 1), plain(given(unit.w_c), 2 * h, m, 1, 2 * h), {c.dx, 2 * h});
     multiply<A>(context, plain(c.c, m, pairs, 1, m), plain(c.x, 2 * h, pairs, 1, 2 * h),
                 {wanted(gradient.w_c), 2 * h, nullptr, false, add});
     by_warps(through_norms_kernel<Real>, int(h), count, c);
-    context.launch(sum_biases_kernel<Real>, divided_up(2 * h, kWarp), kSumThreads, kSumBytes<1, Real>, int(h),
-                   count, add, c.dx, wanted(gradient.b_u), wanted(gradient.b_v));
+    context.launch(sum_biases_kernel<Real>, divided_up(2 * h, kWarp), kSumThreads, kSumBytes<1, Real>, int(h), count,
+                   add, c.dx, wanted(gradient.b_u), wanted(gradient.b_v));
     // dW_u, dW_v
     multiply<A>(context, plain(c.dx, h, pairs, 1, 2 * h), plain(c.du, d, pairs, 1, d),
                 {wanted(gradient.w_u), d, nullptr, false, add});

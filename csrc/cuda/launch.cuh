@@ -21,6 +21,11 @@ class Context {
   // The runtime in here is not the host framework's, and has a current device of its own.
   explicit Context(const Caller& caller) : caller_(caller) {
     check(cudaSetDevice(caller.device), "the device is not there");
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor);
+    if (major < 8)
+      throw std::runtime_error(
+          "pddm: CUDA device " + std::to_string(caller.device) + " is of compute capability " + std::to_string(major) +
+          "." + std::to_string(attribute(cudaDevAttrComputeCapabilityMinor)) + "; the kernels need 8.0 or later");
   }
   Context(const Context&) = delete;
   ~Context() { bytes_alive -= taken_; }

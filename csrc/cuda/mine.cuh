@@ -33,11 +33,11 @@ struct Slots {
   }
 };
 
-constexpr int kFinishThreads = 128;
+constexpr int kFinishThreads = 128, kFinishBatchThreads = 1024;
 
 template <class Real>
-__global__ void finish_batch_kernel(int64_t n, Bests<Real> far, Bests<Real> near,
-                                    const __grid_constant__ Slots<Real> out) {
+__global__ void __launch_bounds__(kFinishBatchThreads)
+    finish_batch_kernel(int64_t n, Bests<Real> far, Bests<Real> near, const __grid_constant__ Slots<Real> out) {
   const Pair hardest = hardest_pair(far, n, shared_memory());
   if (threadIdx.x == 0)
     out.write(0, hardest.i, hardest.j, hardest.i < 0 ? Real(0) : 0 - far.score(hardest.i), near, 0, 1);
@@ -104,7 +104,7 @@ void mine(const Context& context, const Rows& rows, const int64_t* labels, const
     p.score(job, all);
     job.walk = Walk::partners, job.near = near;
     p.score(job);
-    context.launch(finish_batch_kernel<Real>, 1, 1024, Hardest::kBytes, n, far, near, out);
+    context.launch(finish_batch_kernel<Real>, 1, kFinishBatchThreads, Hardest::kBytes, n, far, near, out);
   } else if (mode == Mode::anchor) {
     job.walk = Walk::triangle, job.far = far, job.near = near;
     p.score(job);

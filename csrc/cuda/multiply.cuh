@@ -1,5 +1,5 @@
-// out = left · rightᵀ for operands that are matrices with any strides. A block owns 64 × 64 outputs and walks all inputs in
-// order, two tiles of each operand deep.
+// out = left · rightᵀ for operands that are matrices with any strides. A block owns 64 × 64 outputs and walks all
+// inputs in order, two tiles of each operand deep.
 #pragma once
 
 #include "launch.cuh"
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(MultiplyShape<A>::kThreads, MultiplyShape<A>::
   const int thread = int(threadIdx.x);
   static_assert(kLength * sizeof(Real) == kPieceBytes && kDepth<A> % 8 == 0, "operands are as wide as numbers");
 
-  // What this thread loads of an operand: pieces of rows, or else pieces of columns, 4 side by side of 8 inputs to a warp
-  // (whole sectors, and few conflicts where they are stored).
+  // What this thread loads of an operand: pieces of rows, or else pieces of columns, 4 side by side of 8 inputs to a
+  // warp (whole sectors, and few conflicts where they are stored).
   struct Place {
     int row, input;
   };

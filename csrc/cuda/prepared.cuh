@@ -12,8 +12,8 @@ namespace pddm::cuda {
 template <class... S>
 struct Shapes {};
 
-// Larger ones read the weights less often and take fewer steps with each barrier; those of few outputs waste less where a
-// unit has few. What one is worth: products per cycle of a full multiprocessor, measured (docs/gpu.md).
+// Larger ones read the weights less often and take fewer steps with each barrier; those of few outputs waste less where
+// a unit has few. What one is worth: products per cycle of a full multiprocessor, measured (docs/gpu.md).
 template <class A>
 struct ShapesOf {
   using List = Shapes<Shape<128, 256, 2, 4, 4, 1, 100>, Shape<64, 256, 2, 4, 4, 1, 72>, Shape<64, 128, 2, 4, 3, 2, 70>,
@@ -110,12 +110,13 @@ class Prepared {
       const int64_t waves = divided_up(f.tiles, beside * multiprocessors_);
       const double outputs = double(divided_up(w.hidden, f.outputs)) * w.dim_tiles +
                              2.0 * double(divided_up(w.combined, f.outputs)) * w.hidden_tiles;
-      // A multiprocessor with fewer blocks than it could have does less at once.
-      const double took = double(waves) * f.blocks * f.pairs * f.outputs * outputs / f.worth;
+      // A multiprocessor with fewer blocks than it could have does less at once, and u' from elsewhere takes longer.
+      const double took = double(waves) * f.blocks * f.pairs * f.outputs * outputs / f.worth * (keeps ? 1 : 1.1);
       if (shape_ >= 0 && took >= least) continue;
       least = took, shape_ = at, outputs_ = f.outputs, resident_ = keeps, used_ = keeps ? f.resident : f.streamed;
     }
-    if (shape_ < 0) throw std::runtime_error("pddm: the device has too little shared memory for any shape of the kernels");
+    if (shape_ < 0)
+      throw std::runtime_error("pddm: the device has too little shared memory for any shape of the kernels");
   }
 
   template <class First, class... Rest>

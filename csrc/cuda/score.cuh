@@ -10,10 +10,10 @@
 //        kOutputs × 64 bytes      kPairs × 64                                      kPairs × 64
 //
 // The weights come as one endless stream of tiles that lie in memory in the order of their use, kStages − 1 copies
-// ahead of the multiplication. The left tile (|f_i − f_j|, then v' = σ(a_i + a_j)) is made on its way from global memory
-// through registers, one step ahead. One barrier per step: it ends the use of what the step before has read. Norms are
-// sums of what passes by: ‖u'‖ where u' is stored, ‖v'‖ where the left tile is made. normalize_input asks for ‖u‖ and
-// ‖v‖ before the first step, and for v' = σ((a_i + a_j) / ‖v‖ + b_v).
+// ahead of the multiplication. The left tile (|f_i − f_j|, then v' = σ(a_i + a_j)) is made on its way from global
+// memory through registers, one step ahead. One barrier per step: it ends the use of what the step before has read.
+// Norms are sums of what passes by: ‖u'‖ where u' is stored, ‖v'‖ where the left tile is made. normalize_input asks for
+// ‖u‖ and ‖v‖ before the first step, and for v' = σ((a_i + a_j) / ‖v‖ + b_v).
 #pragma once
 
 #include <type_traits>
@@ -66,9 +66,9 @@ enum class Left { difference, mean, scaled_mean };
 template <Left What>
 using Is = std::integral_constant<Left, What>;
 
-// Makes left tiles out of the pairs' rows. What `load` asks for is on its way while the step multiplies; `store` comes at
-// the next one. kLanes neighbouring lanes share a pair, so that a warp's load takes whole lines; each has 16 bytes of
-// either row.
+// Makes left tiles out of the pairs' rows. What `load` asks for is on its way while the step multiplies; `store` comes
+// at the next one. kLanes neighbouring lanes share a pair, so that a warp's load takes whole lines; each has 16 bytes
+// of either row.
 template <class A, class S>
 class LeftMaker {
  public:
@@ -178,8 +178,8 @@ class WeightStream {
     __syncthreads();
     return shared_ + after(stage_) * L::kWeights;
   }
-  // Once a step: weights to where the step before has read. With what `and_copy` copies they have arrived when kStages − 1
-  // more steps have begun.
+  // Once a step: weights to where the step before has read. With what `and_copy` copies they have arrived when kStages
+  // − 1 more steps have begun.
   template <class F>
   __device__ __forceinline__ void copy(const F& and_copy) {
     constexpr int kPerThread = S::kOutputs * kPieces / S::kThreads;

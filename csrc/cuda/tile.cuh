@@ -19,8 +19,8 @@ namespace pddm::cuda {
 
 constexpr int kRowBytes = 64, kPieceBytes = 16, kPieces = kRowBytes / kPieceBytes;
 
-// Rows 8 apart have their pieces in the same order: piece_offset(row + 8, piece) is 8 rows after piece_offset(row, piece).
-// So have pieces 2 apart but for bit 5: piece_offset(row, piece ^ 2) is piece_offset(row, piece) ^ 32.
+// Rows 8 apart have their pieces in the same order: piece_offset(row + 8, piece) is 8 rows after piece_offset(row,
+// piece). So have pieces 2 apart but for bit 5: piece_offset(row, piece ^ 2) is piece_offset(row, piece) ^ 32.
 __device__ __forceinline__ int piece_offset(int row, int piece) {
   return row * kRowBytes + ((piece ^ ((row >> 1) & 3)) * kPieceBytes);
 }
@@ -142,7 +142,7 @@ class Sums<A, TM, TN, WM, WN, true> {
     for (int c = 0; c < kColumns / 2; ++c) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const uint32_t(&right)[4] = half.right[c];
+        const uint32_t (&right)[4] = half.right[c];
         multiply_add(typename A::Operand{}, sum_[r][2 * c], half.left[r], right[0], right[1]);
         multiply_add(typename A::Operand{}, sum_[r][2 * c + 1], half.left[r], right[2], right[3]);
       }

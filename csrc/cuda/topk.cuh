@@ -1,5 +1,6 @@
-// The k best of a gallery for every query: scores in chunks of the gallery, each cut into segments that one block sorts,
-// and sorted lists merged by rank, kFan at a time. The cost is O(gallery · log) in whatever order the scores come.
+// The k best of a gallery for every query: scores in chunks of the gallery, each cut into segments that one block
+// sorts, and sorted lists merged by rank, kFan at a time. The cost is O(gallery · log) in whatever order the scores
+// come.
 #pragma once
 
 #include "prepared.cuh"
@@ -9,8 +10,8 @@ namespace pddm::cuda {
 constexpr int kSegment = 1024, kFan = 8, kRankThreads = 256;
 constexpr int64_t kTopkScores = 1 << 20;  // at once
 
-// Sorted lists of scores in their order-preserving form, and of the gallery rows they are of. NaN is 0; below it only what
-// fills up a list.
+// Sorted lists of scores in their order-preserving form, and of the gallery rows they are of. NaN is 0; below it only
+// what fills up a list.
 struct Ranked {
   Word* scores;
   int* rows;
@@ -75,8 +76,8 @@ __global__ void __launch_bounds__(kRankThreads)
     out.scores[to + at] = scores[at], out.rows[to + at] = rows[at];
 }
 
-// Merges every kFan neighbouring lists of a query into one, of which the first `merged` are kept: an entry's place is its
-// own and that in each of the other lists; of equals (which only fill up) the earlier list's come first.
+// Merges every kFan neighbouring lists of a query into one, of which the first `merged` are kept: an entry's place is
+// its own and that in each of the other lists; of equals (which only fill up) the earlier list's come first.
 static __global__ void __launch_bounds__(kRankThreads)
     merge_lists_kernel(const Ranked in, int64_t queries, int64_t lists, int64_t length, const Ranked out, int64_t pitch,
                        int64_t merged) {

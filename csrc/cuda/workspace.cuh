@@ -1,5 +1,6 @@
-// What one call computes before its first pair, in device memory: unit rows, a = (W_v f + b_v) / 2 (with normalize_input
-// W_v f / 2), and the weights in the order in which the scoring kernel consumes them. O(n · (dim + hidden)) and the parameters once more.
+// What one call computes before its first pair, in device memory: unit rows, a = (W_v f + b_v) / 2 (with
+// normalize_input W_v f / 2), and the weights in the order in which the scoring kernel consumes them. O(n · (dim +
+// hidden)) and the parameters once more.
 #pragma once
 
 #include "../problem.h"

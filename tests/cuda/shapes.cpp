@@ -8,8 +8,9 @@ std::atomic<int64_t> launches, bytes_alive, bytes_peak;
 
 template <class A, class S>
 void print_shape(const char* arithmetic) {
-  std::printf("score_kernel<%s, Shape<%d, %d, %d, %d, %d, %d, %d>>\t%lld\n", arithmetic, S::kPairs, S::kOutputs, S::kRows,
-              S::kColumns, S::kStages, S::kBlocks, S::kWorth, static_cast<long long>(Layout<A, S>::resident(512 / kDepth<A>)));
+  std::printf("score_kernel<%s, Shape<%d, %d, %d, %d, %d, %d, %d>>\t%lld\n", arithmetic, S::kPairs, S::kOutputs,
+              S::kRows, S::kColumns, S::kStages, S::kBlocks, S::kWorth,
+              static_cast<long long>(Layout<A, S>::resident(512 / kDepth<A>)));
 }
 template <class A, class... S>
 void print_all(const char* arithmetic, Shapes<S...>) {
