@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-#: Instructions for each matrix instruction, by the first numbers of a shape: all of the busiest loop, whatever it skips.
+#: Instructions for each matrix instruction, by the first numbers of a shape: all of the busiest loop, skipped or not.
 MOST = {"128, 256": 4.6, "64, 256": 5.6, "64, 128": 9.5, "32, 64": 17.0, "multiply": 40.0}
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
