@@ -136,9 +136,13 @@ class Prepared {
       check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, S::kThreads, size_t(used_)),
             "the device does not answer");
       blocks_ = int64_t(multiprocessors_) * std::max(per_multiprocessor, 1);
-      if (!resident_) w.u = context_.take<unsigned char>(blocks_ * w.hidden_tiles * S::kPairs * kRowBytes);
     }
-    context_.launch(kernel, std::min(blocks_, count_tiles<S::kPairs>(job, positives)), S::kThreads, used_, w, job);
+    const int64_t blocks = std::min(blocks_, count_tiles<S::kPairs>(job, positives));
+    if (!resident_ && blocks > u_blocks_) {
+      w.u = context_.take<unsigned char>(blocks * w.hidden_tiles * S::kPairs * kRowBytes);
+      u_blocks_ = blocks;
+    }
+    context_.launch(kernel, blocks, S::kThreads, used_, w, job);
   }
 
   // a, in the arithmetic of everything that is no product of pairs.
@@ -157,6 +161,7 @@ class Prepared {
   int shape_ = -1, outputs_ = 0, multiprocessors_ = 0;
   bool resident_ = true;
   int64_t shared_ = 0, used_ = 0, blocks_ = 0;  // shared memory that may be and is used; blocks at once
+  int64_t u_blocks_ = 0;                        // for which there is room in w.u
 };
 
 }  // namespace pddm::cuda

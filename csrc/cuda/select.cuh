@@ -2,7 +2,7 @@
 //
 //   pairs      a list; scores[t]
 //   triangle   i < j (or i <= j), 16 × 16 blocks cut into tiles of 16 columns; a matrix, or the bests of rows
-//   rectangle  some rows by some columns, tiles of 16 columns; a matrix
+//   rectangle  some rows by some columns, tiles of 16 columns or, of few rows, more; a matrix
 //   positives  pairs of one class, counted off along the rows sorted by label; the hardest of every lower row
 //   partners   the two rows of the hardest positive pair by all rows; their hardest negatives
 //
@@ -117,6 +117,14 @@ __host__ __device__ constexpr int64_t tiles_of(int64_t pairs) {
   return (pairs + Pairs - 1) / Pairs;
 }
 
+// Of a tile of a rectangle: few rows leave none of it empty.
+template <int Pairs>
+__host__ __device__ constexpr int rectangle_rows(int64_t rows) {
+  int most = 1;
+  while (most < rows && most < Pairs / kColumns) most *= 2;
+  return most;
+}
+
 // `positives` is the number of positive pairs, which only the device knows; at most n (n − 1) / 2.
 template <int Pairs, class Real>
 __host__ __device__ int64_t count_tiles(const Job<Real>& job, int64_t positives) {
@@ -125,7 +133,10 @@ __host__ __device__ int64_t count_tiles(const Job<Real>& job, int64_t positives)
   switch (job.walk) {
     case Walk::pairs: return tiles_of<Pairs>(job.count);
     case Walk::triangle: return blocks * (blocks + 1) / 2 * (kColumns / kRows);
-    case Walk::rectangle: return (job.rows + kRows - 1) / kRows * ((job.columns + kColumns - 1) / kColumns);
+    case Walk::rectangle: {
+      const int64_t rows = rectangle_rows<Pairs>(job.rows), columns = Pairs / rows;
+      return (job.rows + rows - 1) / rows * ((job.columns + columns - 1) / columns);
+    }
     case Walk::positives: return tiles_of<Pairs>(positives);
     case Walk::partners: return tiles_of<Pairs>(2 * job.n);
   }
@@ -177,8 +188,9 @@ __device__ Pair pair_at(const Job<Real>& job, int64_t tile, int p, const Pair& p
       return j < job.n && (i < j || (job.diagonal && i == j)) ? Pair{int(i), int(j)} : Pair{-1, -1};
     }
     case Walk::rectangle: {
-      const int64_t across = (job.columns + kColumns - 1) / kColumns;
-      const int64_t r = tile / across * kRows + p / kColumns, c = tile % across * kColumns + p % kColumns;
+      const int rows = rectangle_rows<Pairs>(job.rows), columns = Pairs / rows;
+      const int64_t across = (job.columns + columns - 1) / columns;
+      const int64_t r = tile / across * rows + p / columns, c = tile % across * columns + p % columns;
       return r < job.rows && c < job.columns ? Pair{int(job.first_row + r), int(job.first_column + c)} : Pair{-1, -1};
     }
     case Walk::positives: {

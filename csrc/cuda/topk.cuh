@@ -3,6 +3,8 @@
 // come.
 #pragma once
 
+#include <stdexcept>
+
 #include "prepared.cuh"
 
 namespace pddm::cuda {
@@ -136,13 +138,22 @@ void topk(const Context& context, const Rows& queries, const Rows& gallery, int6
   Real* rows = context.take<Real>((q + g) * unit.dim);
   launch(join_kernel<Real>, (q + g) * unit.dim, static_cast<const Real*>(queries.data), q * unit.dim,
          static_cast<const Real*>(gallery.data), g * unit.dim, rows);
-  // All queries' chunks together are no longer than what is computed of the rows, or than the answer.
+  // All queries' chunks together are no longer than what is computed of the rows, or than the answer; but for whole
+  // segments, or a tile's columns.
   const int64_t room = std::min((q + g) * (unit.hidden + unit.combined), kTopkScores) / q;
-  const int64_t length = std::min(g, std::max({room, k, int64_t(kColumns)}));
+  int64_t length = std::max({room, k, int64_t(kColumns)});
+  if (length > kSegment) length = std::max(length / kSegment, divided_up(k, kSegment)) * kSegment;
+  length = std::min(g, length);
   int segment = 2;
   while (segment < std::min<int64_t>(length, kSegment)) segment *= 2;
   const int64_t kept = std::min<int64_t>(k, segment);
-  const int64_t most = q * (divided_up(k, kept) + divided_up(length, segment) + kFan) * kept;
+  // Entries of the longest lists of all: the last group's may be longer than what it merges.
+  int64_t most = 0;
+  for (int64_t lists = divided_up(length, segment) + (g > length ? divided_up(k, kept) : 0), each = kept;;) {
+    most = std::max(most, q * lists * each);
+    if (lists == 1) break;
+    lists = divided_up(lists, kFan), each = std::min(kFan * each, k);
+  }
 
   Prepared<A> p(context, {rows, q + g}, unit, q * length);
   Real* chunk = context.take<Real>(q * length);
@@ -162,6 +173,7 @@ void topk(const Context& context, const Rows& queries, const Rows& gallery, int6
     do {
       const int64_t groups = divided_up(lists, kFan), merged = std::min({kFan * kept_now, k, lists * kept_now});
       const bool last = groups == 1;
+      if (q * lists * kept_now > most) throw std::logic_error("pddm: topk's lists do not fit");
       launch(merge_lists_kernel, q * lists * kept_now, now, q, lists, kept_now, last ? best : next,
              last ? k : groups * merged, merged);
       std::swap(now, next);
