@@ -49,7 +49,7 @@ SHAPES = [
     ("sm_90", 5, (70, 132)),  # 64 × 256, which leaves no multiprocessor idle
     ("sm_80", 1, (120, 120)),  # 64 × 128
     ("sm_80", 2, (60, 60)),  # 32 × 64
-    ("sm_80", 1, (300, 300)),  # 128 × 256 with u' in global memory
+    ("sm_80", 1, (500, 250)),  # 128 × 256 with u' in global memory
     ("sm_86", 5, (900, 9)),  # 64 × 256 with u' in global memory
 ]
 
