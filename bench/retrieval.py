@@ -166,6 +166,8 @@ STAGE = (
     "recommended:unit_width=256",
     "recommended:alpha=0.1",
 )
+#: The same, mined among the rows of earlier steps, too.
+BANKS = ("recommended", "recommended:bank=256", "recommended:bank=1024")
 #: Length of the layers of a unit on a backbone's own features, which are ten times as many as an embedding's.
 NARROW = 256
 #: What else than an embedding a unit is trained on (:func:`elsewhere`).
@@ -190,6 +192,8 @@ GRIDS = {
     "grocery-unseen": _photographs((*SCORING[:1], ALONE, *SCORING[1:], *STRONGEST), unseen=True),
     "grocery-stage": _photographs((*STAGE, *OTHERS), lrs=LRS[1:2]),
     "grocery-stage-unseen": _photographs((*STAGE, *OTHERS), unseen=True, lrs=LRS[1:2]),
+    "grocery-bank": _photographs(BANKS, lrs=LRS[1:2]),
+    "grocery-bank-unseen": _photographs(BANKS, unseen=True, lrs=LRS[1:2]),
     "grocery-spoilt": _photographs(("triplet-semihard", *sum(SPOILT.values(), ())), lrs=()),
     "grocery-siblings": _photographs(SIBLINGS_SEEN, lrs=LRS[1:2]),
     "grocery-fine": _photographs(FINE, changed=WHOLE, lrs=(), seeds=2),
@@ -281,7 +285,7 @@ def elsewhere(cell: compare.Cell) -> dict[str, Any]:
         settings = replace(cell.settings, dim=features.shape[1], unit_width=NARROW)
         rows, labels = features[test.gallery], test.labels[test.gallery]
         fitted = FittedUnit(settings, int(labels.max()) + 1)
-        split = replace(run.dataset.train, pictures=torch.arange(len(rows)), labels=labels)
+        split = replace(run.dataset.train, pictures=rows, labels=labels)
         drawn = batches(split, settings.classes, settings.samples, settings.unit_updates, seed=settings.seed)
         for _ in fit(fitted, rows, labels, drawn, settings, fall_back=False):
             pass

@@ -82,7 +82,7 @@ def make_archive(path: Path) -> Path:
 
 def pictures_of(dataset: Dataset, **changed: Any) -> tuple[Tensor, Tensor]:
     """A batch as a net sees it."""
-    stored, labels = next(batches(dataset.train, 4, 3, 1, seed=0, **changed))
+    stored, labels, _ = next(batches(dataset.train, 4, 3, 1, seed=0, **changed))
     return dataset.view.plain(stored), labels
 
 
@@ -97,12 +97,12 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, batch: int, times: int = 1) ->
     """Ctrl-C, once or more often, while this many-th batch is with the net, counted from 1."""
     forward, calls = Learner.forward, []
 
-    def interrupted(self: Learner, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def interrupted(self: Learner, *given: Tensor) -> dict[str, Tensor]:
         calls.append(1)
         if len(calls) == batch:
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
-        return forward(self, pictures, labels)
+        return forward(self, *given)
 
     monkeypatch.setattr(Learner, "forward", interrupted)
 

@@ -58,9 +58,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Any, at: int = 3) -> None:
     """Change the loss of a learner's so-many-th batch."""
     forward, calls = Learner.forward, []
 
-    def spoilt(self: Learner, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def spoilt(self: Learner, *batch: Tensor) -> dict[str, Tensor]:
         calls.append(1)
-        terms = forward(self, pictures, labels)
+        terms = forward(self, *batch)
         return change(self, terms) if len(calls) == at else terms
 
     monkeypatch.setattr(Learner, "forward", spoilt)
@@ -118,7 +118,7 @@ def assert_stopped(folder: Path, capsys: pytest.CaptureFixture[str], message: st
 def test_features_that_overflow_are_seen_in_the_loss_of_every_method(tiny: Dataset, method: str) -> None:
     run = Run(Settings(**TINY, method=method), tiny)
     run.learner.net.head.weight.data.fill_(torch.inf)
-    terms = run.learner(torch.rand(12, 1, 32, 32), torch.arange(12) // 3)
+    terms = run.learner(torch.rand(12, 1, 32, 32), torch.arange(12) // 3, torch.arange(12))
     assert all(term.isnan() for term in terms.values())
     sum(terms.values()).backward()
     assert run.learner.net.head.bias.grad.isnan().all()

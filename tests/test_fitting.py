@@ -39,18 +39,18 @@ def rows(each: int, seed: int, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
     return F.normalize(centres[labels] + noise, dim=1), labels
 
 
-def drawn(labels: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def drawn(features: Tensor, labels: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(5)
     for _ in range(steps):
         places = torch.randperm(len(labels), generator=generator)[:24]
-        yield places, labels[places]
+        yield features[places], labels[places], places
 
 
 def fitted(features: Tensor, labels: Tensor, fall_back: bool = True, **changed: Any) -> FittedUnit:
     given = {"method": "recommended", "dim": DIM, "unit_steps": 150, "weight_decay": 0.0, **changed}
     settings = Settings(**given)
     made = FittedUnit(settings, int(labels.max()) + 1).to(features.dtype)
-    for _ in fit(made, features, labels, drawn(labels, settings.unit_updates), settings, fall_back=fall_back):
+    for _ in fit(made, features, labels, drawn(features, labels, settings.unit_updates), settings, fall_back=fall_back):
         pass
     return made
 
@@ -83,7 +83,7 @@ def test_it_begins_with_what_the_embedding_has_made_of_the_classes(monkeypatch: 
     for start in ("own", "random"):
         settings = Settings(method="recommended", dim=DIM, unit_start=start)
         made = FittedUnit(settings, CLASSES)
-        list(fit(made, features, labels, drawn(labels, 1), settings, fall_back=True))
+        list(fit(made, features, labels, drawn(features, labels, 1), settings, fall_back=True))
         scores = pddm_ext.score_matrix(features, made.unit)
         same = labels[:, None] == labels
         off = ~torch.eye(len(labels), dtype=torch.bool)
@@ -100,7 +100,7 @@ def test_it_is_the_same_each_time_whatever_was_fitted_before(dtype: torch.dtype)
     once = fitted(features, labels, unit_steps=20)
     torch.manual_seed(4)
     twice = fitted(features, labels, unit_steps=20)
-    list(fit(twice, features, labels, drawn(labels, 20), settings, fall_back=True))
+    list(fit(twice, features, labels, drawn(features, labels, 20), settings, fall_back=True))
     state = torch.random.get_rng_state()
     fitted(features, labels, unit_steps=2)
     assert torch.equal(state, torch.random.get_rng_state())
@@ -108,6 +108,22 @@ def test_it_is_the_same_each_time_whatever_was_fitted_before(dtype: torch.dtype)
     assert not differences(once.state_dict(), twice.state_dict())
     assert once.unit.u.weight.dtype == dtype
     assert not any(parameter.requires_grad for parameter in once.parameters())
+
+
+def test_it_can_be_mined_among_rows_of_earlier_steps() -> None:
+    """Which holds more of a class than a batch of 24 does; and a bank of the batch alone has its pairs both ways."""
+    features, labels = rows(8, 1)
+    counts, made, mine = {}, {}, fitting.mine
+    for bank in (0, 24, 60):
+        seen: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fitting, "mine", lambda *given, to=seen: (q := mine(*given), to.append(len(q.i)))[0])
+            made[bank] = fitted(features, labels, unit_steps=5, bank=bank)
+        counts[bank] = seen
+    assert counts[24] == [2 * count for count in counts[0]]
+    assert counts[60][0] == counts[24][0]
+    assert all(more > 2 * few for more, few in zip(counts[60][2:], counts[24][2:], strict=True))
+    assert differences(made[0].state_dict(), made[60].state_dict())
 
 
 def test_below_the_floor_lie_the_scores_of_nearly_all_different_pairs() -> None:
@@ -133,7 +149,7 @@ def test_more_classes_than_a_unit_has_room_for_share_it() -> None:
     settings = Settings(method="recommended", dim=DIM, unit_steps=5, unit_width=16)
     made = FittedUnit(settings, 60)
     assert (made.unit.hidden, made.unit.combined) == (16, 16)
-    list(fit(made, features, labels, drawn(labels, 5), settings, fall_back=True))
+    list(fit(made, features, labels, drawn(features, labels, 5), settings, fall_back=True))
     assert all(parameter.isfinite().all() for parameter in made.parameters())
     assert FittedUnit(Settings(method="recommended", dim=DIM), 60).unit.hidden == 4 * DIM
     assert FittedUnit(Settings(method="recommended", dim=DIM), 3).unit.hidden == DIM
@@ -333,6 +349,9 @@ def test_ctrl_c_while_the_unit_is_trained_loses_no_step(
         ({"gather": True}, "--gather is for several --devices; 1 has nothing to gather"),
         ({"gather": True, "devices": 2, "candidates": 3}, "--candidates is 3 beside --gather; with it 0 is accepted"),
         ({"gather": True, "devices": 2, "distance_steps": 3}, "--distance-steps is 3 beside --gather"),
+        ({"bank": -1}, "--bank is -1; at least 0"),
+        ({"bank": 9, "candidates": 3}, "--candidates is 3 beside --bank; with it 0 is accepted"),
+        ({"bank": 9, "distance_steps": 3}, "--distance-steps is 3 beside --bank"),
         ({"train_share": 0.0}, "--train-share is 0.0; above 0"),
         ({"train_share": 1.5}, "--train-share is 1.5"),
         ({"label_noise": 1.0}, "--label-noise is 1.0; from 0 to below 1"),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import pddm_ext
 from pddm_ext.workbench.data.splits import Dataset
+from pddm_ext.workbench.learner import Learner
 from pddm_ext.workbench.loop import Run
 from pddm_ext.workbench.methods import mine_by_distance, objective
+from pddm_ext.workbench.model import embedder
 from pddm_ext.workbench.settings import METHODS, PROXIES, Settings
+from processes import in_two_processes
 from runs import TINY, differences, pictures_of, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +56,7 @@ def test_first_updates_can_be_mined_by_distance(tiny: Dataset) -> None:
     mined = []
     made.loss.similarity = lambda quads: (mined.append(quads), quads.s_ij.sum())[1]  # type: ignore[method-assign]
     for _ in range(3):  # two batches of the first update, and one of the second
-        made(feats, labels)
+        made(feats, labels, torch.arange(12))
     by_distance, by_score = mine_by_distance(feats, labels, "anchor"), made.mine(feats, labels)
     assert not all(torch.equal(one, other) for one, other in zip(by_distance[:4], by_score[:4], strict=True))
     for quads, expected in zip(mined, (by_distance, by_distance, by_score), strict=True):
@@ -71,6 +76,64 @@ def test_a_unit_can_score_the_nearest_alone() -> None:
     assert not torch.equal(quads[0].k, quads[2].k)
 
 
+@pytest.mark.parametrize("method", ["pddm-anchor", "pddm-batch", "joint"])
+def test_a_bank_holds_what_went_before(method: str) -> None:
+    made = objective(Settings(method=method, dim=8, bank=20), 8)
+    generator = torch.Generator().manual_seed(0)
+    labels, seen = torch.arange(4).repeat(3), []
+    made.NOISE = 0.0  # of `joint`
+    made.loss.similarity = lambda quads: (seen.append(quads), quads.s_ij.sum())[1]  # type: ignore[method-assign]
+    batches = [(torch.randn(12, 8, generator=generator), torch.randperm(40, generator=generator)[:12]) for _ in "123"]
+    for feats, rows in batches:
+        terms = made(feats, labels, rows)
+    assert made.bank is not None
+    assert sorted(made.bank.ids.tolist()) == sorted(torch.cat([rows for _, rows in batches])[-20:].tolist())
+    quads, given = seen[-1], made.bank.references()
+    feats = batches[-1][0]
+    expected = pddm_ext.mine_and_score(feats, labels, made.unit, mode=made.mode, ids=batches[-1][1], **given)
+    for one, other in zip(quads, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert (made.bank.ids[quads.j] != batches[-1][1][quads.i])[quads.valid].all()
+    if method == "pddm-anchor":
+        loss = made.loss.embedding(feats, expected, ref_feats=made.bank.feats)
+        torch.testing.assert_close(made.loss.weight * loss, terms["embedding"])
+
+
+def _one_of_two(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    kept: dict[str, Any] = {}
+    for gather in (False, True):
+        torch.manual_seed(0)
+        settings = Settings(**TINY, method="pddm-anchor", devices=2, gather=gather, bank=30)
+        net = embedder(settings, (1, 64, 64))
+        learner = DistributedDataParallel(Learner(net, objective(settings, 8), settings))
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(3):
+            rows = torch.randperm(40, generator=generator)[:12]
+            terms = learner(torch.rand(12, 1, 64, 64, generator=generator), torch.arange(4).repeat(3), rows)
+            torch.stack(list(terms.values())).sum().backward()
+        kept[str(gather)] = {
+            "bank": learner.module.objective.bank.state_dict(),
+            "ids": rows,
+            "grad": learner.module.unit.u.weight.grad,
+        }
+    torch.save(kept, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_have_one_bank(tmp_path: Path) -> None:
+    """Of the batches of all, whether they mine together or not."""
+    one, two = in_two_processes(_one_of_two, tmp_path, preload="pddm_ext.workbench.loop")
+    for gather in ("False", "True"):
+        assert not differences(one[gather]["bank"], two[gather]["bank"])
+        assert len(one[gather]["bank"]["ring_ids"]) == 30
+        for each in (one, two):
+            assert set(each[gather]["ids"].tolist()) <= set(one[gather]["bank"]["ring_ids"].tolist())
+        torch.testing.assert_close(one[gather]["grad"], two[gather]["grad"])
+        assert one[gather]["grad"].abs().sum() > 0
+
+
 def test_processes_that_gather_mine_with_all() -> None:
     feats, labels = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4).repeat(3)
     alone, together = (
@@ -78,7 +141,10 @@ def test_processes_that_gather_mine_with_all() -> None:
     )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        terms = [{name: term.detach() for name, term in made(feats, labels).items()} for made in (alone, together)]
+        terms = [
+            {name: term.detach() for name, term in made(feats, labels, torch.arange(12)).items()}
+            for made in (alone, together)
+        ]
         assert (alone.loss.group, together.loss.group) == (None, dist.group.WORLD)
         together.mine(feats, labels)  # what a report looks at is the leading process's alone
     finally:
@@ -90,7 +156,7 @@ def test_processes_that_gather_mine_with_all() -> None:
 def test_the_score_loss_trains_the_embedding_only_if_asked(flows: bool) -> None:
     made = objective(Settings(method="pddm-pair", dim=8, unit_gradient=flows), 8)
     feats = torch.randn(12, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    terms = made(feats, torch.arange(4).repeat(3))
+    terms = made(feats, torch.arange(4).repeat(3), torch.arange(12))
     assert terms["score"] > 0
     terms["score"].backward()
     assert (feats.grad is not None and feats.grad.abs().sum() > 0) == flows
@@ -113,7 +179,7 @@ def test_each_method_trains(tiny: Dataset, method: str, terms: dict[str, Any]) -
     losses = []
     for _ in range(15):
         torch.manual_seed(0)  # the same noise, where a method has some
-        loss = sum(run.learner(pictures, labels).values())
+        loss = sum(run.learner(pictures, labels, torch.arange(len(labels))).values())
         loss.backward()
         run.optimizer.step()
         run.optimizer.zero_grad()
@@ -131,7 +197,8 @@ def test_density_and_structure_are_terms_beside_any_loss(tiny: Dataset, method: 
         for more in ({}, {"density": 0.1, "density_ratio": 0.7, "structure": 0.3, "clusters": 3})
     )
     pictures, labels = pictures_of(tiny)
-    terms, bare = both(pictures, labels), plain(pictures, labels)
+    rows = torch.arange(len(labels))
+    terms, bare = both(pictures, labels, rows), plain(pictures, labels, rows)
     feats, structure = both.net.both(pictures)
     assert structure is not None
     expected = {

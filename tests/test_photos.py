@@ -577,10 +577,11 @@ def test_worker_processes_read_the_same_pictures(tmp_path: Path) -> None:
     split = photos.folder(make_folder(tmp_path)).train
     drawn = [list(batches(split, 3, 2, 4, seed=5, workers=workers)) for workers in (0, 2)]
     assert len(drawn[0]) == len(drawn[1]) == 4
-    for (pictures, labels), (others, same) in zip(*drawn, strict=True):
+    for (pictures, labels, rows), (others, same, places) in zip(*drawn, strict=True):
         assert pictures.shape == (6, 3, 256, 256)
         assert torch.equal(pictures, others)
         assert torch.equal(labels, same)
+        assert torch.equal(rows, places)
     again = pickle.loads(pickle.dumps(split.pictures))
     rows = torch.tensor([7, 0, 7])
     assert torch.equal(again[rows], split.pictures[rows])

@@ -118,7 +118,7 @@ def test_classes_are_numbered_as_they_appear() -> None:
 def trained_by(method: str, labels: Tensor, ids: list[int]) -> tuple[dict[str, Tensor], Tensor]:
     features = batch()[0].requires_grad_()
     torch.manual_seed(0)
-    terms = objective(Settings(method=method, dim=6), 8)(features, under(ids, labels))
+    terms = objective(Settings(method=method, dim=6), 8)(features, under(ids, labels), torch.arange(len(labels)))
     (gradient,) = torch.autograd.grad(sum(terms.values()), features)
     return terms, gradient
 

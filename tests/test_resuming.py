@@ -43,6 +43,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"method": "pddm-anchor", "precision": "bf16-mixed"}, None),
         ({"method": "contrastive", "precision": "64-true"}, None),
         ({"method": "pddm-batch"}, dropping),
+        ({"method": "pddm-pair", "bank": 20}, None),
+        ({"method": "recommended", "unit_steps": 4, "bank": 20}, None),
     ],
 )
 def test_a_resumed_run_ends_at_the_same_bits(

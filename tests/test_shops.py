@@ -111,9 +111,10 @@ def test_grocery_searches_known_products(tmp_path: Path, form: str, gallery: str
 def test_worker_processes_read_from_the_zip(tmp_path: Path, name: str) -> None:
     split = load(name, made(name, tmp_path / "root")).train
     drawn = [list(batches(split, 2, 2, 3, seed=5, workers=workers)) for workers in (0, 2)]
-    for (pictures, labels), (others, same) in zip(*drawn, strict=True):
+    for (pictures, labels, rows), (others, same, places) in zip(*drawn, strict=True):
         assert torch.equal(pictures, others)
         assert torch.equal(labels, same)
+        assert torch.equal(rows, places)
 
 
 @both

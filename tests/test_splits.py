@@ -66,8 +66,9 @@ def test_undistorted_test_pictures_are_the_stored_ones_in_another_order(tiny: Da
 
 def test_batches_are_classes_times_samples_and_follow_their_seed(tiny: Dataset) -> None:
     drawn = list(batches(tiny.train, 3, 6, 5, seed=1))  # more than the four pictures of a class
-    assert [pictures.shape for pictures, _ in drawn] == [(18, 1, 64, 64)] * 5
-    for pictures, labels in drawn:
+    assert [pictures.shape for pictures, *_ in drawn] == [(18, 1, 64, 64)] * 5
+    for pictures, labels, picked in drawn:
+        assert torch.equal(pictures, tiny.train.pictures[picked])
         assert torch.bincount(labels, minlength=8).sort().values.tolist() == [0] * 5 + [6] * 3
         for picture, label in zip(pictures, labels, strict=True):
             rows = (tiny.train.pictures[torch.arange(32)] == picture).flatten(1).all(1)

@@ -132,9 +132,9 @@ def kept(self, **changed):
     name = f"{sys.argv[1]}-{os.environ.get('LOCAL_RANK', '0')}.pt"
     torch.save({"learner": self.learner.state_dict(), "seen": seen, "leads": self.leads}, name)
 
-def noted(self, pictures, labels):
+def noted(self, pictures, *others):
     seen.append(pictures)
-    return forward(self, pictures, labels)
+    return forward(self, pictures, *others)
 
 save = checkpoint.save
 
@@ -205,7 +205,7 @@ def by_torchrun(folder: Path, *options: str) -> subprocess.CompletedProcess[str]
 
 
 def test_torchrun_starts_the_processes(tmp_path: Path) -> None:
-    done = by_torchrun(tmp_path / "run", "--gather")
+    done = by_torchrun(tmp_path / "run", "--gather", "--bank", "30")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("R-prec.") == 1
     assert json.loads((tmp_path / "run" / "config.json").read_text())["devices"] == 2

@@ -408,7 +408,7 @@ def examples(grid: Grid) -> tuple[Examples, dict[str, Any]]:
     dataset = next(iter(runs.values())).dataset
     first = next(iter(runs.values()))
     settings, view = first.settings, dataset.view
-    stored, labels = next(batches(dataset.train, settings.classes, settings.samples, 1, seed=_SWEEP_SEED))
+    stored, labels, _ = next(batches(dataset.train, settings.classes, settings.samples, 1, seed=_SWEEP_SEED))
     batch = view.augment(stored, torch.Generator().manual_seed(_SWEEP_SEED)) if settings.augment else view.plain(stored)
     shown = {}
     for cell in cells:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pddm_ext
 
-from .methods import rank_by_distance
+from .methods import bank_of, mine, rank_by_distance
 from .settings import Settings
 from .similarity import Similarity, cosine_of
 
@@ -77,7 +77,7 @@ def fit(
     fitted: FittedUnit,
     features: Tensor,
     labels: Tensor,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
     settings: Settings,
     *,
     fall_back: bool,
@@ -94,8 +94,8 @@ def fit(
         fitted: with a unit on the features' device.
         features: (n, dim) of unit norm, of the training pictures.
         labels: (n,) int64 from 0, on the features' device.
-        batches: rows (b,) of the features, and their labels (b,); as many as there are steps.
-        settings: start, noise, margin and steps.
+        batches: some of the features (b, dim), their labels and their rows (b,); as many as there are steps.
+        settings: start, noise, margin, steps and the rows of earlier steps to mine among.
         fall_back: whether the score is to fall back to the distance where the unit knows nothing.
 
     Raises:
@@ -107,17 +107,18 @@ def fit(
     rows, group = _knowing(unit, features, labels, settings)
     unit.requires_grad_(True)
     loss_of = pddm_ext.QuadrupletLoss(settings.alpha)
+    bank = bank_of(settings, features)
     length = settings.unit_noise or (CAUTIOUS if fall_back else NOISE)
     optimizer = torch.optim.Adam(unit.parameters(), lr=RATE, weight_decay=settings.weight_decay)
     steps = settings.unit_updates
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     try:
-        for places, classes in batches:
-            clean = features[places.to(device)]
+        for clean, classes, places in batches:
             noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=device)
             seen = F.normalize(clean + length * noise / settings.dim**0.5, dim=1)
             classes = classes.to(device)
-            loss = loss_of.similarity(pddm_ext.mine_and_score(seen, classes, unit, mode="pair"))
+            quads = mine(unit, seen, classes, places.to(device), "pair", bank)
+            loss = loss_of.similarity(quads)
             if rows:
                 logits = F.linear(seen, unit.v.weight[:rows], unit.v.bias[:rows])
                 loss = loss + CLASSIFIER * F.cross_entropy(SCALE * logits, group[classes])

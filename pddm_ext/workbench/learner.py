@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import pddm_ext
 from pddm_ext.precision import unmasked
@@ -36,6 +37,10 @@ class Learner(nn.Module):
         if settings.structure:
             self.ranking = pddm_ext.MultiClusterRankingLoss(settings.clusters, over=settings.centres)  # type: ignore[arg-type]
         self.fitted = fitted
+        bank = objective.bank
+        if bank is not None:  # it is the same in every process, and need not be sent at every step
+            names = [f"objective.bank.{name}" for name, _ in bank.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)  # type: ignore[no-untyped-call]
 
     @property
     def unit(self) -> pddm_ext.PDDM | None:
@@ -46,13 +51,13 @@ class Learner(nn.Module):
         """What ranks by score, where there is a unit."""
         return Similarity.of(self.objective.unit) if self.fitted is None else self.fitted.similarity
 
-    def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, pictures: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
         # Losses are sums of small differences: of float32 even where the net runs in less.
         feats, structure = self.net.project(pictures) if self.known else self.net.both(pictures)
         feats = feats if feats.dtype == torch.float64 else feats.float()
         feats, zero = unmasked(feats)
         with torch.autocast(feats.device.type, enabled=False):
-            terms: dict[str, Tensor] = self.objective(feats, labels)
+            terms: dict[str, Tensor] = self.objective(feats, labels, rows)
             if self.density is not None:
                 terms["density"] = self.settings.density * self.density(feats, labels)
             if self.ranking is not None and structure is not None:

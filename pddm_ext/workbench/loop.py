@@ -246,12 +246,11 @@ class Run:
         done, told = 0, False
         while done < count and not (alone and ctrl_c.asked):
             for part in range(settings.accumulate):
-                pictures, labels = next(drawn)
-                pictures, labels = pictures.to(fabric.device), labels.to(fabric.device)
+                pictures, labels, rows = (part.to(fabric.device) for part in next(drawn))
                 if not known:
                     pictures = view.augment(pictures, generator) if settings.augment else view.plain(pictures)
                 with fabric.no_backward_sync(learner, enabled=part < settings.accumulate - 1):  # type: ignore[arg-type]
-                    terms = learner(pictures, labels)
+                    terms = learner(pictures, labels, rows)
                     loss = torch.stack(list(terms.values())).sum() / settings.accumulate
                     fabric.backward(loss)
                 losses[done] += loss.detach()
@@ -359,8 +358,8 @@ class Run:
         with self._chosen(), bar.aside("embedding", len(train.labels), "picture") as shown:
             (features,) = over(train.pictures, call, net, 0 if known else settings.workers, shown)
         features = (features if features.dtype == torch.float64 else features.float()).to(fitted.cosine.device)
-        rows = replace(train, pictures=torch.arange(len(train.labels)))
         steps, labels = settings.unit_updates, train.labels.to(features.device)
+        rows = replace(train, pictures=features)
         drawn = batches(rows, settings.classes, settings.samples, steps, seed=(settings.seed * 7919 + 7) % 2**32)
         with bar.aside("training the unit", steps, "step") as shown:
             for _ in fit(fitted, features, labels, drawn, settings, fall_back=self._falls_back):

@@ -36,30 +36,35 @@ class Quadruplet(nn.Module):
         )
         self.loss = pddm_ext.QuadrupletLoss(settings.alpha, settings.beta, settings.weight)
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.bank = None if unit is None else bank_of(settings)
 
     def mine(self, feats: Tensor, labels: Tensor) -> Quadruplets:
-        """What the trained method mines; its scores are the unit's, or negative squared distances."""
-        return self._mined(feats, labels, None)
-
-    def _mined(self, feats: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Quadruplets:
+        """What the trained method mines of a batch; its scores are the unit's, or negative squared distances."""
         if self.unit is None:
             return mine_by_distance(feats, labels, self.mode)
-        given: dict[str, Any] = {"mode": self.mode, "candidates": self.candidates, "group": group}
-        return pddm_ext.mine_and_score(feats, labels, self.unit, **given)
+        return pddm_ext.mine_and_score(feats, labels, self.unit, mode=self.mode, candidates=self.candidates)
 
-    def forward(self, feats: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        quads = self._mine(feats if self.unit_gradient else feats.detach(), labels)
-        embedding = self.loss.embedding(feats, quads)
+    def forward(self, feats: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        quads = self._mine(feats if self.unit_gradient else feats.detach(), labels, rows)
+        among = None if self.bank is None else self.bank.feats
+        embedding = self.loss.embedding(feats, quads, ref_feats=among)
         if self.unit is None:
             return {"embedding": embedding}
         return {"score": self.loss.similarity(quads), "embedding": self.loss.weight * embedding}
 
-    def _mine(self, feats: Tensor, labels: Tensor) -> Quadruplets:
-        """:meth:`mine`, of all processes' batches if it gathers; or by distance at first, with the unit's scores."""
+    def _mine(self, feats: Tensor, labels: Tensor, rows: Tensor) -> Quadruplets:
+        """:meth:`mine`, of all processes' batches if it gathers, and among the bank's rows, if there is one; or by
+        distance at first, with the unit's scores."""
         self.batches += 1
-        group = self.loss.group = dist.group.WORLD if self.gather and dist.is_initialized() else None
-        if self.unit is None or not self.distance_batches or self.batches > self.distance_batches:
-            return self._mined(feats, labels, group)
+        world = dist.group.WORLD if dist.is_initialized() else None
+        group = self.loss.group = world if self.gather else None
+        if self.unit is None:
+            return self.mine(feats, labels)
+        if self.bank is not None:
+            self.bank.group = world  # one for all: what one process would have of their batches
+        if not self.distance_batches or self.batches > self.distance_batches:
+            given = {"candidates": self.candidates, "group": group}
+            return mine(self.unit, feats, labels, rows, self.mode, self.bank, **given)
         quads = mine_by_distance(feats, labels, self.mode)
         i, j, k, l = (rows.clamp(min=0) for rows in quads[:4])  # noqa: E741 - the paper's names
         scores = pddm_ext.score_pairs(feats, torch.cat([i, i, j]), torch.cat([j, k, l]), self.unit)
@@ -87,24 +92,47 @@ class Joint(Quadruplet):
         super().__init__(settings, "pair", unit)
         self.pairs = losses.MultiSimilarityLoss()
 
-    def forward(self, feats: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, feats: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
         unit = F.normalize(feats if self.unit_gradient else feats.detach(), dim=1)
-        quads = self._mine(unit + self.NOISE * torch.randn_like(unit), labels)
+        quads = self._mine(unit + self.NOISE * torch.randn_like(unit), labels, rows)
         return {"score": self.SCORE * self.loss.similarity(quads), "embedding": self.pairs(feats, labels)}
 
 
 class PairLoss(nn.Module):
     """A loss of pytorch-metric-learning, on what its miner picks, if there is one."""
 
-    unit = None
+    unit = bank = None
 
     def __init__(self, loss: nn.Module, miner: nn.Module | None = None) -> None:
         super().__init__()
         self.loss, self.miner = loss, miner
 
-    def forward(self, feats: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, feats: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
         picked = None if self.miner is None else self.miner(feats, labels)
         return {"embedding": self.loss(feats, labels, picked)}
+
+
+def bank_of(settings: Settings, like: Tensor | None = None) -> pddm_ext.MemoryBank | None:
+    """The memory bank that the settings ask for, of a tensor's dtype and device."""
+    like = torch.empty(0) if like is None else like
+    made = pddm_ext.MemoryBank
+    return made(settings.bank, settings.dim, dtype=like.dtype, device=like.device) if settings.bank else None
+
+
+def mine(
+    unit: pddm_ext.PDDM,
+    feats: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    mode: Mode,
+    bank: pddm_ext.MemoryBank | None,
+    **more: Any,
+) -> Quadruplets:
+    """The unit's quadruplets of a batch; or of its rows and those in the bank, among which they then are, too."""
+    if bank is not None:
+        bank.add(feats, labels, rows)
+        more |= {"ids": rows, **bank.references()}
+    return pddm_ext.mine_and_score(feats, labels, unit, mode=mode, **more)
 
 
 def mine_by_distance(feats: Tensor, labels: Tensor, mode: Mode) -> Quadruplets:

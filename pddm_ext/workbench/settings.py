@@ -117,6 +117,10 @@ class Settings:
     )
     unit_gradient: bool = _setting(True, "PDDM: let the score loss train the embedding, too")
     candidates: int = _setting(0, "PDDM: score only each row's so many nearest of other classes; 0 scores all")
+    bank: int = _setting(
+        0,
+        "PDDM and --unit-steps: mine among the newest so many pictures of this and earlier batches; 0 is this one's",
+    )
     gather: bool = _setting(False, "PDDM: with several --devices, mine the batches of all together")
     distance_steps: int = _setting(0, "PDDM: first updates whose quadruplets are mined by distance")
     alpha: float = _setting(0.5, "PDDM: margin of the scores")
@@ -155,6 +159,7 @@ class Settings:
                 "picture",
                 "warmup",
                 "candidates",
+                "bank",
                 "distance_steps",
                 "unit_steps",
                 "unit_width",
@@ -191,12 +196,14 @@ class Settings:
             raise ValueError(f"--train-share is {self.train_share}; above 0, and at most 1, is accepted")
         if self.label_noise >= 1:
             raise ValueError(f"--label-noise is {self.label_noise}; from 0 to below 1 is accepted")
-        if self.gather:
-            if self.devices == 1:
-                raise ValueError("--gather is for several --devices; 1 has nothing to gather")
+        if self.gather and self.devices == 1:
+            raise ValueError("--gather is for several --devices; 1 has nothing to gather")
+        for beside in ("gather", "bank"):
             for name in ("candidates", "distance_steps"):
-                if getattr(self, name):
-                    raise ValueError(f"{option(name)} is {getattr(self, name)} beside --gather; with it 0 is accepted")
+                if getattr(self, beside) and getattr(self, name):
+                    raise ValueError(
+                        f"{option(name)} is {getattr(self, name)} beside {option(beside)}; with it 0 is accepted"
+                    )
         if self.unit_width == 1:
             raise ValueError("--unit-width is 1; 0 or at least 2 is accepted")
         if self.pretrained and not self.backbone.startswith(("timm/", "torchvision/", "efficientnet-lite0")):
@@ -236,9 +243,9 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_SCORED = {"unit_lr_factor", "unit_gradient", "candidates", "gather", "distance_steps", "alpha"}
+_SCORED = {"unit_lr_factor", "unit_gradient", "candidates", "bank", "gather", "distance_steps", "alpha"}
 #: Of a unit that is trained afterwards, beside its number of updates.
-FITTED = {"unit_start", "unit_width", "unit_noise", "unit_fallback", "alpha"}
+FITTED = {"unit_start", "unit_width", "unit_noise", "unit_fallback", "bank", "alpha"}
 _PARTICULAR = _SCORED | FITTED | {"unit_steps", "beta", "weight", "margin", "proxy_lr_factor"}
 
 

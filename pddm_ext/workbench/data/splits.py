@@ -344,15 +344,15 @@ class _Batches:
     def __len__(self) -> int:
         return len(self.split.labels)
 
-    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.tensor(rows)
-        return self.split.pictures[index], self.split.labels[index]
+        return self.split.pictures[index], self.split.labels[index], index
 
 
 def batches(
     split: Split, classes: int, samples: int, count: int, *, seed: int, workers: int = 0, skip: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """``count`` batches of ``classes`` × ``samples`` stored pictures: (c·s, …) uint8 and labels (c·s,).
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``count`` batches of ``classes`` × ``samples`` stored pictures: (c·s, …) uint8, their labels and rows (c·s,).
 
     The seed decides them; the first ``skip`` are left out. A class with fewer pictures than ``samples`` repeats some.
     """
@@ -367,7 +367,7 @@ def batches(
     finally:
         common_functions.NUMPY_RANDOM = before
     rows = [order[start : start + size] for start in range(skip * size, count * size, size)]
-    loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(
+    loader: Iterable[tuple[Tensor, Tensor, Tensor]] = DataLoader(
         _Batches(split),  # type: ignore[arg-type]
         batch_sampler=rows,
         num_workers=workers,
@@ -379,7 +379,7 @@ def batches(
     yield from drawn
 
 
-def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _whole(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """A batch that was fetched at once: nothing is left to collate."""
     return batch
 
