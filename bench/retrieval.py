@@ -184,6 +184,9 @@ SIBLINGS_SEEN = tuple(
     for base in ("multi-similarity", "triplet-semihard")
     for term in ("", ":density=0.03", ":density=0.3", ":structure=0.3", ":structure=0.3,centres=all", ":structure=1")
 )
+#: Rows of earlier batches to mine among, up to all that there have been; steps that make as many, and how many seeds.
+SIZES = ("pddm-anchor", "pddm-anchor:bank=4096", "pddm-anchor:bank=65536")
+FILLING, FEW = 1100, 3
 #: The closest methods with the whole network trained, its backbone at a tenth of the rate.
 FINE = ("recommended", "joint", "sup-con:lr=0.003")
 WHOLE = {"freeze": False, "augment": True, "picture": 128, "steps": 200, "every": 200, "backbone_lr_factor": 0.1}
@@ -207,6 +210,7 @@ GRIDS = {
         )
         for data in ("omniglot", "glyphs")
     },
+    "omniglot-bank": _drawings("omniglot", SIZES, FILLING, lrs=LRS[1:2], seeds=FEW),
     **{f"{data}-unseen": _classes(data, (*SCORING, *STRONGEST), known=False) for data in ("omniglot", "glyphs")},
     "omniglot": _drawings("omniglot", METHODS),
     "glyphs": _drawings("glyphs", METHODS),

@@ -145,6 +145,44 @@ def test_a_batch_of_another_size_does_not_break_a_compiled_step():
         compare_steps(step, compiled, n)
 
 
+def compilations(function, *calls) -> int:
+    """How many graphs a function is compiled into over these calls."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for call in calls:
+        compiled(*call())
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("mode", ["batch", "anchor"])
+def test_sizes_that_change_are_compiled_twice(mode):
+    """The first size as it is, and then once for all: of the batch, of candidates, and of a bank that fills."""
+    unit, sizes = make_unit(5), (20, 24, 31, 8, 57, 20, 33, 12)
+    given = [(make_features(n, 5), make_labels(n)) for n in sizes]
+
+    def plain(feats, labels):
+        return pddm_ext.mine_and_score(feats, labels, unit, mode=mode).s_ik
+
+    def by_candidates(feats, labels):
+        return pddm_ext.mine_and_score(feats, labels, unit, mode=mode, candidates=3).s_ik
+
+    def among(feats, labels, ids, ref_feats, ref_labels, ref_ids):
+        among = {"ref_feats": ref_feats, "ref_labels": ref_labels, "ids": ids, "ref_ids": ref_ids}
+        return pddm_ext.mine_and_score(feats, labels, unit, mode=mode, **among).s_ik
+
+    bank, calls = pddm_ext.MemoryBank(70, 5, device=DEVICE), []
+    for feats, labels in given:
+        ids = torch.arange(len(labels), device=DEVICE)
+        bank.add(feats, labels, ids)
+        calls.append((feats, labels, ids, *(x.clone() for x in bank.references().values())))
+    for function in (plain, by_candidates):
+        assert compilations(function, *((lambda one=one: one) for one in given)) == 2
+    # The bank's size changes at the second call and is another number than the batch's from the first; the last calls
+    # find it full.
+    assert compilations(among, *((lambda one=one: one) for one in calls)) <= 3
+
+
 @pytest.mark.parametrize(
     "call", ["score_pairs", "score_matrix", "score_matrix of two", "topk", "unit", "method", "some"]
 )

@@ -6,6 +6,8 @@ import copy
 import datetime
 import os
 import pickle
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pddm_ext
 from helpers import MODES, assert_same_bits, counters, host_only, make_features, make_labels, make_unit, reset_counters
 from pddm_ext import reference
-from processes import in_processes
+from processes import in_processes, in_two_processes
 
 pytestmark = host_only("gloo and small CPU tensors")
 
@@ -278,6 +280,33 @@ def test_a_process_without_rows_takes_part_in_the_backward_pass(told):
     for rank, result in enumerate(results[: max(world - 1, 1)]):
         expected = feats.grad[8 * rank : 8 * rank + 8] * world
         torch.testing.assert_close(result["empty"], expected, atol=1e-5, rtol=1e-4)
+
+
+def _killed_at_work(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timeout)
+    feats, labels = batch(12)
+    unit = make_unit(DIM)
+    unit.mine(feats, labels, mode="anchor", group=dist.group.WORLD)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun = time.monotonic()
+    try:
+        unit.mine(feats, labels, mode="anchor", group=dist.group.WORLD)
+    except RuntimeError as error:  # torch.distributed's own are of this kind
+        (folder / "error").write_text(f"{type(error).__module__} {error}")
+    (folder / f"seconds-{rank}").write_text(str(time.monotonic() - begun))
+    os._exit(0)  # the group has no way to say goodbye
+
+
+def test_a_process_that_is_killed_fails_the_others_within_the_timeout(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):  # of their exit codes
+        in_two_processes(_killed_at_work, tmp_path, preload="pddm_ext")
+    assert "Connection closed by peer" in (tmp_path / "error").read_text() or "gloo" in (tmp_path / "error").read_text()
+    (seconds,) = tmp_path.glob("seconds-*")
+    assert seconds.name == "seconds-0"
+    assert float(seconds.read_text()) < 40
 
 
 def test_what_one_process_refuses_fails_in_all_of_them(told):

@@ -251,6 +251,34 @@ def test_ctrl_c_stops_all_processes_of_a_run_at_a_checkpoint(
     assert checkpoint.load(path)["curves"]["step"][-3:] == [taken - 2, taken, taken + 2]
 
 
+def test_a_process_that_is_killed_ends_the_others_and_loses_no_checkpoint(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """By torch.distributed's own error. tests/endurance/kills.py has thirty moments of four commands."""
+    process = start("train", "--devices", "2", "--method", "pddm-anchor", "--gather", "--out", "run", "--no-progress")
+    path = tmp_path / "run" / CHECKPOINT
+    wait_for(path.exists)
+    (other,) = (each for each in members(process.pid) if each != process.pid and importing(each))
+    (tmp_path / "run" / ".metrics.json.4194304").write_text("{")  # as a process leaves it that was killed there
+    os.kill(other, signal.SIGKILL)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode != 0
+    assert "gloo" in error.lower() or "DistBackendError" in error, error
+    wait_for(lambda: not members(process.pid))
+    taken = checkpoint.load(path)["taken"]
+    resumed = subprocess.run(
+        [sys.executable, "-m", "pddm_ext", "train", "--resume", "--out", "run", "--steps", str(taken + 2)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert checkpoint.load(path)["taken"] == taken + 2
+    assert not [left for left in (tmp_path / "run").rglob(".*") if left.name != ".lock"]
+
+
 def test_ctrl_c_reaches_no_worker_that_reads_pictures(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

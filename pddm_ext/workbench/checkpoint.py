@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,10 @@ KEYS: dict[str, type] = {
 }
 
 
+#: What :func:`write_bytes` writes under.
+_TEMPORARY = re.compile(r"\..+\.\d+")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -66,7 +71,8 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep it from other processes as long as this lasts; a killed process keeps nothing.
+    """Make the folder, and keep it from other processes as long as this lasts; a killed process keeps nothing, and what
+    it had half written, in the folder or one within it, goes.
 
     An empty file ``.lock`` stays in it.
 
@@ -85,6 +91,9 @@ def claimed(folder: Path) -> Iterator[None]:
             f"--out is {folder} ({error.strerror or error}); a folder that can be made and written to is accepted"
         ) from error
     try:
+        for path in (*folder.glob(".*"), *folder.glob("*/.*")):
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():  # of a process that was killed while it wrote
+                path.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
