@@ -297,6 +297,7 @@ def _among(
     ref_feats, ref_labels, ids, ref_ids = references
     assert ref_feats is not None
     assert ref_labels is not None
+    health.before_mining(ref_feats=ref_feats)
     outs = unlabelled(labels, ignore_label), unlabelled(ref_labels, ignore_label)
     classes, ref_classes = number_classes(labels, ref_labels, *outs)
     rows = Side(feats.detach(), classes, None if ids is None else ids.long())

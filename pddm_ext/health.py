@@ -42,11 +42,11 @@ _told: set[str] = set()
 def set_health_checks(action: Action) -> None:
     """What happens when mining sees that a step teaches nothing.
 
-    That is: features or a unit's parameters that are not finite, a batch without a positive pair or of one class,
-    features that are all one point, and a default unit whose gradient no optimizer uses. Not looked at are batches
-    inside ``torch.compile``, ``torch.func``'s transforms and CUDA graphs; of a group's batch only its features
-    and classes, and those not among references. On the CPU every batch is looked at; on a GPU
-    one in sixteen, without waiting for it, so that word comes some steps later.
+    That is: features, references or a unit's parameters that are not finite, a batch without a positive pair or of one
+    class, features that are all one point, and a default unit whose gradient no optimizer uses. Not looked at are
+    batches inside ``torch.compile``, ``torch.func``'s transforms and CUDA graphs; of a group's batch only what every
+    process knows, its features and classes, or the references that it is mined among. On the CPU every batch is looked
+    at; on a GPU one in sixteen, without waiting for it, so that word comes some steps later.
 
     Args:
         action: ``"warn"`` (the default), once per process for each reason, by a :class:`HealthWarning`; ``"raise"`` a
@@ -103,26 +103,30 @@ def after_mining(
     if left_out is not None:
         feats = torch.where(left_out[:, None], 0.0, feats)
     if feats.device.type == "cpu":
-        if _ill(quads, feats):
+        if _ill(quads, feats, ref_feats):
             _diagnose(quads, feats, labels, unit, left_out, ref_feats)
     elif feats.device.type == "cuda" and _later.due() and not torch.cuda.is_current_stream_capturing():
         if _later.read():
             _diagnose(quads, feats, labels, unit, left_out, ref_feats)
-        _later.write(_signs(quads, feats))
+        _later.write(_signs(quads, feats, ref_feats))
 
 
-def _ill(quads: Quadruplets, feats: Tensor) -> bool:
+def _ill(quads: Quadruplets, feats: Tensor, ref_feats: Tensor | None = None) -> bool:
     """Whether a closer look is due. Of microseconds, for it is taken at every batch, small ones too."""
-    if not math.isfinite(feats.sum().item()) or not quads.valid.any():
+    rows = (feats,) if ref_feats is None else (feats, ref_feats.detach())
+    if not all(math.isfinite(x.sum(dtype=score_dtype(x)).item()) for x in rows) or not quads.valid.any():
         return True
     s_ij, s_ik = quads.s_ij.detach()[0].item(), quads.s_ik.detach()[0].item()
     return not abs(s_ij - s_ik) > 1e-5 * abs(s_ij) + 1e-7  # one point, one score; a slot not valid; infinity
 
 
-def _signs(quads: Quadruplets, feats: Tensor) -> Tensor:
+def _signs(quads: Quadruplets, feats: Tensor, ref_feats: Tensor | None = None) -> Tensor:
     """:func:`_ill` where the answer is wanted on the device: (3,) bool."""
     apart = (quads.s_ij - quads.s_ik).detach().abs() > 1e-5 * quads.s_ij.detach().abs() + 1e-7
-    return torch.stack([~feats.sum(dtype=torch.float32).isfinite(), ~quads.valid.any(), ~apart.any()])
+    finite = feats.sum(dtype=torch.float32).isfinite()
+    if ref_feats is not None:
+        finite &= ref_feats.detach().sum(dtype=torch.float32).isfinite()
+    return torch.stack([~finite, ~quads.valid.any(), ~apart.any()])
 
 
 def _diagnose(
@@ -171,7 +175,8 @@ def _diagnose(
 
 
 def before_mining(**feats: Tensor) -> None:
-    """Look at features (n, d) by the names of their arguments, where what is mined of them is not looked at after."""
+    """Look at features (n, d) by the names of their arguments, where what is mined of them is not looked at after. In a
+    group those must be the same in every process, so that all are told, or all raise, and none is left waiting."""
     for name, x in feats.items():
         if _action != "ignore" and _checks.readable(x):
             _finite(name, x.detach())

@@ -229,13 +229,20 @@ def test_the_reference_keeps_the_same_slots(told):
 
 def test_each_scores_its_part_of_the_pairs(told):
     world, results = told
-    for case, (shards, _, _) in enumerate(cases(world)):
+    for case, (shards, alone, ignored) in enumerate(cases(world)):
         n = sum(shards)
         for mode in ("anchor", "pair"):
             scored = [int(result[f"{case} {mode}"][8]) for result in results]
             assert sum(scored) == n * (n - 1) // 2 + n  # a square's diagonal is scored, too
             if shards == SHARDS[world][0] and n >= 64:
                 assert max(scored) <= 1.1 * n * n / 2 / world
+        labels = batch(n, alone=alone)[1]
+        positives = int((labels[:, None] == labels).triu(1).sum()) if ignored is None else 0
+        scored = [int(result[f"{case} batch"][8]) for result in results]
+        if ignored is None:
+            assert sum(scored) == (positives + 2 * n if positives else 0)
+            assert max(scored) <= (positives + 2 * n) / world + 3
+        for mode in ("anchor", "pair"):
             of = [result[f"{case} {mode} among"] for result in results]
             m = len(references_of(n)[1]["ref_labels"])
             distinct = len(torch.unique(torch.cat([quads[1][quads[7]] for quads in of])))

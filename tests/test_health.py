@@ -231,6 +231,21 @@ def test_an_adapter_that_mines_in_a_reference_tells_as_well(bad):
     assert f"2 of 16 rows of {bad} are not finite, the first is row 2" in said[0]
 
 
+@pytest.mark.parametrize("package", ["fused", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_references_that_are_not_finite_are_told_though_quadruplets_are_valid(package, dtype):
+    unit = make_unit(6) if package == "fused" else plain(make_unit(6))
+    references = broken(slice(2, 4), torch.inf).to(dtype)
+    found = []
+    given = {"ref_feats": references, "ref_labels": LABELS, "mode": "anchor"}
+    said = told(lambda: found.extend(unit.mine(X, LABELS, **given) for _ in range(2)))
+    assert len(said) == 1
+    assert "2 of 16 rows of ref_feats are not finite, the first is row 2" in said[0]
+    assert found[0].valid.any()
+    large = torch.full((16, 6), 6e4, dtype=torch.float16)  # whose sum in its own dtype would not be
+    assert not [word for word in told(lambda: unit.mine(X, LABELS, **given | {"ref_feats": large})) if "finite" in word]
+
+
 # --- The default unit -------------------------------------------------------------------------------------------------
 
 
@@ -334,3 +349,6 @@ def test_signs_on_a_device_and_on_the_host_agree():
     quads = make_unit(6).mine(X, LABELS, mode="anchor")
     assert not health._ill(quads, X)
     assert not health._signs(quads, X).any()
+    assert not health._signs(quads, X, X).any()
+    assert health._ill(quads, X, broken(slice(2, 4), torch.nan))
+    assert health._signs(quads, X, broken(slice(2, 4), torch.nan)).tolist() == [True, False, False]
