@@ -163,6 +163,7 @@ lint: $(VENV)/lint $(VENV)/installed ## check Python, C++, the workflows, and th
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/python bench/table.py --check
 	$(BIN)/python bench/retrieval.py --check
+	$(BIN)/python bench/scaling.py --check
 	$(if $(WORKFLOWS),$(BIN)/python -m check_jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS))
 
 format: $(VENV)/lint ## format Python and C++

@@ -16,6 +16,17 @@ import torch
 import pddm_ext
 
 
+def environment_of_a_user(**more: str) -> dict[str, str]:
+    """For processes that run the workbench with this package, wherever the suite was started."""
+    places = [str(Path(__file__).parent / "bare"), str(Path(pddm_ext.__file__).parents[1])]
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")]),
+        **more,
+    }
+
+
 def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:
     """With this package and these helpers, wherever the suite was started."""
     places = [str(Path(pddm_ext.__file__).parents[1]), str(Path(__file__).parent)]

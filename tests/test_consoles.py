@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-import pddm_ext
 from pddm_ext.workbench import cli, outcome
 from pddm_ext.workbench.checkpoint import write_json
 from pddm_ext.workbench.console import Progress, lenient
 from pddm_ext.workbench.data import photos
 from pddm_ext.workbench.data.splits import Dataset, file_of
 from pddm_ext.workbench.report import page
+from processes import environment_of_a_user
 from runs import TINY_OPTIONS, make_archive
 from small_data import make_folder
 
@@ -33,12 +33,9 @@ def net():
 
 
 def start(folder: Path, *arguments: str, encoding: str = "", locale: str = "C.UTF-8", **options: Any) -> Any:
-    places = [str(Path(pddm_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        **{"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places), "PYTHONIOENCODING": encoding},
-        **{"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    }
+    environment = environment_of_a_user(
+        PYTHONIOENCODING=encoding, LC_ALL=locale, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"
+    )
     command = [sys.executable, "-m", "pddm_ext", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, check=False, timeout=300, **options)
 
@@ -116,7 +113,7 @@ def test_readers_that_leave_end_nothing(tmp_path: Path) -> None:
 )
 def test_streams_that_are_closed_change_no_status(tmp_path: Path, arguments: str, closed: str, status: int) -> None:
     shut = {"stdout": "1>&-", "stderr": "2>&-", "both": "0<&- 1>&- 2>&-"}[closed]
-    environment = {**os.environ, "PYTHONPATH": str(Path(pddm_ext.__file__).parents[1])}
+    environment = environment_of_a_user()
     command = f"exec {sys.executable} -m pddm_ext {arguments} {shut}"
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert done.returncode == status

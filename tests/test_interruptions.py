@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-import pddm_ext
 from pddm_ext.workbench import checkpoint, cli, compare, outcome
 from pddm_ext.workbench.checkpoint import claimed
 from pddm_ext.workbench.compare import Cell, Grid
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import CHECKPOINT, CONFIG, Run
 from pddm_ext.workbench.settings import Settings
+from processes import environment_of_a_user
 from runs import TINY, TINY_OPTIONS, interrupt_at, make_archive, trained
 
 pytestmark = [
@@ -40,10 +40,6 @@ with claimed(Path(sys.argv[1])):
 """
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(pddm_ext.__file__).parents[1])}
-
-
 @pytest.fixture
 def hold(tmp_path: Path) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
     """Another process that has claimed a folder."""
@@ -51,7 +47,7 @@ def hold(tmp_path: Path) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
 
     def start(folder: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", _HOLDER, str(folder)]
-        holder = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+        holder = subprocess.Popen(command, cwd=tmp_path, env=environment_of_a_user(), stdout=subprocess.PIPE, text=True)
         holders.append(holder)
         assert holder.stdout is not None
         assert holder.stdout.readline() == "claimed\n"
@@ -128,7 +124,8 @@ def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pddm_ext", "train", *TINY_OPTIONS, *data]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [
-        subprocess.Popen([*command, "--lr", lr], cwd=tmp_path, env=environment(), **pipes) for lr in ("0.001", "0.002")
+        subprocess.Popen([*command, "--lr", lr], cwd=tmp_path, env=environment_of_a_user(), **pipes)
+        for lr in ("0.001", "0.002")
     ]
     ends = [(process.communicate(timeout=300)[1], process.returncode) for process in both]
     assert sorted(status for _, status in ends) == [0, 2]
@@ -206,7 +203,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             subprocess.Popen(
                 [sys.executable, "-m", "pddm_ext", command, *TINY_OPTIONS, *data, *options],
                 cwd=tmp_path,
-                env=environment(),
+                env=environment_of_a_user(),
                 start_new_session=True,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -242,7 +239,7 @@ def test_ctrl_c_stops_all_processes_of_a_run_at_a_checkpoint(
     resumed = subprocess.run(
         [sys.executable, "-m", "pddm_ext", "train", "--resume", "--out", "run", "--steps", str(taken + 2)],
         cwd=tmp_path,
-        env=environment(),
+        env=environment_of_a_user(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -269,7 +266,7 @@ def test_a_process_that_is_killed_ends_the_others_and_loses_no_checkpoint(
     resumed = subprocess.run(
         [sys.executable, "-m", "pddm_ext", "train", "--resume", "--out", "run", "--steps", str(taken + 2)],
         cwd=tmp_path,
-        env=environment(),
+        env=environment_of_a_user(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import pickle
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-import pddm_ext
 from pddm_ext.workbench import cli, compare, outcome
 from pddm_ext.workbench.data import photos, scan
 from pddm_ext.workbench.data.augment import DRAWINGS, PHOTOS
@@ -22,6 +20,7 @@ from pddm_ext.workbench.data.load import load
 from pddm_ext.workbench.data.splits import Dataset, TestSet
 from pddm_ext.workbench.loop import Run
 from pddm_ext.workbench.settings import Settings
+from processes import environment_of_a_user
 from runs import TINY, TINY_OPTIONS, make_archive, make_tiny, untimed
 from small_data import make_folder
 
@@ -40,8 +39,7 @@ if __name__ == "__main__":
 
 
 def run(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    places = [str(Path(pddm_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places), **environment}
+    environment = environment_of_a_user(**environment)
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )

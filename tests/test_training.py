@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -15,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import pddm_ext
 from pddm_ext.workbench import checkpoint, outcome
 from pddm_ext.workbench.data.augment import DRAWINGS
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import CHECKPOINT, Run
 from pddm_ext.workbench.measuring import COLLAPSED, CollapseWarning
 from pddm_ext.workbench.settings import Settings
+from processes import environment_of_a_user
 from runs import TINY, TINY_OPTIONS, differences, make_archive, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,9 +152,8 @@ def on_two(tmp_path: Path, name: str, *options: str) -> subprocess.CompletedProc
     data = ["--data", "omniglot", "--root", str(tmp_path / "small.zip"), "--out", str(tmp_path / name)]
     given = ["train", *TINY_OPTIONS, *data, "--devices", "2", "--method", "recommended", "--unit-steps", "4", *options]
     command = [sys.executable, "script.py", name, *given]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+        command, cwd=tmp_path, env=environment_of_a_user(), capture_output=True, text=True, check=False, timeout=300
     )
 
 
@@ -196,7 +194,7 @@ def by_torchrun(folder: Path, *options: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [*command, *given],
         cwd=folder.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(pddm_ext.__file__).parents[1])},
+        env=environment_of_a_user(),
         capture_output=True,
         text=True,
         check=False,

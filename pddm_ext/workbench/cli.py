@@ -349,7 +349,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
-    from . import backbones, checkpoint, loop, outcome, trained
+    from . import backbones, checkpoint, devices, loop, outcome, trained
     from .data import scan
     from .report import page
 
@@ -369,7 +369,7 @@ def _train(arguments: argparse.Namespace) -> int:
     dataset = scan.ready(settings, backbones.view(settings), progress=arguments.progress, leads=leads)
     run = loop.Run(settings, dataset, folder)
     # Of several processes the leading one writes, and it claims the folder before it starts the others.
-    with checkpoint.claimed(folder) if leads else nullcontext():
+    with checkpoint.claimed(folder) if leads else nullcontext(), devices.parted():
         if leads:
             look()  # again: another run may have begun and ended meanwhile
         if arguments.resume:

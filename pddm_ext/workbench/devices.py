@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.logger import Logger
 
 from pddm_ext import _C
 
 from .settings import Settings
+
+
+@contextmanager
+def parted() -> Iterator[None]:
+    """Leave the processes' group at the end: its threads would otherwise outlive the interpreter now and then, which
+    ends in an abort."""
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def fabric(settings: Settings, accelerator: str, devices: int, scores: bool, loggers: Sequence[Logger] = ()) -> Fabric:

@@ -211,7 +211,8 @@ namespace pddm::emulation {
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t occupancy(int* blocks, int threads, size_t shared_bytes);
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* context);
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* context,
+                   const Parameters& parameters);
 
 }  // namespace pddm::emulation
 
@@ -236,7 +237,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Call& call = *static_cast<const Call*>(context);
     std::apply(call.kernel, call.arguments);
   };
-  return pddm::emulation::launch(*config, reinterpret_cast<const void*>(kernel), body, &call);
+  const auto listed = [](const auto&... argument) {
+    return pddm::emulation::Parameters{{&argument, sizeof argument, alignof(std::decay_t<decltype(argument)>)}...};
+  };
+  return pddm::emulation::launch(*config, reinterpret_cast<const void*>(kernel), body, &call,
+                                 std::apply(listed, call.arguments));
 }
 
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t = nullptr) {

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "vector_types.h"
 
@@ -27,6 +28,15 @@ struct Launch {
 
 // Returns when every block has ended. Throws what a thread throws, and std::runtime_error if no thread can go on.
 void run(const Launch& launch);
+
+struct Parameter {
+  const void* value;
+  size_t bytes, alignment;
+};
+using Parameters = std::vector<Parameter>;
+
+// Where it is set, the runtime has it run a kernel, and not the kernel's own body: see tests/ptx.
+extern void (*run_instead)(const Launch& launch, const void* kernel, const Parameters& parameters);
 
 // The rest is for the threads.
 

@@ -74,7 +74,10 @@ cudaError_t occupancy(int* blocks, int threads, size_t shared_bytes) {
   return cudaSuccess;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* context) {
+void (*run_instead)(const Launch& launch, const void* kernel, const Parameters& parameters) = nullptr;
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* context,
+                   const Parameters& parameters) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const size_t threads = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
@@ -89,7 +92,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   }
   if (config.dynamicSmemBytes > std::min(most, size_t(device().shared_per_block)))
     return remember(cudaErrorInvalidValue);
-  run({grid, block, config.dynamicSmemBytes, body, context});
+  const Launch whole{grid, block, config.dynamicSmemBytes, body, context};
+  run_instead ? run_instead(whole, kernel, parameters) : run(whole);
   return cudaSuccess;
 }
 

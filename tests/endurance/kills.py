@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pddm_ext
 from pddm_ext.workbench import checkpoint
+from processes import environment_of_a_user
 from runs import TINY_OPTIONS, differences, make_archive
 
 SHORT = [*TINY_OPTIONS, "--data", "omniglot", "--root", "small.zip", "--no-progress"]
@@ -54,7 +54,7 @@ def start(command: list[str], place: Path, out: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pddm_ext", *command, "--out", out, *again],
         cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(pddm_ext.__file__).parents[1])},
+        env=environment_of_a_user(),
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

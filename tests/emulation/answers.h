@@ -1,0 +1,114 @@
+// What a backend makes of one unit and some rows, through every door, on arrays of exactly their size.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../csrc/problem.h"
+
+namespace pddm {
+
+struct Scratch {
+  std::vector<std::unique_ptr<unsigned char[]>> taken;
+  static void* take(void* context, int64_t bytes) {
+    auto& self = *static_cast<Scratch*>(context);
+    self.taken.emplace_back(new unsigned char[static_cast<size_t>(bytes)]);
+    return self.taken.back().get();
+  }
+};
+
+struct Sizes {
+  int64_t n, dim, hidden, combined;
+  bool normalize_input;
+  bool odd = false;  // with a row of zeros and one that holds a NaN
+};
+
+template <class T>
+struct Answers {
+  std::vector<int64_t> mined[3], ranked;
+  std::vector<T> scores, listed, gradient;  // of the matrix, of the list, of everything through both
+};
+
+template <class T>
+Answers<T> ask(const Backend& backend, const Sizes& z) {
+  std::mt19937 random(7);
+  std::normal_distribution<T> normal;
+  const auto filled = [&](int64_t count) {
+    std::vector<T> v(static_cast<size_t>(count));
+    for (T& x : v) x = normal(random);
+    return v;
+  };
+  std::vector<T> rows = filled(z.n * z.dim);
+  if (z.odd) std::fill_n(rows.begin(), z.dim, T(0)), rows.back() = NAN;
+  const std::vector<T> p[8] = {
+      filled(z.hidden * z.dim),          filled(z.hidden),   filled(z.hidden * z.dim), filled(z.hidden),
+      filled(z.combined * 2 * z.hidden), filled(z.combined), filled(z.combined),       filled(1)};
+  std::vector<int64_t> labels(static_cast<size_t>(z.n));
+  for (int64_t i = 0; i < z.n; ++i) labels[i] = i * 7 % 5;
+  const Rows given{rows.data(), z.n};
+  const Unit unit{z.dim,       z.hidden,    z.combined,  z.normalize_input, p[0].data(), p[1].data(),
+                  p[2].data(), p[3].data(), p[4].data(), p[5].data(),       p[6].data(), p[7].data()};
+
+  Answers<T> a;
+  for (int mode = 0; mode < 3; ++mode) {
+    const int64_t slots = mode == 0 ? 1 : mode == 1 ? z.n : backend.count_positive_pairs(labels.data(), z.n);
+    std::vector<int64_t> at[4];
+    std::vector<T> score[3];
+    for (auto& v : at) v.resize(static_cast<size_t>(slots));
+    for (auto& v : score) v.resize(static_cast<size_t>(slots));
+    const std::unique_ptr<bool[]> valid(new bool[static_cast<size_t>(slots)]);
+    backend.mine(given, labels.data(), unit, static_cast<Mode>(mode),
+                 {slots, at[0].data(), at[1].data(), at[2].data(), at[3].data(), score[0].data(), score[1].data(),
+                  score[2].data(), valid.get()});
+    for (const auto& v : at) a.mined[mode].insert(a.mined[mode].end(), v.begin(), v.end());
+    for (const auto& v : score) a.listed.insert(a.listed.end(), v.begin(), v.end());
+  }
+  a.scores.resize(static_cast<size_t>(z.n * z.n));
+  backend.score_matrix(given, -1, unit, a.scores.data());
+  const int64_t split = z.n / 3;
+  std::vector<T> across(static_cast<size_t>(split * (z.n - split)));
+  backend.score_matrix(given, split, unit, across.data());
+  a.scores.insert(a.scores.end(), across.begin(), across.end());
+
+  const std::vector<int64_t> i{0, z.n - 1, z.n / 2}, j{z.n - 1, z.n - 1, 0};
+  std::vector<T> listed(3);
+  backend.score_pairs(given, {i.data(), j.data(), 3}, unit, listed.data());
+  a.listed.insert(a.listed.end(), listed.begin(), listed.end());
+
+  const int64_t k = std::min<int64_t>(z.n, 4);
+  a.ranked.resize(static_cast<size_t>(split * k));
+  std::vector<T> best(static_cast<size_t>(split * k));
+  backend.topk({rows.data(), split}, given, k, unit, best.data(), a.ranked.data());
+
+  const std::vector<T> weights = filled(std::max<int64_t>(z.n * z.n, 3));
+  for (int which = 0; which < 3; ++which) {
+    std::vector<T> d_rows(rows.size(), T(0)), d[8];
+    for (int q = 0; q < 8; ++q) d[q].resize(p[q].size());
+    const UnitGradient to{d[0].data(), d[1].data(), d[2].data(), d[3].data(),
+                          d[4].data(), d[5].data(), d[6].data(), d[7].data()};
+    if (which == 0)
+      backend.score_pairs_backward(given, {i.data(), j.data(), 3}, weights.data(), unit, d_rows.data(), to);
+    if (which > 0)
+      backend.score_matrix_backward(given, which == 1 ? -1 : split, weights.data(), unit, d_rows.data(), to);
+    a.gradient.insert(a.gradient.end(), d_rows.begin(), d_rows.end());
+    for (const auto& v : d) a.gradient.insert(a.gradient.end(), v.begin(), v.end());
+  }
+  return a;
+}
+
+// Largest difference over largest magnitude.
+template <class T>
+double apart(const std::vector<T>& a, const std::vector<T>& b) {
+  if (a.size() != b.size()) return INFINITY;
+  double most = 0, size = 1e-30;
+  for (size_t e = 0; e < a.size(); ++e) {
+    if (!(std::isfinite(double(a[e])))) return INFINITY;
+    most = std::max(most, std::abs(double(a[e]) - double(b[e]))), size = std::max(size, std::abs(double(b[e])));
+  }
+  return most / size;
+}
+
+}  // namespace pddm

@@ -1,0 +1,27 @@
+// The kernels as nvcc compiled them against the same kernels as the emulation has them, and against the CPU's, on cases
+// that take as many of their branches as a minute allows.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../emulation/answers.h"
+#include "module.h"
+
+namespace pddm::ptx {
+
+struct Case {
+  Sizes sizes;
+  const char *device, *multiprocessors;
+};
+extern const std::vector<Case> kCases;
+
+std::string contents(const std::string& path);
+
+// Of an arithmetic: F32, F64, Tf32, Bf16 or F16.
+Module read_kernels(const std::string& arithmetic, const std::string& text);
+
+// What differs; empty: nothing does. Throws what the kernels throw.
+std::string difference(const std::string& arithmetic, const Module& module, const Case& c);
+
+}  // namespace pddm::ptx

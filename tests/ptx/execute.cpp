@@ -1,0 +1,118 @@
+// A thread's loop over its instructions, and the instructions that change where it goes on.
+#include "module.h"
+
+#include <algorithm>
+
+namespace pddm::ptx {
+namespace {
+
+void branch(Thread& thread, const Instruction& i) { thread.next = thread.kernel->code.data() + i.operands[0]; }
+void end(Thread& thread, const Instruction&) { thread.next = nullptr; }
+void trap(Thread& thread, const Instruction&) {
+  throw Fault("the thread gives up" + (thread.printed.empty() ? "" : ", and prints: " + thread.printed));
+}
+
+// What vprintf prints is kept for the trap that follows.
+void print(Thread& thread, const Instruction& i) {
+  const auto parameter = [&](int which, size_t bytes) {
+    uint64_t x = 0;
+    const uint64_t at = thread.get<uint64_t>(i.operands[which]);
+    std::memcpy(&x, thread.memory(Space::parameter, at, bytes, false), bytes);
+    return x;
+  };
+  const auto* format = reinterpret_cast<const char*>(parameter(1, 8));
+  uint64_t argument = parameter(2, 8);
+  for (; *format; ++format) {
+    if (*format != '%') {
+      thread.printed += *format;
+      continue;
+    }
+    if (std::strncmp(format, "%lld", 4) != 0) throw Fault(std::string("vprintf of ") + format + "; accepted is %lld");
+    int64_t x;
+    std::memcpy(&x, thread.memory(Space::generic, argument, sizeof x, false), sizeof x);
+    thread.printed += std::to_string(x);
+    argument += sizeof x, format += 3;
+  }
+}
+
+uint32_t value_of(Special special) {
+  switch (special) {
+    case Special::tid_x: return threadIdx.x;
+    case Special::tid_y: return threadIdx.y;
+    case Special::tid_z: return threadIdx.z;
+    case Special::ntid_x: return blockDim.x;
+    case Special::ntid_y: return blockDim.y;
+    case Special::ntid_z: return blockDim.z;
+    case Special::ctaid_x: return blockIdx.x;
+    case Special::ctaid_y: return blockIdx.y;
+    case Special::ctaid_z: return blockIdx.z;
+    case Special::nctaid_x: return gridDim.x;
+  }
+  throw std::logic_error("ptx: a special register without a value");
+}
+
+struct Call {
+  const Kernel* kernel;
+  std::vector<unsigned char> parameters;
+};
+
+void run_thread(void* context) {
+  const Call& call = *static_cast<const Call*>(context);
+  const Kernel& kernel = *call.kernel;
+  std::vector<uint64_t> slots = kernel.initial;
+  std::vector<unsigned char> parameters(call.parameters), local(kernel.local_bytes, 0xFF);
+  for (const auto& [slot, special] : kernel.specials) slots[slot] = value_of(special);
+  const Instruction* const first = kernel.code.data();
+  Thread thread{&kernel, first, slots.data(), parameters.data(), local.data(), {}};
+  const Instruction* here = first;
+  try {
+    while (thread.next) {
+      here = thread.next++;
+      if (here->guard != kNoGuard && thread.get<bool>(here->guard) == here->unless) continue;
+      kernel.executed[size_t(here - first)] = 1;
+      here->run(thread, *here);
+    }
+  } catch (const Fault& fault) {
+    emulation::fail(std::string(thread.text(*here)) + ": " + fault.what());
+  }
+}
+
+}  // namespace
+
+const Form* find_form(const std::string& opcode) {
+  static const std::map<std::string, Form> all = [] {
+    std::map<std::string, Form> forms;
+    add_arithmetic(forms), add_memory(forms), add_warp(forms), add_control(forms);
+    return forms;
+  }();
+  const auto found = all.find(opcode);
+  return found == all.end() ? nullptr : &found->second;
+}
+
+void add_control(std::map<std::string, Form>& forms) {
+  forms["bra"] = forms["bra.uni"] = {branch, "L"};
+  forms["ret"] = {end, ""};
+  forms["trap"] = {trap, ""};
+  forms["call.uni"] = {print, ""};
+}
+
+void launch(const Kernel& kernel, const emulation::Launch& where, const emulation::Parameters& parameters) {
+  const auto refuse = [&](const std::string& what) { throw std::runtime_error("ptx: " + kernel.name + " " + what); };
+  if (parameters.size() != kernel.parameters.size())
+    refuse("declares " + std::to_string(kernel.parameters.size()) + " parameters and is given " +
+           std::to_string(parameters.size()));
+  if (where.block.x * where.block.y * where.block.z > kernel.max_threads)
+    refuse("is for blocks of up to " + std::to_string(kernel.max_threads) + " threads");
+  Call call{&kernel, std::vector<unsigned char>(kernel.with_calls_bytes, 0xFF)};
+  for (size_t p = 0; p < parameters.size(); ++p) {
+    const Kernel::Parameter& declared = kernel.parameters[p];
+    if (parameters[p].bytes != declared.bytes || parameters[p].alignment != declared.alignment)
+      refuse("declares " + declared.name + " of " + std::to_string(declared.bytes) + " bytes, aligned to " +
+             std::to_string(declared.alignment) + ", and is given " + std::to_string(parameters[p].bytes) +
+             " bytes, aligned to " + std::to_string(parameters[p].alignment));
+    std::memcpy(call.parameters.data() + declared.offset, parameters[p].value, declared.bytes);
+  }
+  emulation::run({where.grid, where.block, where.shared_bytes, run_thread, &call});
+}
+
+}  // namespace pddm::ptx

@@ -1,0 +1,141 @@
+// What nvcc makes of a kernel, as text, decoded so that the emulation's threads (tests/emulation) can run it.
+//
+//   parse        text → Module: of each kernel its instructions, with operands as slots and labels as places
+//   find_form    opcode, all of it → what runs it and which operands it takes; none: the instruction is refused
+//   launch       each thread interprets the kernel over slots of its own
+//
+// A slot holds 8 bytes: a register, a constant, a special register or a variable's address; so every operand is one.
+// Registers hold ones only, a NaN, before a thread writes to them.
+//
+// Shared, local and parameter memory have addresses of their own, which no host address equals; global memory has the
+// host's. An access in a state space that is not its address's is refused, and so is one that is not aligned.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../emulation/emulation.h"
+
+namespace pddm::ptx {
+
+enum class Space { generic, global, shared, local, parameter };
+
+// Addresses in the spaces start here; a generic one has the window's number above it. Shared and local memory are at
+// addresses of 32 bits.
+constexpr uint64_t kSharedFirst = 0x1000, kLocalFirst = 0x40000000, kParameterFirst = 0x60000000;
+constexpr uint64_t kSharedWindow = uint64_t(1) << 60, kLocalWindow = uint64_t(2) << 60;
+constexpr uint64_t kGlobalFirst = 1 << 16, kGlobalEnd = uint64_t(1) << 56;
+
+// An instruction cannot do what it should. The loop that runs it adds which one it was.
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Thread;
+struct Instruction;
+using Handler = void (*)(Thread& thread, const Instruction& instruction);
+
+struct Instruction {
+  Handler run;
+  const uint32_t* operands;
+  uint32_t guard;  // a slot; kNoGuard: always
+  bool unless;     // the guard holds
+};
+constexpr uint32_t kNoGuard = ~0u;
+
+// Operands one after the other:
+//   p h w l f d   predicate; integer or bits of 2, 4, 8 bytes; float32, float64: a slot
+//   x             integer of at least `bytes` bytes: a slot and how many it has
+//   m             [address]: slot, offset, whether it has 4 bytes
+//   n             an integer that is no register: itself
+//   L             label: place
+// with { } around those of a vector, and | between two that are written at once. A digit after an opening brace: so
+// many times.
+struct Form {
+  Handler run;
+  std::string operands;
+  size_t bytes = 0;
+};
+const Form* find_form(const std::string& opcode);
+void add_arithmetic(std::map<std::string, Form>& forms);
+void add_memory(std::map<std::string, Form>& forms);
+void add_warp(std::map<std::string, Form>& forms);
+void add_control(std::map<std::string, Form>& forms);
+
+enum class Special { tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x };
+
+struct Kernel {
+  struct Parameter {
+    std::string name;
+    size_t offset, bytes, alignment;
+  };
+  std::string name;
+  std::vector<Parameter> parameters;
+  size_t parameter_bytes = 0, with_calls_bytes = 0, local_bytes = 0;  // the second: parameters of calls follow
+  unsigned max_threads = 1024;
+  std::vector<Instruction> code;
+  std::vector<std::string> text;  // of every instruction, with its line
+  std::vector<uint32_t> operands;
+  std::vector<uint64_t> initial;  // slots
+  std::vector<std::pair<uint32_t, Special>> specials;
+  mutable std::vector<uint8_t> executed;  // by whichever thread
+};
+
+struct Module {
+  std::string target;
+  std::map<std::string, Kernel> kernels;
+  std::vector<std::unique_ptr<uint64_t[]>> variables;
+
+  const Kernel& kernel(const std::string& name) const;
+};
+
+// Where the host keeps a variable that the module leaves without a value; null: the module's own, zeroed.
+using HostVariable = std::function<void*(const std::string& name)>;
+Module parse(const std::string& text, const HostVariable& host_variable = {});
+
+// `where` has the launch's sizes. Throws what emulation::run throws, and std::runtime_error where `parameters` are not
+// what the kernel declares.
+void launch(const Kernel& kernel, const emulation::Launch& where, const emulation::Parameters& parameters);
+
+// --- For what runs instructions --------------------------------------------------------------------------------------
+
+struct Thread {
+  const Kernel* kernel;
+  const Instruction* next;  // null: it has ended
+  uint64_t* slots;
+  unsigned char *parameters, *local;
+  std::string printed;
+
+  template <class T>
+  T get(uint32_t slot) const {
+    T x;
+    std::memcpy(&x, slots + slot, sizeof x);
+    return x;
+  }
+  template <class T>
+  void put(uint32_t slot, T x) {
+    static_assert(sizeof x <= 8, "a slot's");
+    slots[slot] = 0;
+    std::memcpy(slots + slot, &x, sizeof x);
+  }
+  // Where the memory is that an operand m names.
+  uint64_t address(const uint32_t* operand) const {
+    const int64_t offset = int32_t(operand[1]);
+    return operand[2] ? uint32_t(get<uint32_t>(operand[0]) + offset) : get<uint64_t>(operand[0]) + uint64_t(offset);
+  }
+  unsigned char* memory(Space space, uint64_t address, size_t bytes, bool writes) const;
+  // For messages, and for the emulation to tell waiting lanes apart.
+  const char* text(const Instruction& instruction) const {
+    return kernel->text[size_t(&instruction - kernel->code.data())].c_str();
+  }
+};
+
+std::string hexadecimal(uint64_t x);
+
+}  // namespace pddm::ptx
