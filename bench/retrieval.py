@@ -185,7 +185,9 @@ SIBLINGS_SEEN = tuple(
     for term in ("", ":density=0.03", ":density=0.3", ":structure=0.3", ":structure=0.3,centres=all", ":structure=1")
 )
 #: Rows of earlier batches to mine among, up to all that there have been; steps that make as many, and how many seeds.
-SIZES = ("pddm-anchor", "pddm-anchor:bank=4096", "pddm-anchor:bank=65536")
+SIZES = tuple(
+    f"{method}{bank}" for method in ("pddm-anchor", "pddm-batch") for bank in ("", ":bank=4096", ":bank=65536")
+)
 FILLING, FEW = 1100, 3
 #: The closest methods with the whole network trained, its backbone at a tenth of the rate.
 FINE = ("recommended", "joint", "sup-con:lr=0.003")
@@ -200,6 +202,7 @@ GRIDS = {
     "grocery-spoilt": _photographs(("triplet-semihard", *sum(SPOILT.values(), ())), lrs=()),
     "grocery-siblings": _photographs(SIBLINGS_SEEN, lrs=LRS[1:2]),
     "grocery-fine": _photographs(FINE, changed=WHOLE, lrs=(), seeds=2),
+    **{f"{data}-known-bank": _classes(data, BANKS[:2], known=True) for data in ("omniglot", "glyphs")},
     **{
         f"{data}-known": _classes(data, (*SCORING[:1], FALLING_BACK, *SCORING[1:], *STRONGEST), known=True)
         for data in ("omniglot", "glyphs")
@@ -568,6 +571,7 @@ def _filled(template: str) -> str:
         strongest=STRONGEST,
         scoring=SCORING,
         stage=STAGE,
+        banks=BANKS,
         others=OTHERS,
         spoilt=SPOILT,
         places=PLACES,

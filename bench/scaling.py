@@ -21,7 +21,7 @@ from typing import Any
 import jinja2
 import torch
 import torch.distributed as dist
-from retrieval import SIZES, Grid, ahead, mean
+from retrieval import Grid, ahead, mean
 
 import pddm_ext
 from pddm_ext import _C, PDDM, MemoryBank, mine_and_score
@@ -119,14 +119,14 @@ def in_processes(world: int, *task: Any) -> Any:
     return to.get()
 
 
-def _mining(rank: int, world: int, n: int, dim: int, size: int) -> dict[str, float]:
+def _mining(rank: int, world: int, n: int, dim: int, _: int, size: int, candidates: int) -> dict[str, float]:
     """Seconds and pairs of a step of the group, each process with its even share of the rows."""
     torch.manual_seed(0)
     unit, (feats, labels) = PDDM(dim).requires_grad_(False), rows(n, dim)
     own = slice(rank * n // world, (rank + 1) * n // world)
     feats, labels, ids = feats[own], labels[own], torch.arange(n)[own]
     group = dist.group.WORLD if world > 1 else None
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"candidates": candidates or None}
     if size:
         bank = MemoryBank(size, dim)
         earlier, classes = rows(size, dim, 1)
@@ -138,7 +138,7 @@ def _mining(rank: int, world: int, n: int, dim: int, size: int) -> dict[str, flo
             dist.barrier()
         return mine_and_score(feats, labels, unit, mode="anchor", group=group, **more)
 
-    return {"pairs": counted(step), "seconds": seconds(step)}
+    return {"pairs": counted(step), "seconds": seconds(step, 3)}
 
 
 def _gather(rank: int, world: int, n: int, dim: int) -> float:
@@ -198,20 +198,6 @@ def constants() -> dict[str, Any]:
 # The model
 
 
-def exact(c: dict[str, Any], n: int, dim: int, world: int = 1, share: float = 1.0) -> float:
-    """Seconds of exact mining; ``share`` is of a core for each process."""
-    return n**2 / 2 / world * operations(dim) / (c["rate"][str(dim)] * share) + talk(c, n, dim, world)
-
-
-def banked(c: dict[str, Any], n: int, dim: int, size: int, world: int = 1, share: float = 1.0) -> float:
-    """Of mining n rows among so many references: each row's pairs, and those of the j that differ, about one a row."""
-    return 2 * n / world * size * operations(dim) / (c["rate"][str(dim)] * share) + (c["add"] if world == 1 else 0)
-
-
-def by_candidates(c: dict[str, Any], n: int) -> float:
-    return float(c["dot"] * n**2 + c["candidate"] * n)
-
-
 #: Exchanges of a step in a group: row numbers and checks, features, classes, and four of the best of each row.
 EXCHANGES = 8
 
@@ -224,28 +210,42 @@ def talk(c: dict[str, Any], n: int, dim: int, world: int) -> float:
     return float(sent / c[f"gather {world}"] + EXCHANGES * c[f"latency {world}"])
 
 
-def checks(c: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the model says of other sizes than its constants are of, and what they take."""
-    found: list[dict[str, Any]] = []
+def predicted(stored: dict[str, Any], n: int, dim: int, world: int, size: int, candidates: int) -> tuple[float, float]:
+    """Pairs that a process scores and seconds that it takes, where each has its share of the cores."""
+    c = stored["constants"]
+    if candidates:
+        return n * candidates, c["dot"] * n**2 + c["candidate"] * n
+    # Each row with each reference, and so each j, of which there are about as many.
+    pairs = 2 * n * size / world if size else n**2 / 2 / world
+    rate = c["rate"][str(dim)] * min(1.0, stored["cores"] / world)
+    return pairs, pairs * operations(dim) / rate + (c["add"] if size else talk(c, n, dim, world))
 
-    def told(what: str, predicted: float, run: dict[str, float], pairs: float) -> None:
-        found.append({"what": what, "predicted": predicted, "expected pairs": pairs, **run})
 
-    for world, n, dim in ((1, LARGE, 128), (2, LARGE, 128), (4, LARGE, 128), (2, 1024, 512), (4, 1024, 512)):
-        share = min(1.0, torch.get_num_threads() / world)
-        run = in_processes(world, "mining", n, dim, 0)
+#: Rows, dimension, processes, references and candidates of the runs that check it.
+CHECKS = (
+    (LARGE, 128, 1, 0, 0),
+    (LARGE, 128, 2, 0, 0),
+    (LARGE, 128, 4, 0, 0),
+    (1024, 512, 2, 0, 0),
+    (1024, 512, 4, 0, 0),
+    (BATCH, 64, 1, BANKS[0], 0),
+    (BATCH, 64, 1, BANKS[1], 0),
+    (BATCH, 128, 1, BANKS[0], 0),
+    (BATCH, 64, 2, BANKS[1], 0),
+    (2 * MANY, 128, 1, 0, CANDIDATES),
+)
+
+
+def told(stored: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the model says of each run, beside what it took."""
+    found = []
+    for run in stored["checks"]:
+        n, dim, world, size, candidates = run["of"]
+        pairs, takes = predicted(stored, n, dim, world, size, candidates)
+        how = f" among {size:,} references" if size else f" by {candidates} candidates" if candidates else ""
         processes = "one process" if world == 1 else f"{world} processes"
-        told(f'`"anchor"`, n={n}, d={dim}, {processes}', exact(c, n, dim, world, share), run, n**2 / 2 / world)
-    for world, size, dim in ((1, BANKS[0], 64), (1, BANKS[1], 64), (1, BANKS[0], 128), (2, BANKS[1], 64)):
-        run = in_processes(world, "mining", BATCH, dim, size)
-        what = f'`"anchor"`, n={BATCH} among {size:,} references, d={dim}, ' + (
-            "one process" if world == 1 else f"{world} processes"
-        )
-        told(what, banked(c, BATCH, dim, size, world), run, 2 * BATCH / world * size)
-    n = 2 * MANY
-    call = mined(n, 128, candidates=CANDIDATES)
-    run = {"pairs": counted(call), "seconds": seconds(call, 3)}
-    told(f'`"anchor"` by {CANDIDATES} candidates, n={n}, d=128, one process', by_candidates(c, n), run, n * CANDIDATES)
+        what = f'`"anchor"`, n={n}, d={dim}{how}, {processes}'
+        found.append({**run, "what": what, "expected pairs": pairs, "predicted": takes})
     return found
 
 
@@ -265,9 +265,7 @@ def measure() -> dict[str, Any]:
             f"n={BATCH} among {BANKS[1]:,}": ("bank", BATCH, 128, BANKS[1]),
         }.items()
     }
-    torch.set_num_threads(1)
-    told = checks(c)
-    torch.set_num_threads(cores)
+    checks = [{"of": of, **in_processes(of[2], "mining", *of)} for of in CHECKS]
     return {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
@@ -275,7 +273,7 @@ def measure() -> dict[str, Any]:
         "instructions": _C.cpu_capability(),
         "cores": cores,
         "constants": c,
-        "checks": told,
+        "checks": checks,
         "memory": memory,
     }
 
@@ -283,53 +281,58 @@ def measure() -> dict[str, Any]:
 # The plan
 
 
-#: Rows, processes and length of a feature of the plan.
-PLAN = {"rows": 10**6, "processes": 256, "dims": (128, 512), "candidates": 32}
-#: Bytes a second that a GPU is taken to exchange with others beyond its machine: 400 Gbit/s, of which it gets 80 %.
+#: Rows, processes and candidates of the plan.
+PLAN = {"rows": (2**16, 2**18, 10**6), "processes": 256, "candidates": 32}
+#: Bytes a second that a GPU is taken to receive from beyond its machine: 400 Gbit/s, of which it gets 80 %.
 LINK = 0.8 * 400e9 / 8
+#: Of an H200, by its data sheet, of which 70 % are taken to be had; and how often candidates.py goes through the products.
+MEMORY, PASSES = 0.7 * 4.8e12, 6
 
 
-def plan(cuda: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a step's mining takes by the model, with the rates of a stored run on a GPU."""
-    found = []
-    by_dim = {int(row["what"].partition("m=")[2].partition(",")[0]): row for row in cuda["rows"] if _forward(row)}
-    for dim in PLAN["dims"]:  # type: ignore[attr-defined]
-        row, n, world = by_dim[dim], PLAN["rows"], PLAN["processes"]
-        of = int(row["what"].partition("n=")[2].partition(",")[0])
-        rate = of**2 / 2 * operations(dim) / (row["milliseconds"]["ours"] / 1e3)
-        pairs = n**2 / 2 / world  # type: ignore[operator]
-        sent = n * 2 * dim  # type: ignore[operator]
-        dots = n**2 / world * 2 * dim  # type: ignore[operator]
+def plan(cuda: dict[str, Any], dim: int) -> list[dict[str, float]]:
+    """What a step's mining takes in each process by the model, with the rates of a stored run on a GPU."""
+    forward = {row["what"]: row for row in cuda["rows"] if row["what"].startswith("forward")}
+    (what,) = (what for what in forward if f"m={dim}, bfloat16" in what)
+    of = int(what.partition("n=")[2].partition(",")[0])
+    rate = of**2 / 2 * operations(dim) / (forward[what]["milliseconds"]["ours"] / 1e3)
+    dots = 1e12 * next(row["matmul_tflops"] for what, row in forward.items() if what.endswith("float32"))
+    found, world = [], PLAN["processes"]
+    for n in PLAN["rows"]:  # type: ignore[attr-defined]
+        pairs, products = n**2 / 2 / world, n**2 / world
         found.append(
             {
-                "dim": dim,
+                "rows": n,
+                "own": n / world,
                 "rate": rate,
                 "pairs": pairs,
                 "score": pairs * operations(dim) / rate,
-                "bytes": sent,
-                "gather": sent / LINK,
-                "dots": dots / (0.5 * matmul_rate(cuda)),
-                "listed": n * PLAN["candidates"] * operations(dim) / rate / world,  # type: ignore[operator]
+                "bytes": n * 2 * dim,
+                "gather": n * 2 * dim / LINK,
+                "dots": products * 2 * dim / dots + PASSES * 4 * products / MEMORY,
+                "listed": n * PLAN["candidates"] * operations(dim) / rate / world,
             }
         )
     return found
 
 
-def _forward(row: dict[str, Any]) -> bool:
-    return row["what"].startswith("forward") and row["what"].endswith("bfloat16")
-
-
-def matmul_rate(cuda: dict[str, Any]) -> float:
-    return 1e12 * next(row["matmul_tflops"] for row in cuda["rows"] if _forward(row))
-
-
 def page() -> bytes:
     stored = json.loads(STORE.read_text("utf-8"))
     cuda = json.loads((ROOT / "bench/results/cuda.json").read_text("utf-8"))
+    grid = Grid(GRID)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(mean=mean, ahead=ahead)
     text = environment.from_string((ROOT / "bench" / TEMPLATE).read_text("utf-8")).render(
-        s=stored, c=stored["constants"], cuda=cuda, plan=plan(cuda), of=PLAN, link=LINK, grid=Grid(GRID), sizes=SIZES
+        s=stored,
+        c=stored["constants"],
+        checks=told(stored),
+        cuda=cuda,
+        plans={dim: plan(cuda, dim) for dim in (128, 512)},
+        of=PLAN,
+        link=LINK,
+        memory=MEMORY,
+        passes=PASSES,
+        grid=grid,
+        sizes=list(grid.cells),
     )
     return (text.strip() + "\n").encode()
 

@@ -82,6 +82,7 @@ Answers<T> ask(const Backend& backend, const Sizes& z) {
   a.ranked.resize(static_cast<size_t>(split * k));
   std::vector<T> best(static_cast<size_t>(split * k));
   backend.topk({rows.data(), split}, given, k, unit, best.data(), a.ranked.data());
+  a.listed.insert(a.listed.end(), best.begin(), best.end());
 
   const std::vector<T> weights = filled(std::max<int64_t>(z.n * z.n, 3));
   for (int which = 0; which < 3; ++which) {
