@@ -71,11 +71,15 @@ PYTEST := -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(s
 # The CUDA kernels' own sources on the host, where they answer for CPU tensors; see tests/emulation. They have an
 # environment of their own, which finds all but this package in .venv: an editable installation would come first.
 EMULATED := build/emulated
+define environment_of_its_own
+	$(BIN)/python -m venv --without-pip $(@D)/venv
+	cd $(@D)/venv/lib/python*/site-packages && ls -d ../../../../../../$(VENV)/lib/python*/site-packages > shared.pth
+endef
+INSTALL_THERE = $(BIN)/python $(PIP) --python $(@D)/venv/bin/python install --no-build-isolation --no-deps \
+  --config-settings=build-dir=$(@D)/cmake .
 $(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/*) $(PACKAGE)
-	$(BIN)/python -m venv --without-pip $(EMULATED)/venv
-	cd $(EMULATED)/venv/lib/python*/site-packages && ls -d ../../../../../../$(VENV)/lib/python*/site-packages > shared.pth
-	PDDM_CUDA=emulated $(BIN)/python $(PIP) --python $(EMULATED)/venv/bin/python install --no-build-isolation --no-deps \
-	  --config-settings=build-dir=$(EMULATED)/cmake .
+	$(environment_of_its_own)
+	PDDM_CUDA=emulated $(INSTALL_THERE)
 	@touch $@
 
 test-emulated: $(EMULATED)/built ## the same tests of the CUDA kernels, emulated on the host
@@ -101,15 +105,20 @@ $(VENV)/nvcc: $(VENV)/tools
 	$(BIN)/python $(PIP) install "nvidia-cuda-cuobjdump==13.*" "nvidia-cuda-nvdisasm==13.*"
 	ln -sf $(if $(NVCC),"$(NVCC)","$(CURDIR)"/$(VENV)/lib/python*/site-packages/nvidia/cu13/bin/nvcc) $@
 
-ARITHMETICS := $(addprefix pddm_cuda_,F32 F64 Tf32 Bf16 F16)
-cuda: $(VENV)/nvcc ## compile the CUDA kernels for every architecture: registers, shared memory and main loops of each
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja -DPDDM_CUDA=on \
-	  "-DPDDM_NVCC=$$(readlink $(VENV)/nvcc)" -DCMAKE_CUDA_FLAGS="-Xptxas -v" \
-	  "-DCMAKE_CUDA_ARCHITECTURES=80-real;86-real;90a-real;100a-real;120-real" \
-	  "-DCMAKE_CUDA_COMPILER_LAUNCHER=$(CURDIR)/$(BIN)/python;$(CURDIR)/tests/cuda/resources.py;keep"
-	$(BIN)/cmake --build build/cuda --target cuda_shapes $(ARITHMETICS)
+# As PDDM_CUDA=on pip install makes it, for the architectures that it has then; ptxas's reports are kept on the way.
+CUDA := build/cuda
+$(CUDA)/built: $(VENV)/installed $(VENV)/nvcc $(PACKAGE) tests/cuda/resources.py
+	$(environment_of_its_own)
+	PDDM_CUDA=on CUDACXX="$$(readlink $(VENV)/nvcc)" CUDAFLAGS="-Xptxas -v" \
+	  CMAKE_CUDA_COMPILER_LAUNCHER="$(CURDIR)/$(BIN)/python;$(CURDIR)/tests/cuda/resources.py;keep" $(INSTALL_THERE)
+	@touch $@
+
+cuda: $(CUDA)/built ## build with the CUDA kernels: registers, shared memory and main loops of each; and CPU tensors through it
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/shapes -G Ninja -DPDDM_CUDA=off
+	$(BIN)/cmake --build build/shapes --target cuda_shapes
 	bin=$$(echo "$(CURDIR)"/$(VENV)/lib/python*/site-packages/nvidia/cu13/bin); PATH="$$bin:$$PATH" \
-	  $(BIN)/python tests/cuda/resources.py report build/cuda build/cuda/tests/emulation/cuda_shapes "$$bin/cuobjdump"
+	  $(BIN)/python tests/cuda/resources.py report $(CUDA) build/shapes/tests/emulation/cuda_shapes "$$bin/cuobjdump"
+	$(CUDA)/venv/bin/python $(PYTEST) tests/test_without_driver.py
 
 bench: $(VENV)/bench ## benchmark the CPU's kernels and the search; STORE=--store writes the results and the pages, too
 	@mkdir -p build

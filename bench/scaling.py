@@ -285,7 +285,7 @@ def measure() -> dict[str, Any]:
 PLAN = {"rows": (2**16, 2**18, 10**6), "processes": 256, "candidates": 32}
 #: Bytes a second that a GPU is taken to receive from beyond its machine: 400 Gbit/s, of which it gets 80 %.
 LINK = 0.8 * 400e9 / 8
-#: Of an H200, by its data sheet, of which 70 % are taken to be had; and how often candidates.py goes through the products.
+#: Of an H200, by its data sheet, of which 70 % are taken to be had; and how often candidates.py goes through products.
 MEMORY, PASSES = 0.7 * 4.8e12, 6
 
 

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
+#include <random>
 #include <type_traits>
 
 #include "../../csrc/cpu/backend.h"
@@ -17,12 +18,13 @@ struct Arithmetic {
   const char* name;
   Precision precision;
   double tolerance;
+  bool tensor;
 };
-constexpr Arithmetic kArithmetics[] = {{"F32", Precision::float32, 1e-5},
-                                       {"F64", Precision::float64, 1e-13},
-                                       {"Tf32", Precision::tfloat32, 4e-3},
-                                       {"Bf16", Precision::bfloat16, 3e-2},
-                                       {"F16", Precision::float16, 4e-3}};
+constexpr Arithmetic kArithmetics[] = {{"F32", Precision::float32, 1e-5, false},
+                                       {"F64", Precision::float64, 1e-13, false},
+                                       {"Tf32", Precision::tfloat32, 4e-3, true},
+                                       {"Bf16", Precision::bfloat16, 3e-2, true},
+                                       {"F16", Precision::float16, 4e-3, true}};
 
 const Arithmetic& arithmetic_of(const std::string& name) {
   for (const Arithmetic& a : kArithmetics)
@@ -42,8 +44,34 @@ struct Asked {
   int64_t pairs_scored;
 };
 
+// The best of many rows for two of them, and nothing else.
 template <class T>
-Asked<T> ask_kernels(const Arithmetic& arithmetic, const Sizes& sizes, const Module* ptx) {
+Answers<T> ask_gallery(const Backend& backend, const Sizes& z) {
+  constexpr int64_t kQueries = 2, kBest = 20;
+  std::mt19937 random(7);
+  std::normal_distribution<T> normal;
+  const auto filled = [&](int64_t count) {
+    std::vector<T> v(static_cast<size_t>(count));
+    for (T& x : v) x = normal(random);
+    return v;
+  };
+  const std::vector<T> rows = filled(z.n * z.dim), w_u = filled(z.hidden * z.dim), w_v = filled(z.hidden * z.dim),
+                       w_c = filled(z.combined * 2 * z.hidden), small = filled(z.hidden + z.combined);
+  const T* const b = small.data();
+  const Unit unit{z.dim, z.hidden, z.combined, z.normalize_input, w_u.data(), b, w_v.data(), b, w_c.data(), b, b, b};
+  Answers<T> a;
+  a.listed.resize(kQueries * kBest), a.ranked.resize(kQueries * kBest);
+  backend.topk({rows.data(), kQueries}, {rows.data(), z.n}, kBest, unit, a.listed.data(), a.ranked.data());
+  return a;
+}
+
+template <class T>
+Answers<T> ask_for(const Backend& backend, const Case& c) {
+  return c.gallery ? ask_gallery<T>(backend, c.sizes) : ask<T>(backend, c.sizes);
+}
+
+template <class T>
+Asked<T> ask_kernels(const Arithmetic& arithmetic, const Case& c, const Module* ptx) {
   struct Running {
     explicit Running(const Module* m) { module = m, emulation::run_instead = m ? run_ptx : nullptr; }
     ~Running() { emulation::run_instead = nullptr; }
@@ -51,7 +79,7 @@ Asked<T> ask_kernels(const Arithmetic& arithmetic, const Sizes& sizes, const Mod
   Scratch scratch;
   const cuda::Caller caller{0, nullptr, Scratch::take, &scratch};
   cuda::reset_counters();
-  const Answers<T> answers = ask<T>(*cuda::make_backend(arithmetic.precision, caller), sizes);
+  const Answers<T> answers = ask_for<T>(*cuda::make_backend(arithmetic.precision, caller), c);
   return {answers, cuda::read_counters().pairs_scored};
 }
 
@@ -73,15 +101,16 @@ void run_here(int64_t count, void (*body)(void*, int64_t), void* context) {
 template <class T>
 std::string difference_as(const Arithmetic& arithmetic, const Module& ptx, const Case& c) {
   setenv("PDDM_EMULATION_DEVICE", c.device, 1), setenv("PDDM_EMULATION_MULTIPROCESSORS", c.multiprocessors, 1);
-  const Asked<T> asked = ask_kernels<T>(arithmetic, c.sizes, &ptx);
-  const Asked<T> emulated_asked = ask_kernels<T>(arithmetic, c.sizes, nullptr);
+  const Asked<T> asked = ask_kernels<T>(arithmetic, c, &ptx);
+  const Asked<T> emulated_asked = ask_kernels<T>(arithmetic, c, nullptr);
   const Answers<T>&got = asked.answers, &emulated = emulated_asked.answers;
   const Parallel alone{1, run_here};
   const auto cpu = cpu::make_backend(std::is_same_v<T, double> ? Precision::float64 : Precision::float32, alone);
-  const Answers<T> exact = ask<T>(*cpu, c.sizes);
+  const Answers<T> exact = ask_for<T>(*cpu, c);
 
-  // The emulation rounds operands where the kernels do: no more than the order of sums is between them.
-  const double close = std::is_same_v<T, double> ? 1e-13 : 2e-5, tolerance = arithmetic.tolerance;
+  // Only where sums round is between the emulation and the kernels; but of two numbers that differ in their last digit
+  // one may be rounded up to an operand of the matrix instruction, and the other one down.
+  const double tolerance = arithmetic.tolerance, close = arithmetic.tensor ? tolerance / 10 : tolerance;
   std::string found;
   const auto expect = [&](const char* what, double by, double at_most) {
     if (!(by <= at_most)) found += std::string(what) + " by " + std::to_string(by / at_most) + " times the tolerance; ";
@@ -93,7 +122,10 @@ std::string difference_as(const Arithmetic& arithmetic, const Module& ptx, const
   expect("listed scores differ from the emulation's", apart_or_nan(got.listed, emulated.listed), close);
   for (int mode = 0; mode < 3; ++mode)
     if (got.mined[mode] != emulated.mined[mode]) found += "mode " + std::to_string(mode) + " mines other rows; ";
-  if (got.ranked != emulated.ranked) found += "other rows are the best; ";
+  // Of two scores that differ in their last digit either may come first.
+  size_t others = 0;
+  for (size_t e = 0; e < got.ranked.size(); ++e) others += got.ranked[e] != emulated.ranked[e];
+  if (others > 1 + got.ranked.size() / 20) found += "other rows are the best; ";
   if (asked.pairs_scored != emulated_asked.pairs_scored)
     found += std::to_string(asked.pairs_scored) + " pairs are counted instead of " +
              std::to_string(emulated_asked.pairs_scored) + "; ";
@@ -102,17 +134,17 @@ std::string difference_as(const Arithmetic& arithmetic, const Module& ptx, const
 
 }  // namespace
 
-// Sizes that fill no tile and those that fill them; on one multiprocessor few large tiles are chosen, and on sm_86 there
-// is too little shared memory for u' of many outputs. Many rows of small ones have a gallery in several chunks.
-const std::vector<Case> kCases = {{{1, 1, 1, 1, false}, "sm_80", "3"},
-                                  {{5, 3, 2, 4, true}, "sm_80", "3"},
-                                  {{33, 17, 40, 9, false}, "sm_80", "3"},
-                                  {{40, 33, 70, 67, true}, "sm_80", "3"},
-                                  {{9, 20, 12, 8, true, true}, "sm_80", "3"},
-                                  {{12, 8, 600, 8, false}, "sm_86", "1"},
-                                  {{20, 64, 128, 64, false}, "sm_90", "1"},
-                                  {{6, 140, 36, 150, true}, "sm_80", "132"},
-                                  {{150, 2, 1, 1, false}, "sm_80", "1"}};
+// Sizes that fill no tile and those that fill them. On one multiprocessor large tiles are chosen where they are full,
+// u' of many outputs finds no room in shared memory, and the gallery of many rows comes in several chunks.
+const std::vector<Case> kCases = {
+    {{1, 1, 1, 1, false}, "sm_80", "3"},          {{5, 3, 2, 4, true}, "sm_80", "3"},
+    {{33, 17, 40, 9, false}, "sm_80", "3"},       {{40, 33, 70, 67, true}, "sm_80", "3"},
+    {{9, 20, 12, 8, true, true}, "sm_80", "3"},   {{12, 8, 600, 8, false}, "sm_86", "1"},
+    {{20, 64, 128, 64, false}, "sm_90", "1"},     {{6, 140, 36, 150, true}, "sm_80", "132"},
+    {{16, 8, 250, 250, false}, "sm_80", "1"},     {{16, 20, 250, 250, true}, "sm_80", "1"},
+    {{16, 8, 450, 250, false}, "sm_80", "1"},     {{16, 36, 450, 250, true}, "sm_80", "1"},
+    {{30, 12, 120, 128, false}, "sm_80", "1"},    {{100, 8, 12, 8, false}, "sm_80", "1"},
+    {{1100, 8, 12, 8, false}, "sm_80", "1", true}};
 
 std::string contents(const std::string& path) {
   std::ifstream file(path);

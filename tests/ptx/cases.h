@@ -13,6 +13,7 @@ namespace pddm::ptx {
 struct Case {
   Sizes sizes;
   const char *device, *multiprocessors;
+  bool gallery = false;  // only to be searched
 };
 extern const std::vector<Case> kCases;
 

@@ -1,7 +1,10 @@
 // A thread's loop over its instructions, and the instructions that change where it goes on.
-#include "module.h"
+#include <signal.h>
+#include <unistd.h>
 
-#include <algorithm>
+#include <mutex>
+
+#include "module.h"
 
 namespace pddm::ptx {
 namespace {
@@ -56,6 +59,17 @@ struct Call {
   std::vector<unsigned char> parameters;
 };
 
+// After the emulation has said which thread it was.
+struct sigaction previous_action;
+void on_fault(int, siginfo_t*, void*) {
+  if (Thread::at_memory) {
+    const std::string message = Thread::at_memory->text(*(Thread::at_memory->next - 1)) + std::string("\n");
+    if (write(STDERR_FILENO, message.data(), message.size()) < 0) {
+    }
+  }
+  sigaction(SIGSEGV, &previous_action, nullptr);
+}
+
 void run_thread(void* context) {
   const Call& call = *static_cast<const Call*>(context);
   const Kernel& kernel = *call.kernel;
@@ -78,6 +92,8 @@ void run_thread(void* context) {
 }
 
 }  // namespace
+
+thread_local const Thread* Thread::at_memory = nullptr;
 
 const Form* find_form(const std::string& opcode) {
   static const std::map<std::string, Form> all = [] {
@@ -112,6 +128,12 @@ void launch(const Kernel& kernel, const emulation::Launch& where, const emulatio
              " bytes, aligned to " + std::to_string(parameters[p].alignment));
     std::memcpy(call.parameters.data() + declared.offset, parameters[p].value, declared.bytes);
   }
+  static std::once_flag once;
+  std::call_once(once, [] {
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &previous_action);
+  });
   emulation::run({where.grid, where.block, where.shared_bytes, run_thread, &call});
 }
 

@@ -20,7 +20,9 @@ unsigned char* Thread::memory(Space space, uint64_t address, size_t bytes, bool 
                                                   : Space::global;
     if (space != Space::global) address &= (uint64_t(1) << 60) - 1;
   }
-  const auto outside = [&](const char* of) { return Fault("the address " + hexadecimal(address) + " is not in " + of); };
+  const auto outside = [&](const char* of) {
+    return Fault("the address " + hexadecimal(address) + " is not in " + of);
+  };
   switch (space) {
     case Space::shared: {
       unsigned char* const at = emulation::shared_memory() + (address - kSharedFirst);
@@ -39,10 +41,11 @@ unsigned char* Thread::memory(Space space, uint64_t address, size_t bytes, bool 
       return parameters + (address - kParameterFirst);
     default: {
       auto* const at = reinterpret_cast<unsigned char*>(address);
-      // Shared and local addresses of 32 bits are in the lowest 64 KiB or would be of a host that maps so little.
+      // Below what a host maps are the other spaces' addresses.
       if (address < kGlobalFirst || address >= kGlobalEnd || (address >= kLocalFirst && address < 2 * kLocalFirst) ||
           emulation::is_shared(at, bytes))
         throw outside("global memory");
+      at_memory = this;
       return at;
     }
   }

@@ -88,7 +88,6 @@ struct Kernel {
 };
 
 struct Module {
-  std::string target;
   std::map<std::string, Kernel> kernels;
   std::vector<std::unique_ptr<uint64_t[]>> variables;
 
@@ -130,6 +129,7 @@ struct Thread {
     return operand[2] ? uint32_t(get<uint32_t>(operand[0]) + offset) : get<uint64_t>(operand[0]) + uint64_t(offset);
   }
   unsigned char* memory(Space space, uint64_t address, size_t bytes, bool writes) const;
+  static thread_local const Thread* at_memory;  // the last one that was at global memory
   // For messages, and for the emulation to tell waiting lanes apart.
   const char* text(const Instruction& instruction) const {
     return kernel->text[size_t(&instruction - kernel->code.data())].c_str();

@@ -19,7 +19,9 @@ struct Token {
   throw std::runtime_error("ptx, line " + std::to_string(line) + ": " + what);
 }
 
-bool in_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '.' || c == '$' || c == '%'; }
+bool in_word(char c) {
+  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '.' || c == '$' || c == '%';
+}
 
 std::vector<Token> tokens_of(const std::string& text) {
   std::vector<Token> tokens;
@@ -69,9 +71,9 @@ using Names = std::map<std::string, Name>;
 constexpr struct {
   const char* name;
   Special special;
-} kSpecials[] = {{"%tid.x", Special::tid_x},     {"%tid.y", Special::tid_y},     {"%tid.z", Special::tid_z},
-                 {"%ntid.x", Special::ntid_x},   {"%ntid.y", Special::ntid_y},   {"%ntid.z", Special::ntid_z},
-                 {"%ctaid.x", Special::ctaid_x}, {"%ctaid.y", Special::ctaid_y}, {"%ctaid.z", Special::ctaid_z},
+} kSpecials[] = {{"%tid.x", Special::tid_x},      {"%tid.y", Special::tid_y},     {"%tid.z", Special::tid_z},
+                 {"%ntid.x", Special::ntid_x},    {"%ntid.y", Special::ntid_y},   {"%ntid.z", Special::ntid_z},
+                 {"%ctaid.x", Special::ctaid_x},  {"%ctaid.y", Special::ctaid_y}, {"%ctaid.z", Special::ctaid_z},
                  {"%nctaid.x", Special::nctaid_x}};
 
 class Parser {
@@ -81,7 +83,7 @@ class Parser {
 
   Module module() {
     expect(".version"), next();
-    expect(".target"), module_.target = next().text;
+    expect(".target"), next();
     expect(".address_size"), expect("64");
     while (peek() != "") {
       if (accept(".visible") || peek() == ".entry") {
@@ -94,7 +96,8 @@ class Parser {
         else
           function();
       } else {
-        refuse(peek().line, "'" + peek().text + "'; accepted are .entry, .global, .const, .extern .shared and .extern .func");
+        refuse(peek().line,
+               "'" + peek().text + "'; accepted are .entry, .global, .const, .extern .shared and .extern .func");
       }
     }
     return std::move(module_);
@@ -194,10 +197,10 @@ class Parser {
 
   void function() {
     expect(".func");
-    while (peek() != "vprintf") {
-      if (next() == ";") refuse(peek().line, "a function; accepted is vprintf");
-    }
-    while (!accept(";")) next();
+    const int line = peek().line;
+    bool prints = false;
+    while (!accept(";") && peek() != "") prints |= next() == "vprintf";
+    if (!prints) refuse(line, "a function; accepted is vprintf");
   }
 
   // --- Kernels -------------------------------------------------------------------------------------------------------
@@ -217,26 +220,23 @@ class Parser {
       accept(",");
     }
     k.with_calls_bytes = k.parameter_bytes;
-    for (; peek() != "{"; next()) {
+    while (!accept("{")) {
       if (accept(".maxntid")) {
         k.max_threads = unsigned(natural());
         while (accept(",")) k.max_threads *= unsigned(natural());
-        --at_;
       } else if (accept(".minnctapersm")) {
+        natural();
       } else {
-        refuse(peek().line, "the directive '" + peek().text + "'");
+        refuse(peek().line, "'" + peek().text + "' before a kernel's body; accepted are .maxntid and .minnctapersm");
       }
     }
-    expect("{");
-    for (size_t depth = 1; depth;) {
-      if (accept("{")) {
-        ++depth, scopes_.emplace_back();
-      } else if (accept("}")) {
-        --depth, scopes_.pop_back();
-        if (scopes_.empty()) break;
-      } else {
+    for (scopes_.emplace_back(); scopes_.size() > 1;) {
+      if (accept("{"))
+        scopes_.emplace_back();
+      else if (accept("}"))
+        scopes_.pop_back();
+      else
         statement();
-      }
     }
     emit("ret", peek().line, kNoGuard, false);
     for (const auto& [operand, label] : jumps_) {
@@ -331,8 +331,8 @@ class Parser {
     text_.clear();
     for (size_t ahead = 0; peek(ahead) != ";" && peek(ahead) != ""; ++ahead) {
       const std::string& word = peek(ahead).text;
-      const bool apart = ahead && in_word(word[0]) && (in_word(text_.back()) || text_.back() == ',');
-      text_ += (apart ? " " : "") + word;
+      const bool tight = text_.empty() || std::strchr(",]})+|", word[0]) || std::strchr("@![{(+|-", text_.back());
+      text_ += (tight ? "" : " ") + word;
     }
     uint32_t guard = kNoGuard;
     bool unless = false;
@@ -453,15 +453,15 @@ class Parser {
     // Of a wider register cvt reads what it needs.
     const bool reads = kernel_->operands.size() > firsts_.back();
     const bool narrowed = opcode_.rfind("cvt.", 0) == 0 && reads && wanted.kind == 'u' && !number;
-    if ((narrowed ? found->type.bytes < wanted.bytes : found->type.bytes != wanted.bytes) || (found->type.kind == 'p') != (wanted.kind == 'p') ||
-        (wanted.kind == 'u' && number && !untyped()) || (wanted.kind == 'f' && integer))
+    if ((narrowed ? found->type.bytes < wanted.bytes : found->type.bytes != wanted.bytes) ||
+        (found->type.kind == 'p') != (wanted.kind == 'p') || (wanted.kind == 'u' && number && !untyped()) ||
+        (wanted.kind == 'f' && integer))
       wrong(token.line, "'" + token.text + "' is not of the operand's type");
     return found->slot;
   }
   uint32_t address_of(const Token& token, uint64_t address, Type wanted) {
     if (opcode_.rfind("mov.", 0) != 0 || wanted.kind != 'u' || (wanted.bytes == 4 && address >> 32) || wanted.bytes < 4)
-      wrong(token.line, "the address of '" + token.text + "'; accepted are mov of 64 bits, and of 32 bits for shared "
-                                                         "memory");
+      wrong(token.line, "the address of '" + token.text + "'; accepted in mov of 64 bits, and of 32 for shared memory");
     return constant(address);
   }
 
@@ -536,7 +536,9 @@ class Parser {
 
 }  // namespace
 
-Module parse(const std::string& text, const HostVariable& host_variable) { return Parser(text, host_variable).module(); }
+Module parse(const std::string& text, const HostVariable& host_variable) {
+  return Parser(text, host_variable).module();
+}
 
 const Kernel& Module::kernel(const std::string& name) const {
   const auto found = kernels.find(name);

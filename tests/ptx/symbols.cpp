@@ -46,7 +46,7 @@ struct Symbols {
       const auto* const symbols = reinterpret_cast<const ElfW(Sym)*>(at(sections[s].sh_offset));
       std::string source;  // of the local symbols that follow
       for (size_t y = 0; y < sections[s].sh_size / sizeof *symbols; ++y) {
-        const ElfW(Sym)& symbol = symbols[y];
+        const ElfW(Sym) & symbol = symbols[y];
         const std::string name = names + symbol.st_name;
         switch (symbol.st_info & 0xf) {
           case STT_FILE: source = name; break;

@@ -20,7 +20,8 @@ void meet_all(Thread& thread, const Instruction& i, emulation::Work work) {
   emulation::meet(thread.text(i), emulation::kAllLanes, work, &own);
 }
 
-// --- Matrices -----------------------------------------------------------------------------------------------------------
+// --- Matrices
+// -----------------------------------------------------------------------------------------------------------
 
 // d[Count], [row]: lanes 8 m to 8 m + 7 name the rows of matrix m, of which lane l gets, in register m, the numbers
 // (l / 4, 2 (l % 4)) and the next in the row; with .trans (2 (l % 4), l / 4) and the next in the column.
@@ -106,12 +107,13 @@ void multiply(Thread& thread, const Instruction& i) {
   });
 }
 
-// --- Registers of other lanes ---------------------------------------------------------------------------------------------
+// --- Registers of other lanes
+// ---------------------------------------------------------------------------------------------
 
 enum class Shuffle { up, down, butterfly, index };
 
-// d|p, a, b, c, mask. c has the last lane of a segment in bits 0 to 4 and which bits of a lane's number name its segment
-// in bits 8 to 12; p says whether the lane asked for is in reach, and if it is not, d is the lane's own.
+// d|p, a, b, c, mask. c has the last lane of a segment in bits 0 to 4 and which bits of a lane's number name its
+// segment in bits 8 to 12; p says whether the lane asked for is in reach, and if it is not, d is the lane's own.
 template <Shuffle how>
 void shuffle(Thread& thread, const Instruction& i) {
   static const char* const kName[] = {"shfl.sync.up.b32", "shfl.sync.down.b32", "shfl.sync.bfly.b32",

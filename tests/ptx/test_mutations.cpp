@@ -1,0 +1,170 @@
+// Whether the comparison of test_ptx would notice: the text is spoiled on purpose, in one way at a time, and must then
+// be refused, fail or answer otherwise.
+//
+//   test_mutations ARITHMETIC MODULE.ptx        every line that a mutation fits at once
+//   test_mutations ARITHMETIC MODULE.ptx 20     and after that 20 of those lines alone, which are only reported: some
+//                                               lines can be spoiled without harm
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <regex>
+#include <set>
+#include <sstream>
+
+#include "../native/check.h"
+#include "cases.h"
+
+namespace {
+
+using namespace pddm;
+
+struct Mutation {
+  const char *name, *from, *to;
+  const char* within = "";  // kernels with this in their names
+};
+const Mutation kMutations[] = {
+    {"A's rows swapped", R"((mma\.[^{]*\{[^}]*\}, \{)([^,]*), ([^,]*), )", "$1$3, $2, "},
+    {"A's depths swapped", R"((mma\.[^{]*\{[^}]*\}, \{[^,]*, )([^,]*), ([^,]*), )", "$1$3, $2, "},
+    {"B's depths swapped", R"((mma\.[^{]*\{[^}]*\}, \{[^}]*\}, \{)([^,]*), ([^}]*)\})", "$1$3, $2}"},
+    {"the sums' columns swapped", R"((mma\.[^{]*\{)([^,]*), ([^,]*), )", "$1$3, $2, "},
+    {"A by columns", R"(\.row\.col\.)", ".col.col."},
+    {"ldmatrix: matrices swapped", R"((ldmatrix[^{]*\{[^,]*, )([^,]*), ([^,]*), )", "$1$3, $2, "},
+    {"ldmatrix: transposed", R"((ldmatrix.*x4)\.shared)", "$1.trans.shared"},
+    {"ldmatrix: every row a row later", R"((ldmatrix.*\[[^\]]*)\])", "$1+64]"},
+    {"cp.async: one group too few awaited", R"(cp\.async\.wait_group \s*0;)", "cp.async.wait_group 1;"},
+    {"cp.async: one group too few awaited, of two", R"(cp\.async\.wait_group \s*1;)", "cp.async.wait_group 2;"},
+    {"cp.async: nothing awaited", R"(cp\.async\.wait_group .*;)", ""},
+    {"cp.async: no groups", R"(cp\.async\.commit_group;)", ""},
+    {"cp.async: 8 bytes", R"((cp\.async\.cg.*), 16;)", "$1, 8;"},
+    {"cp.async: from 16 bytes later", R"((cp\.async\.cg[^\[]*\[[^\]]*\], \[[^+]*)\+\d*\])", "$1+16]"},
+    {"no barriers", R"(bar\.sync\s+0;)", ""},
+    {"shfl: bfly as idx", R"(shfl\.sync\.bfly)", "shfl.sync.idx"},
+    {"shfl: up as down", R"(shfl\.sync\.up)", "shfl.sync.down"},
+    {"vote: of nobody", R"((vote\.sync\.ballot\.b32\s+\S+) %p\d+)", "$1 0"},
+    {"fma: factor and addend swapped", R"((fma\.rn\.f\d+\s+\S+ \S+) (\S+), (\S+);)", "$1 $3, $2;"},
+    {"shared loads as global ones", R"(ld\.shared)", "ld.global"},
+    {"shared stores as global ones", R"(st\.shared)", "st.global"},
+    {"global loads as shared ones", R"(ld\.global(\.nc)?)", "ld.shared"},
+    {"parameters as global memory", R"(ld\.param)", "ld.global"},
+    {"generic addresses not made so", R"(cvta\.shared\.u64)", "mov.u64"},
+    {"NaNs lost in relu", R"(max\.NaN\.f32)", "max.f32"},
+    {"numbers taken for NaNs", R"(setp\.num\.f)", "setp.nan.f"},
+    {"NaNs taken for numbers", R"(setp\.nan\.f)", "setp.num.f"},
+    {"weights' halves swapped", R"((cvt\.rn\.\w+x2\.f32 \S+) (\S+), ([^;]*);)", "$1 $3, $2;", "prepare"},
+    {"rows' halves swapped", R"((cvt\.rn\.\w+x2\.f32 \S+) (\S+), ([^;]*);)", "$1 $3, $2;", "score"},
+    {"bf16 as f16", R"(cvt\.rn\.bf16x2)", "cvt.rn.f16x2"},
+    {"f16 as bf16", R"(cvt\.rn\.f16x2)", "cvt.rn.bf16x2"},
+    {"tf32 not rounded", R"(cvt\.rna\.tf32\.f32)", "mov.b32"},
+    {"one step too many", R"(setp\.lt\.s32)", "setp.le.s32"},
+    {"choices swapped", R"((selp\.\w+\s+\S+) (\S+), (\S+), )", "$1 $3, $2, "},
+    {"best as sum", R"(atom\.global\.max)", "atom.global.add"},
+    {"words joined elsewhere", R"((bfi\.b64.*), 32, 32;)", "$1, 31, 32;"},
+    {"block's number as thread's", R"(%tid\.x)", "%ctaid.x"},
+    {"no roots", R"(sqrt\.rn)", "mov"},
+    {"quotients as products", R"(div\.rn)", "mul.rn"},
+};
+
+// Every other way, for what goes unnoticed in one.
+constexpr const char* kOrders[] = {"ascending", "descending", "shuffled"};
+constexpr size_t kCasesInTurn[] = {4, 2, 3, 6, 5, 7};
+constexpr unsigned kSeconds = 120;
+
+using Lines = std::vector<std::string>;
+
+std::string joined(const Lines& lines) {
+  std::string text;
+  for (const std::string& line : lines) text += line + '\n';
+  return text;
+}
+
+std::string noticed_here(const std::string& arithmetic, const Lines& lines) {
+  try {
+    const ptx::Module module = ptx::read_kernels(arithmetic, joined(lines));
+    for (size_t c : kCasesInTurn) {
+      for (const char* order : kOrders) {
+        setenv("PDDM_EMULATION_ORDER", order, 1);
+        const std::string found = ptx::difference(arithmetic, module, ptx::kCases[c]);
+        if (!found.empty()) return found;
+      }
+    }
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+// How it is noticed; empty: it is not. In a process of its own, for it may touch any memory, or never end.
+std::string noticed(const std::string& arithmetic, const Lines& lines) {
+  int ends[2];
+  if (pipe(ends) != 0) throw std::runtime_error("no pipe");
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    dup2(ends[1], STDERR_FILENO);  // what is said of a fault
+    alarm(kSeconds);
+    const std::string how = noticed_here(arithmetic, lines);
+    _exit(write(ends[1], how.data(), how.size()) < 0);
+  }
+  close(ends[1]);
+  std::string how;
+  char buffer[4096];
+  for (ssize_t got; (got = read(ends[0], buffer, sizeof buffer)) > 0;) how.append(buffer, size_t(got));
+  close(ends[0]);
+  int status = 0;
+  waitpid(child, &status, 0);
+  if (WIFSIGNALED(status)) how += WTERMSIG(status) == SIGALRM ? "it does not end" : "it crashes";
+  return how;
+}
+
+// Of the text, from 0, those that a run of all cases has come to.
+std::set<size_t> executed_lines(const std::string& arithmetic, const std::string& text) {
+  const ptx::Module module = ptx::read_kernels(arithmetic, text);
+  for (size_t c : kCasesInTurn) ptx::difference(arithmetic, module, ptx::kCases[c]);
+  std::set<size_t> lines;
+  for (const auto& [name, kernel] : module.kernels)
+    for (size_t i = 0; i < kernel.code.size(); ++i)
+      if (kernel.executed[i])
+        lines.insert(std::strtoul(kernel.text[i].c_str() + std::strlen("ptx, line "), nullptr, 10) - 1);
+  return lines;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 3 && count != 4) return std::fprintf(stderr, "usage: test_mutations ARITHMETIC MODULE.ptx [LINES]\n"), 2;
+  const std::string arithmetic = arguments[1], text = ptx::contents(arguments[2]);
+  const size_t alone = count == 4 ? std::strtoul(arguments[3], nullptr, 10) : 0;
+  Lines lines;
+  std::istringstream stream(text);
+  for (std::string line; std::getline(stream, line);) lines.push_back(line);
+  const std::set<size_t> executed = alone ? executed_lines(arithmetic, text) : std::set<size_t>();
+
+  for (const Mutation& mutation : kMutations) {
+    const std::regex from(mutation.from);
+    Lines spoiled = lines;
+    std::vector<size_t> hit;
+    bool within = true;
+    for (size_t l = 0; l < lines.size(); ++l) {
+      if (lines[l].find(".entry") != std::string::npos) within = lines[l].find(mutation.within) != std::string::npos;
+      if (!within) continue;
+      spoiled[l] = std::regex_replace(lines[l], from, mutation.to);
+      if (spoiled[l] != lines[l] && (!alone || executed.count(l))) hit.push_back(l);
+    }
+    if (hit.empty()) continue;
+    const std::string how = noticed(arithmetic, spoiled);
+    CHECK(!how.empty(), "%s: nobody notices", mutation.name);
+    std::printf("%s, %zu lines: %s\n", mutation.name, hit.size(), how.substr(0, 300).c_str());
+    std::fflush(stdout);
+    const size_t tries = std::min(alone, hit.size());
+    for (size_t t = 0; t < tries; ++t) {
+      const size_t l = hit[t * hit.size() / tries];
+      Lines once = lines;
+      once[l] = spoiled[l];
+      if (noticed(arithmetic, once).empty()) std::printf("  alone unnoticed: line %zu: %s\n", l + 1, lines[l].c_str());
+    }
+  }
+  return failures != 0;
+}
