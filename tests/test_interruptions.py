@@ -276,6 +276,16 @@ def test_a_process_that_is_killed_ends_the_others_and_loses_no_checkpoint(
     assert not [left for left in (tmp_path / "run").rglob(".*") if left.name != ".lock"]
 
 
+def test_a_leading_process_that_is_killed_at_once_takes_the_others_along(
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    """They have not met yet, and would wait for it."""
+    process = start("train", "--devices", "2", "--method", "contrastive", "--out", "run", "--no-progress")
+    wait_for(lambda: len(members(process.pid)) > 1)
+    process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not members(process.pid))
+
+
 def test_ctrl_c_reaches_no_worker_that_reads_pictures(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 from .. import _C, __version__
 from .._installing import bring
 from .console import brief_warnings, lenient
+from .interrupts import follow
 from .settings import DRAWINGS, Settings, difference, option, parse, read, written
 
 
@@ -344,6 +345,7 @@ def _started(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    follow()
     _started(arguments)
     settings, folder = _resumed(arguments)
 

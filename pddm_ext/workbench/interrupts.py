@@ -1,11 +1,41 @@
-"""Ctrl-C where it does no harm: between two steps, in the midst of an evaluation, and in no process that starts."""
+"""Ctrl-C where it does no harm: between two steps, in the midst of an evaluation, and in no process that starts. And the
+end of processes whose leading one is gone."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+_LEADER = "PDDM_LEADING_PROCESS"
+
+
+@contextmanager
+def leading() -> Iterator[None]:
+    """What is started meanwhile, and calls :func:`follow`, ends when this process does."""
+    os.environ[_LEADER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[_LEADER]
+
+
+def follow() -> None:
+    """End with the process that has started this one as the leading of several, whatever ends it: killed before they
+    have met, it would be waited for as long as torch.distributed waits for anybody, half an hour."""
+    leader = int(os.environ.get(_LEADER, 0))
+
+    def watch() -> None:
+        while os.getppid() == leader:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if leader:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 class Interrupts:

@@ -23,7 +23,7 @@ from .data.augment import described
 from .data.splits import Dataset, Split, TestSet, batches
 from .evaluation.evaluate import over
 from .fitting import FittedUnit, fit
-from .interrupts import Interrupts
+from .interrupts import Interrupts, leading
 from .kept import Kept
 from .learner import Learner, schedule
 from .measuring import COLLAPSED, Seen
@@ -148,7 +148,8 @@ class Run:
         # Before the other processes start, which then find them in the folder.
         self._know(fabric.device, progress if rank_zero_only.rank == 0 else False)  # type: ignore[attr-defined]
         if settings.devices > 1:
-            fabric.launch()
+            with leading():
+                fabric.launch()
         self.leads = fabric.is_global_zero
         learner, optimizer = fabric.setup(self.learner, self.optimizer)
         # Each process draws and distorts for itself.

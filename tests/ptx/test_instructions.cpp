@@ -383,6 +383,9 @@ void check_memory() {
           1, {10, 0, 0, 0, 9});
   CHECK(ran.error.empty() && ran.words == (std::vector<uint64_t>{40, 10, 15, 40, 0}), "atomics: %s", ran.error.c_str());
 
+  ran = run("add.s64 %rd1, %to, 16;\nld.global.u64 %rd2, [%rd1+-8];\nst.global.u64 [%rd1+-16], %rd2;", 1, {0, 7, 0});
+  CHECK(ran.error.empty() && ran.words[0] == 7, "negative offsets: %s", ran.error.c_str());
+
   expect_refused("shared as global", run("mov.u64 %rd1, shared_bytes;\nst.global.u32 [%rd1], 1;"),
                  "st.global.u32 [%rd1], 1: the address 0x1000 is not in global memory");
   expect_refused("global as shared", run("ld.shared.u32 %r1, [%to];"), "is not in the block's shared memory");
@@ -720,7 +723,9 @@ void check_text() {
   };
   const uint64_t x = 0;
   expect_refused("no parameter", launched({}, 1), "test declares 1 parameters and is given 0");
-  expect_refused("a small parameter", launched({{&x, 4, 4}}, 1), "of 8 bytes, aligned to 8, and is given 4 bytes");
+  expect_refused("a small parameter", launched({{&x, 4, 8}}, 1), "of 8 bytes, aligned to 8, and is given 4 bytes");
+  expect_refused("a parameter less aligned", launched({{&x, 8, 4}}, 1), "and is given 8 bytes, aligned to 4");
+  expect_refused("a block too large", launched({{&x, 8, 8}}, 1025), "is for blocks of up to 1024 threads");
   try {
     module.kernel("other");
     CHECK(false, "an unknown kernel");
