@@ -1,5 +1,5 @@
-"""Ctrl-C where it does no harm: between two steps, in the midst of an evaluation, and in no process that starts. And the
-end of processes whose leading one is gone."""
+"""Ctrl-C where it does no harm: between two steps, in the midst of an evaluation, and in no process that starts. And
+the end of processes whose leading one is gone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
 
 _LEADER = "PDDM_LEADING_PROCESS"
 
