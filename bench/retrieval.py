@@ -198,7 +198,7 @@ GRIDS = {
     "grocery-stage": _photographs((*STAGE, *OTHERS), lrs=LRS[1:2]),
     "grocery-stage-unseen": _photographs((*STAGE, *OTHERS), unseen=True, lrs=LRS[1:2]),
     "grocery-bank": _photographs(BANKS, lrs=LRS[1:2]),
-    "grocery-bank-unseen": _photographs(BANKS, unseen=True, lrs=LRS[1:2]),
+    "grocery-bank-unseen": _photographs(BANKS[:2], unseen=True, lrs=LRS[1:2]),
     "grocery-spoilt": _photographs(("triplet-semihard", *sum(SPOILT.values(), ())), lrs=()),
     "grocery-siblings": _photographs(SIBLINGS_SEEN, lrs=LRS[1:2]),
     "grocery-fine": _photographs(FINE, changed=WHOLE, lrs=(), seeds=2),
@@ -254,8 +254,27 @@ def run(name: str, roots: dict[str, str], jobs: int) -> None:
         stored["calibration"] = {
             label: [_rounded(calibration(cell)) for cell in grid.cells() if cell.label == label] for label in CALIBRATED
         }
+    if name == "grocery-bank":
+        stored["validation"] = {
+            label: [_rounded(validated(cell)) for cell in grid.cells() if cell.label == label] for label in BANKS
+        }
     STORE.mkdir(parents=True, exist_ok=True)
     write_bytes(STORE / f"{name}.json", (json.dumps(stored, separators=(",", ":")) + "\n").encode())
+
+
+def validated(cell: compare.Cell) -> dict[str, dict[str, float]]:
+    """A finished run's figures of the validation pictures, by distance and by score: MAP@R, and TPR at FPR 0.001."""
+    run = _finished(cell)
+    test = run.validation
+    assert test is not None
+    features, similarity = run.look_at(test).features, run.learner.similarity
+    sides = {"queries": test.queries, "gallery": test.gallery}
+    found = retrieval.retrieval(features, test.labels, similarity, cell.settings.seed, 1, **sides)
+    separated = separation(features, test.labels, similarity, cell.settings.seed, *sides.values())
+    return {
+        by: {"MAP@R": found[by]["map_at_r"]["value"], "TPR at FPR 0.001": separated[by]["tpr"]["0.001"]}
+        for by in ("distance", "score")
+    }
 
 
 def classifier(cell: compare.Cell) -> dict[str, Any]:
@@ -446,7 +465,7 @@ class Grid:
     def __init__(self, name: str) -> None:
         stored = json.loads((STORE / f"{name}.json").read_text())
         self.raw, self.cells = stored["raw"], stored["cells"]
-        self.agreement = stored.get("agreement", [])
+        self.agreement, self.validation = stored.get("agreement", []), stored.get("validation", {})
         self.classifier, self.calibration = stored.get("classifier", []), stored.get("calibration", {})
 
     def recall(self, label: str, ranking: str = "distance") -> list[float]:
@@ -468,6 +487,10 @@ class Grid:
         """The best of these by distance, by the mean of a figure."""
         sign = -1 if what == "EER" else 1
         return max(labels, key=lambda label: sign * statistics.fmean(self.column(label, what)))
+
+    def validated(self, label: str, what: str, by: str = "score") -> list[float]:
+        """A figure of :func:`validated`, in percent."""
+        return [100 * seed[by][what] for seed in self.validation[label]]
 
     def far_behind(self, label: str, ranking: str, points: float = 5) -> int:
         """How many seeds rank so much worse by ``ranking`` than by distance, in points of Recall@1."""

@@ -54,9 +54,11 @@ uint32_t value_of(Special special) {
   throw std::logic_error("ptx: a special register without a value");
 }
 
+// What threads have is kept here, and not on their stacks: where one fails, the others never return from theirs.
 struct Call {
   const Kernel* kernel;
   std::vector<unsigned char> parameters;
+  std::vector<Thread> threads;
 };
 
 // After the emulation has said which thread it was.
@@ -71,13 +73,14 @@ void on_fault(int, siginfo_t*, void*) {
 }
 
 void run_thread(void* context) {
-  const Call& call = *static_cast<const Call*>(context);
+  Call& call = *static_cast<Call*>(context);
   const Kernel& kernel = *call.kernel;
-  std::vector<uint64_t> slots = kernel.initial;
-  std::vector<unsigned char> parameters(call.parameters), local(kernel.local_bytes, 0xFF);
-  for (const auto& [slot, special] : kernel.specials) slots[slot] = value_of(special);
+  Thread& thread = call.threads[threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)];
   const Instruction* const first = kernel.code.data();
-  Thread thread{&kernel, first, slots.data(), parameters.data(), local.data(), {}};
+  thread.kernel = &kernel, thread.next = first;
+  thread.slots = kernel.initial, thread.parameters = call.parameters, thread.printed.clear();
+  thread.local.assign(kernel.local_bytes, 0xFF);
+  for (const auto& [slot, special] : kernel.specials) thread.slots[slot] = value_of(special);
   const Instruction* here = first;
   try {
     while (thread.next) {
@@ -113,13 +116,13 @@ void add_control(std::map<std::string, Form>& forms) {
 }
 
 void launch(const Kernel& kernel, const emulation::Launch& where, const emulation::Parameters& parameters) {
+  const unsigned threads = where.block.x * where.block.y * where.block.z;
   const auto refuse = [&](const std::string& what) { throw std::runtime_error("ptx: " + kernel.name + " " + what); };
   if (parameters.size() != kernel.parameters.size())
     refuse("declares " + std::to_string(kernel.parameters.size()) + " parameters and is given " +
            std::to_string(parameters.size()));
-  if (where.block.x * where.block.y * where.block.z > kernel.max_threads)
-    refuse("is for blocks of up to " + std::to_string(kernel.max_threads) + " threads");
-  Call call{&kernel, std::vector<unsigned char>(kernel.with_calls_bytes, 0xFF)};
+  if (threads > kernel.max_threads) refuse("is for blocks of up to " + std::to_string(kernel.max_threads) + " threads");
+  Call call{&kernel, std::vector<unsigned char>(kernel.with_calls_bytes, 0xFF), std::vector<Thread>(threads)};
   for (size_t p = 0; p < parameters.size(); ++p) {
     const Kernel::Parameter& declared = kernel.parameters[p];
     if (parameters[p].bytes != declared.bytes || parameters[p].alignment != declared.alignment)

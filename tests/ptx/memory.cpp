@@ -11,7 +11,7 @@ std::string hexadecimal(uint64_t x) {
   return buffer;
 }
 
-unsigned char* Thread::memory(Space space, uint64_t address, size_t bytes, bool writes) const {
+unsigned char* Thread::memory(Space space, uint64_t address, size_t bytes, bool writes) {
   if (address % bytes != 0)
     throw Fault("the address " + hexadecimal(address) + " is not aligned to " + std::to_string(bytes) + " bytes");
   if (space == Space::generic) {
@@ -33,12 +33,12 @@ unsigned char* Thread::memory(Space space, uint64_t address, size_t bytes, bool 
     case Space::local:
       if (address < kLocalFirst || address + bytes > kLocalFirst + kernel->local_bytes)
         throw outside("the thread's local memory");
-      return local + (address - kLocalFirst);
+      return local.data() + (address - kLocalFirst);
     case Space::parameter:
       if (address < kParameterFirst || address + bytes > kParameterFirst + kernel->with_calls_bytes)
         throw outside("the kernel's parameters");
       if (writes && address < kParameterFirst + kernel->parameter_bytes) throw Fault("the kernel's own parameters");
-      return parameters + (address - kParameterFirst);
+      return parameters.data() + (address - kParameterFirst);
     default: {
       auto* const at = reinterpret_cast<unsigned char*>(address);
       // Below what a host maps are the other spaces' addresses.

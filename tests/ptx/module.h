@@ -107,28 +107,28 @@ void launch(const Kernel& kernel, const emulation::Launch& where, const emulatio
 struct Thread {
   const Kernel* kernel;
   const Instruction* next;  // null: it has ended
-  uint64_t* slots;
-  unsigned char *parameters, *local;
+  std::vector<uint64_t> slots;
+  std::vector<unsigned char> parameters, local;
   std::string printed;
 
   template <class T>
   T get(uint32_t slot) const {
     T x;
-    std::memcpy(&x, slots + slot, sizeof x);
+    std::memcpy(&x, slots.data() + slot, sizeof x);
     return x;
   }
   template <class T>
   void put(uint32_t slot, T x) {
     static_assert(sizeof x <= 8, "a slot's");
     slots[slot] = 0;
-    std::memcpy(slots + slot, &x, sizeof x);
+    std::memcpy(slots.data() + slot, &x, sizeof x);
   }
   // Where the memory is that an operand m names.
   uint64_t address(const uint32_t* operand) const {
     const int64_t offset = int32_t(operand[1]);
     return operand[2] ? uint32_t(get<uint32_t>(operand[0]) + offset) : get<uint64_t>(operand[0]) + uint64_t(offset);
   }
-  unsigned char* memory(Space space, uint64_t address, size_t bytes, bool writes) const;
+  unsigned char* memory(Space space, uint64_t address, size_t bytes, bool writes);
   static thread_local const Thread* at_memory;  // the last one that was at global memory
   // For messages, and for the emulation to tell waiting lanes apart.
   const char* text(const Instruction& instruction) const {
