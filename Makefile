@@ -61,7 +61,13 @@ test: test-native test-python test-emulated ## everything of the next three
 test-native: $(VENV)/tools ## the kernels' own tests, and those of the CUDA kernels' emulation
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DPDDM_CUDA=emulated
 	$(BIN)/cmake --build build/native
-	$(BIN)/ctest --test-dir build/native --output-on-failure
+	$(BIN)/ctest --test-dir build/native --output-on-failure -E '^ptx' -j 2
+
+test-ptx: $(VENV)/tools $(VENV)/nvcc ## the CUDA kernels as nvcc's PTX, interpreted on their emulation
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DPDDM_CUDA=emulated -DPDDM_PTX=on \
+	  "-DPDDM_NVCC=$$(readlink $(VENV)/nvcc)"
+	$(BIN)/cmake --build build/native
+	$(BIN)/ctest --test-dir build/native --output-on-failure -R '^ptx' -j 2
 
 test-python: $(VENV)/installed ## the Python tests
 	$(BIN)/python -m pytest -n 2 --durations=20

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "backend.h"
 #include "device.cuh"
@@ -12,6 +13,17 @@ namespace pddm::cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("pddm: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// A kernel's parameter; a number that it has no room for is an error, where a conversion would cut it.
+template <class Parameter, class Argument>
+Parameter fitted(const Argument& argument) {
+  const auto parameter = static_cast<Parameter>(argument);
+  if constexpr (std::is_integral<Argument>::value && std::is_integral<Parameter>::value) {
+    if (static_cast<Argument>(parameter) != argument || (parameter < Parameter(0)) != (argument < Argument(0)))
+      throw std::runtime_error("pddm: a kernel has no room for the number " + std::to_string(argument));
+  }
+  return parameter;
 }
 
 extern std::atomic<int64_t> launches, bytes_alive, bytes_peak;  // for Counters
@@ -50,7 +62,7 @@ class Context {
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream();
-    check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "a kernel did not launch");
+    check(cudaLaunchKernelEx(&config, kernel, fitted<Parameters>(arguments)...), "a kernel did not launch");
     ++launches;
   }
 

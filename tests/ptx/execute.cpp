@@ -137,6 +137,9 @@ void launch(const Kernel& kernel, const emulation::Launch& where, const emulatio
     action.sa_sigaction = on_fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, &previous_action);
   });
+  struct Forgets {
+    ~Forgets() { Thread::at_memory = nullptr; }
+  } at_the_end;
   emulation::run({where.grid, where.block, where.shared_bytes, run_thread, &call});
 }
 

@@ -41,9 +41,7 @@ unsigned char* Thread::memory(Space space, uint64_t address, size_t bytes, bool 
       return parameters.data() + (address - kParameterFirst);
     default: {
       auto* const at = reinterpret_cast<unsigned char*>(address);
-      // Below what a host maps are the other spaces' addresses.
-      if (address < kGlobalFirst || address >= kGlobalEnd || (address >= kLocalFirst && address < 2 * kLocalFirst) ||
-          emulation::is_shared(at, bytes))
+      if (address < kGlobalFirst || address >= kGlobalEnd || emulation::is_shared(at, bytes))
         throw outside("global memory");
       at_memory = this;
       return at;

@@ -30,7 +30,7 @@ enum class Space { generic, global, shared, local, parameter };
 // addresses of 32 bits.
 constexpr uint64_t kSharedFirst = 0x1000, kLocalFirst = 0x40000000, kParameterFirst = 0x60000000;
 constexpr uint64_t kSharedWindow = uint64_t(1) << 60, kLocalWindow = uint64_t(2) << 60;
-constexpr uint64_t kGlobalFirst = 1 << 16, kGlobalEnd = uint64_t(1) << 56;
+constexpr uint64_t kGlobalFirst = 0x80000000, kGlobalEnd = uint64_t(1) << 56;  // a host's, of a program anywhere
 
 // An instruction cannot do what it should. The loop that runs it adds which one it was.
 struct Fault : std::runtime_error {
@@ -55,8 +55,7 @@ constexpr uint32_t kNoGuard = ~0u;
 //   m             [address]: slot, offset, whether it has 4 bytes
 //   n             an integer that is no register: itself
 //   L             label: place
-// with { } around those of a vector, and | between two that are written at once. A digit after an opening brace: so
-// many times.
+// with { } around those of a vector, and | between two that are written at once.
 struct Form {
   Handler run;
   std::string operands;

@@ -388,6 +388,11 @@ void check_memory() {
 
   expect_refused("shared as global", run("mov.u64 %rd1, shared_bytes;\nst.global.u32 [%rd1], 1;"),
                  "st.global.u32 [%rd1], 1: the address 0x1000 is not in global memory");
+  expect_refused("local as global", run("mov.u64 %rd1, depot;\nld.global.u64 %rd2, [%rd1];"),
+                 "is not in global memory");
+  expect_refused("far in shared memory, as global",
+                 run("mov.u64 %rd1, shared_bytes;\nld.global.u32 %r1, [%rd1+163840];"),
+                 "the address 0x29000 is not in global memory");
   expect_refused("global as shared", run("ld.shared.u32 %r1, [%to];"), "is not in the block's shared memory");
   expect_refused("global as local", run("ld.local.u32 %r1, [%to];"), "is not in the thread's local memory");
   expect_refused("generic as shared",
