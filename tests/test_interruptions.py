@@ -256,7 +256,9 @@ def test_a_process_that_is_killed_ends_the_others_and_loses_no_checkpoint(
     path = tmp_path / "run" / CHECKPOINT
     wait_for(path.exists)
     (other,) = (each for each in members(process.pid) if each != process.pid and importing(each))
-    (tmp_path / "run" / ".metrics.json.4194304").write_text("{")  # as a process leaves it that was killed there
+    left, own = (tmp_path / "run" / f".metrics.json.4194304{of}" for of in (".unfinished-by-pddm-ext", ""))
+    left.write_text("{")  # as a process leaves it that was killed there
+    own.write_text("somebody's")
     os.kill(other, signal.SIGKILL)
     error = process.communicate(timeout=120)[1]
     assert process.returncode != 0
@@ -273,7 +275,7 @@ def test_a_process_that_is_killed_ends_the_others_and_loses_no_checkpoint(
     )
     assert resumed.returncode == 0, resumed.stderr
     assert checkpoint.load(path)["taken"] == taken + 2
-    assert not [left for left in (tmp_path / "run").rglob(".*") if left.name != ".lock"]
+    assert {hidden.name for hidden in (tmp_path / "run").rglob(".*")} == {".lock", own.name}
 
 
 def test_a_leading_process_that_is_killed_at_once_takes_the_others_along(

@@ -46,13 +46,13 @@ KEYS: dict[str, type] = {
 }
 
 
-#: What :func:`write_bytes` writes under.
-_TEMPORARY = re.compile(r"\..+\.\d+")
+#: What :func:`write_bytes` writes under, and nobody else.
+_TEMPORARY = re.compile(r"\..+\.\d+\.unfinished-by-pddm-ext")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished-by-pddm-ext")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
