@@ -10,8 +10,7 @@
 namespace pddm::ptx {
 namespace {
 
-// --- A function of values as the handler of an instruction
-// --------------------------------------------------------------
+// --- A function of values as the handler of an instruction -----------------------------------------------------------
 
 template <class T>
 constexpr char kLetter = std::is_same_v<T, bool>     ? 'p'
@@ -37,8 +36,7 @@ Form form() {
   return form<F>(F);
 }
 
-// --- Integers
-// -----------------------------------------------------------------------------------------------------------
+// --- Integers --------------------------------------------------------------------------------------------------------
 
 template <class T>
 using Bits = std::make_unsigned_t<T>;
@@ -171,8 +169,9 @@ void pack(Thread& thread, const Instruction& i) {
   thread.put(i.operands[0], thread.get<uint32_t>(i.operands[1]) | uint64_t(thread.get<uint32_t>(i.operands[2])) << 32);
 }
 
-// --- Floating point: to nearest, subnormal numbers kept, and every NaN of 4 bytes that is computed is one
-// ----------------
+// --- Floating point -------------------------------------------------------------------------------------------------
+
+// To nearest, subnormal numbers kept; every NaN of 4 bytes that is computed is one and the same.
 
 float one_nan(float x) {
   constexpr uint32_t kNaN = 0x7fffffff;
@@ -267,8 +266,7 @@ bool or_nan(T a, T b) {
   return any_nan(a, b) || compare(a, b);
 }
 
-// --- Conversions with a rule of their own
-// -------------------------------------------------------------------------------
+// --- Conversions with a rule of their own ----------------------------------------------------------------------------
 
 // Towards zero; past the ends to the ends.
 int64_t truncate(double a) {
@@ -319,8 +317,7 @@ uint32_t to_tf32(float x) {
   return bits_of(float(std::ldexp(std::round(std::ldexp(double(x), -unit)), unit)));
 }
 
-// --- The table
-// ----------------------------------------------------------------------------------------------------------
+// --- The table -------------------------------------------------------------------------------------------------------
 
 using Forms = std::map<std::string, Form>;
 

@@ -63,8 +63,7 @@ void expect_refused(const char* what, const Ran& ran, const char* because) {
   CHECK(ran.error.find(because) != std::string::npos, "%s: '%s' lacks '%s'", what, ran.error.c_str(), because);
 }
 
-// --- One result of up to three operands
-// -----------------------------------------------------------------------------------
+// --- One result of up to three operands ------------------------------------------------------------------------------
 
 // The letters of module.h, the result's first.
 struct Row {
@@ -332,8 +331,7 @@ void check_floating() {
   }
 }
 
-// --- Memory
-// ---------------------------------------------------------------------------------------------------------------
+// --- Memory ----------------------------------------------------------------------------------------------------------
 
 void check_memory() {
   Ran ran =
@@ -499,8 +497,7 @@ void check_copies() {
                  "is not aligned to 16 bytes");
 }
 
-// --- Lanes together
-// -------------------------------------------------------------------------------------------------------
+// --- Lanes together --------------------------------------------------------------------------------------------------
 
 // 4 bytes of every lane, stored from %r0.
 const char* const kGive = "mul.wide.u32 %at, %lane, 4;\nadd.s64 %at, %at, %to;\nst.global.u32 [%at], %r0;";
@@ -672,8 +669,7 @@ void check_matrices() {
                  "is stuck");
 }
 
-// --- The text
-// -------------------------------------------------------------------------------------------------------------
+// --- The text --------------------------------------------------------------------------------------------------------
 
 void check_text() {
   const Ran counted =

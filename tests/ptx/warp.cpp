@@ -20,8 +20,7 @@ void meet_all(Thread& thread, const Instruction& i, emulation::Work work) {
   emulation::meet(thread.text(i), emulation::kAllLanes, work, &own);
 }
 
-// --- Matrices
-// -----------------------------------------------------------------------------------------------------------
+// --- Matrices --------------------------------------------------------------------------------------------------------
 
 // d[Count], [row]: lanes 8 m to 8 m + 7 name the rows of matrix m, of which lane l gets, in register m, the numbers
 // (l / 4, 2 (l % 4)) and the next in the row; with .trans (2 (l % 4), l / 4) and the next in the column.
@@ -107,8 +106,7 @@ void multiply(Thread& thread, const Instruction& i) {
   });
 }
 
-// --- Registers of other lanes
-// ---------------------------------------------------------------------------------------------
+// --- Registers of other lanes ----------------------------------------------------------------------------------------
 
 enum class Shuffle { up, down, butterfly, index };
 
