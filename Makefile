@@ -10,7 +10,7 @@ NATIVE := $(wildcard csrc/*.h $(addprefix csrc/*/*.,h cpp cuh cu py)) CMakeLists
 PACKAGE := $(shell find pddm_ext -name '*.py' -o -name '*.j2')
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: help demo test test-native test-python test-emulated test-arm test-install cuda test-cuda bench bench-cuda \
+.PHONY: help demo test test-native test-ptx test-python test-emulated test-arm test-install cuda test-cuda bench bench-cuda \
   results docs lint format sanitize wheel clean
 
 help: ## this list
