@@ -1,8 +1,8 @@
 """kill −9 at random moments of ``pddm-ext train`` and ``compare``, of all processes or of one.
 
-``python tests/endurance/kills.py [MOMENTS]`` (some minutes): each of four commands is killed and started again until it
-has been killed so often, and then runs to its end; that must be the end of one that was left alone, to the last bit.
-After each kill no file may be half a file. Prints a line a command.
+``python tests/endurance/kills.py [MOMENTS [COMMAND …]]`` (some minutes): each of four commands is killed and started
+again until it has been killed so often, and then runs to its end; that must be the end of one that was left alone, to
+the last bit. After each kill no file may be half a file. Prints a line a command.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def kill_and_go_on(command: list[str], place: Path, moments: int, taken: float, 
 def main() -> None:
     moments = int(sys.argv[1]) if len(sys.argv) > 1 else 30
     torch.set_num_threads(1)
-    for name, command in COMMANDS.items():
+    for name in sys.argv[2:] or COMMANDS:
+        command = COMMANDS[name]
         draw = random.Random(name)
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
