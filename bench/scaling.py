@@ -203,10 +203,10 @@ EXCHANGES = 8
 
 
 def talk(c: dict[str, Any], n: int, dim: int, world: int) -> float:
-    """Seconds of what is exchanged: features, and of each row 24 bytes twice; there and back."""
+    """Seconds of what is exchanged: features, and of each row its best two, 12 bytes each, there and back."""
     if world == 1:
         return 0.0
-    sent = (world - 1) / world * n * (4 * dim + 2 * 2 * 24)
+    sent = (world - 1) / world * n * (4 * dim + 2 * 2 * 12)
     return float(sent / c[f"gather {world}"] + EXCHANGES * c[f"latency {world}"])
 
 

@@ -44,9 +44,9 @@ def set_health_checks(action: Action) -> None:
 
     That is: features, references or a unit's parameters that are not finite, a batch without a positive pair or of one
     class, features that are all one point, and a default unit whose gradient no optimizer uses. Not looked at are
-    batches inside ``torch.compile``, ``torch.func``'s transforms and CUDA graphs; of a group's batch only what every
-    process knows, its features and classes, or the references that it is mined among. On the CPU every batch is looked
-    at; on a GPU one in sixteen, without waiting for it, so that word comes some steps later.
+    batches inside ``torch.compile``, ``torch.func``'s transforms and CUDA graphs; of a group's batch, and on the CPU
+    alone, only what every process knows: its features and classes, or the references that it is mined among. On the CPU
+    every batch is looked at; on a GPU one in sixteen, without waiting for it, so that word comes some steps later.
 
     Args:
         action: ``"warn"`` (the default), once per process for each reason, by a :class:`HealthWarning`; ``"raise"`` a
@@ -113,11 +113,15 @@ def after_mining(
 
 def _ill(quads: Quadruplets, feats: Tensor, ref_feats: Tensor | None = None) -> bool:
     """Whether a closer look is due. Of microseconds, for it is taken at every batch, small ones too."""
-    rows = (feats,) if ref_feats is None else (feats, ref_feats.detach())
-    if not all(math.isfinite(x.sum(dtype=score_dtype(x)).item()) for x in rows) or not quads.valid.any():
+    if not _sums_up(feats) or not quads.valid.any() or not (ref_feats is None or _sums_up(ref_feats)):
         return True
     s_ij, s_ik = quads.s_ij.detach()[0].item(), quads.s_ik.detach()[0].item()
     return not abs(s_ij - s_ik) > 1e-5 * abs(s_ij) + 1e-7  # one point, one score; a slot not valid; infinity
+
+
+def _sums_up(feats: Tensor) -> bool:
+    """Whether the sum is finite, and so is every number; what large numbers add up to may not be. Copies nothing."""
+    return math.isfinite(feats.detach().sum(dtype=score_dtype(feats)).item())
 
 
 def _signs(quads: Quadruplets, feats: Tensor, ref_feats: Tensor | None = None) -> Tensor:
@@ -178,7 +182,7 @@ def before_mining(**feats: Tensor) -> None:
     """Look at features (n, d) by the names of their arguments, where what is mined of them is not looked at after. In a
     group those must be the same in every process, so that all are told, or all raise, and none is left waiting."""
     for name, x in feats.items():
-        if _action != "ignore" and _checks.readable(x):
+        if _action != "ignore" and _checks.readable(x) and not _sums_up(x):
             _finite(name, x.detach())
 
 

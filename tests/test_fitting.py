@@ -118,7 +118,7 @@ def test_it_can_be_mined_among_rows_of_earlier_steps() -> None:
         seen: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fitting, "mine", lambda *given, to=seen: (q := mine(*given), to.append(len(q.i)))[0])
-            made[bank] = fitted(features, labels, unit_steps=5, bank=bank)
+            made[bank] = fitted(features, labels, unit_steps=5, bank=bank, classes=6)
         counts[bank] = seen
     assert counts[24] == [2 * count for count in counts[0]]
     assert counts[60][0] == counts[24][0]
@@ -350,6 +350,11 @@ def test_ctrl_c_while_the_unit_is_trained_loses_no_step(
         ({"gather": True, "devices": 2, "candidates": 3}, "--candidates is 3 beside --gather; with it 0 is accepted"),
         ({"gather": True, "devices": 2, "distance_steps": 3}, "--distance-steps is 3 beside --gather"),
         ({"bank": -1}, "--bank is -1; at least 0"),
+        ({"bank": 11, "classes": 4, "samples": 3}, "--bank is 11; a batch has 12 pictures"),
+        (
+            {"bank": 23, "classes": 4, "samples": 3, "devices": 2, "method": "joint"},
+            "--bank is 23; a batch has 24 pictures",
+        ),
         ({"bank": 9, "candidates": 3}, "--candidates is 3 beside --bank; with it 0 is accepted"),
         ({"bank": 9, "distance_steps": 3}, "--distance-steps is 3 beside --bank"),
         ({"train_share": 0.0}, "--train-share is 0.0; above 0"),

@@ -78,7 +78,7 @@ def test_a_unit_can_score_the_nearest_alone() -> None:
 
 @pytest.mark.parametrize("method", ["pddm-anchor", "pddm-batch", "joint"])
 def test_a_bank_holds_what_went_before(method: str) -> None:
-    made = objective(Settings(method=method, dim=8, bank=20), 8)
+    made = objective(Settings(method=method, dim=8, classes=4, samples=3, bank=20), 8)
     generator = torch.Generator().manual_seed(0)
     labels, seen = torch.arange(4).repeat(3), []
     made.NOISE = 0.0  # of `joint`

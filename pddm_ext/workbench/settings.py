@@ -204,6 +204,11 @@ class Settings:
                     raise ValueError(
                         f"{option(name)} is {getattr(self, name)} beside {option(beside)}; with it 0 is accepted"
                     )
+        batch = self.classes * self.samples * (self.devices if scores(self.method) else 1)
+        if 0 < self.bank < batch:
+            raise ValueError(
+                f"--bank is {self.bank}; a batch has {batch} pictures, and 0 or at least as many are accepted"
+            )
         if self.unit_width == 1:
             raise ValueError("--unit-width is 1; 0 or at least 2 is accepted")
         if self.pretrained and not self.backbone.startswith(("timm/", "torchvision/", "efficientnet-lite0")):
