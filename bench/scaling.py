@@ -69,18 +69,11 @@ def mined(n: int, dim: int, **more: Any) -> Callable[[], Any]:
     return lambda: mine_and_score(feats, labels, unit, mode="anchor", **more)
 
 
-def among(n: int, dim: int, size: int, **more: Any) -> Callable[[], Any]:
-    """A step's mining among a full bank, the batch's own rows taken in first."""
-    torch.manual_seed(0)
-    unit, (feats, labels), bank = PDDM(dim).requires_grad_(False), rows(n, dim), MemoryBank(size, dim)
-    earlier, classes = rows(size, dim, 1)
-    bank.add(earlier, classes % (size // 64), torch.arange(size) + n)
-
-    def step() -> Any:
-        bank.add(feats, labels, torch.arange(n))
-        return mine_and_score(feats, labels, unit, mode="anchor", ids=torch.arange(n), **bank.references(), **more)
-
-    return step
+def full(size: int, dim: int) -> dict[str, torch.Tensor]:
+    """A full bank's references, none of which is a sample of a batch."""
+    bank, (feats, labels) = MemoryBank(size, dim), rows(size, dim, 1)
+    bank.add(feats, labels % (size // 64), -1 - torch.arange(size))
+    return bank.references()
 
 
 def counted(call: Callable[[], Any]) -> int:
@@ -119,7 +112,7 @@ def in_processes(world: int, *task: Any) -> Any:
     return to.get()
 
 
-def _mining(rank: int, world: int, n: int, dim: int, _: int, size: int, candidates: int) -> dict[str, float]:
+def _mining(rank: int, world: int, n: int, dim: int, size: int, candidates: int) -> dict[str, float]:
     """Seconds and pairs of a step of the group, each process with its even share of the rows."""
     torch.manual_seed(0)
     unit, (feats, labels) = PDDM(dim).requires_grad_(False), rows(n, dim)
@@ -128,10 +121,7 @@ def _mining(rank: int, world: int, n: int, dim: int, _: int, size: int, candidat
     group = dist.group.WORLD if world > 1 else None
     more: dict[str, Any] = {"candidates": candidates or None}
     if size:
-        bank = MemoryBank(size, dim)
-        earlier, classes = rows(size, dim, 1)
-        bank.add(earlier, classes % (size // 64), torch.arange(size) + n)
-        more = {"ids": ids, **bank.references()}
+        more = {"ids": ids, **full(size, dim)}
 
     def step() -> Any:
         if group is not None:
@@ -158,7 +148,7 @@ def _memory(rank: int, world: int, kind: str, n: int, dim: int, size: int) -> fl
     calls = {
         "anchor": lambda: mined(n, dim),
         "candidates": lambda: mined(n, dim, candidates=CANDIDATES),
-        "bank": lambda: among(n, dim, size),
+        "bank": lambda: mined(n, dim, ids=torch.arange(n), **full(size, dim)),
     }
     mined(64, dim)()  # what the first call of all takes
     call = calls[kind]()
@@ -218,7 +208,7 @@ def predicted(stored: dict[str, Any], n: int, dim: int, world: int, size: int, c
     # Each row with each reference, and so each j, of which there are about as many.
     pairs = 2 * n * size / world if size else n**2 / 2 / world
     rate = c["rate"][str(dim)] * min(1.0, stored["cores"] / world)
-    return pairs, pairs * operations(dim) / rate + (c["add"] if size else talk(c, n, dim, world))
+    return pairs, pairs * operations(dim) / rate + (0 if size else talk(c, n, dim, world))
 
 
 #: Rows, dimension, processes, references and candidates of the runs that check it.
@@ -265,7 +255,7 @@ def measure() -> dict[str, Any]:
             f"n={BATCH} among {BANKS[1]:,}": ("bank", BATCH, 128, BANKS[1]),
         }.items()
     }
-    checks = [{"of": of, **in_processes(of[2], "mining", *of)} for of in CHECKS]
+    checks = [{"of": of, **in_processes(of[2], "mining", *of[:2], *of[3:])} for of in CHECKS]
     return {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,

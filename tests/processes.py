@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -25,6 +26,17 @@ def environment_of_a_user(**more: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")]),
         **more,
     }
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session that live, as /proc has them."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            state, _, _, of = stat.read_text("utf-8", "replace").rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -21,7 +21,7 @@ from pddm_ext.workbench.compare import Cell, Grid
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import CHECKPOINT, CONFIG, Run
 from pddm_ext.workbench.settings import Settings
-from processes import environment_of_a_user
+from processes import environment_of_a_user, members
 from runs import TINY, TINY_OPTIONS, interrupt_at, make_archive, trained
 
 pytestmark = [
@@ -218,6 +218,20 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
+def resumed(place: Path, steps: int) -> dict[str, Any]:
+    """The state in which a run goes on to so many steps."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pddm_ext", "train", "--resume", "--out", "run", "--steps", str(steps)],
+        cwd=place,
+        env=environment_of_a_user(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return checkpoint.load(place / "run" / CHECKPOINT)
+
+
 def test_ctrl_c_stops_all_processes_of_a_run_at_a_checkpoint(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -236,16 +250,7 @@ def test_ctrl_c_stops_all_processes_of_a_run_at_a_checkpoint(
     assert state["losses"].shape == (2, 2)  # of a chunk that was not measured any more
     assert state["curves"]["step"][-1] == taken - 2
     wait_for(lambda: not members(process.pid))
-    resumed = subprocess.run(
-        [sys.executable, "-m", "pddm_ext", "train", "--resume", "--out", "run", "--steps", str(taken + 2)],
-        cwd=tmp_path,
-        env=environment_of_a_user(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert checkpoint.load(path)["curves"]["step"][-3:] == [taken - 2, taken, taken + 2]
+    assert resumed(tmp_path, taken + 2)["curves"]["step"][-3:] == [taken - 2, taken, taken + 2]
 
 
 def test_a_process_that_is_killed_ends_the_others_and_loses_no_checkpoint(
@@ -265,16 +270,7 @@ def test_a_process_that_is_killed_ends_the_others_and_loses_no_checkpoint(
     assert "gloo" in error.lower() or "DistBackendError" in error, error
     wait_for(lambda: not members(process.pid))
     taken = checkpoint.load(path)["taken"]
-    resumed = subprocess.run(
-        [sys.executable, "-m", "pddm_ext", "train", "--resume", "--out", "run", "--steps", str(taken + 2)],
-        cwd=tmp_path,
-        env=environment_of_a_user(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert checkpoint.load(path)["taken"] == taken + 2
+    assert resumed(tmp_path, taken + 2)["taken"] == taken + 2
     assert {hidden.name for hidden in (tmp_path / "run").rglob(".*")} == {".lock", own.name}
 
 
@@ -317,17 +313,6 @@ def wait_for(true: Callable[[], Any], seconds: float = 120) -> None:
     while not true():
         assert time.monotonic() < end, "in vain"
         time.sleep(0.05)
-
-
-def members(session: int) -> list[int]:
-    """The processes of a session that live."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            state, _, _, of = stat.read_text("utf-8", "replace").rpartition(")")[2].split()[:4]
-            if int(of) == session and state != "Z":
-                found.append(int(stat.parent.name))
-    return found
 
 
 def importing(process: int) -> bool:

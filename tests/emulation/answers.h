@@ -26,6 +26,18 @@ struct Sizes {
   bool odd = false;  // with a row of zeros and one that holds a NaN
 };
 
+// So many numbers, and the next time others.
+template <class T>
+struct Normal {
+  std::mt19937 random{7};
+  std::normal_distribution<T> normal;
+  std::vector<T> operator()(int64_t count) {
+    std::vector<T> v(static_cast<size_t>(count));
+    for (T& x : v) x = normal(random);
+    return v;
+  }
+};
+
 template <class T>
 struct Answers {
   std::vector<int64_t> mined[3], ranked;
@@ -34,13 +46,7 @@ struct Answers {
 
 template <class T>
 Answers<T> ask(const Backend& backend, const Sizes& z) {
-  std::mt19937 random(7);
-  std::normal_distribution<T> normal;
-  const auto filled = [&](int64_t count) {
-    std::vector<T> v(static_cast<size_t>(count));
-    for (T& x : v) x = normal(random);
-    return v;
-  };
+  Normal<T> filled;
   std::vector<T> rows = filled(z.n * z.dim);
   if (z.odd) std::fill_n(rows.begin(), z.dim, T(0)), rows.back() = NAN;
   const std::vector<T> p[8] = {

@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pddm_ext.workbench import checkpoint
-from processes import environment_of_a_user
+from processes import environment_of_a_user, members
 from runs import TINY_OPTIONS, differences, make_archive
 
 SHORT = [*TINY_OPTIONS, "--data", "omniglot", "--root", "small.zip", "--no-progress"]
@@ -60,16 +60,6 @@ def start(command: list[str], place: Path, out: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def members(session: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, of = stat.read_text("utf-8", "replace").rpartition(")")[2].split()[:4]
-            if int(of) == session and state != "Z":
-                found.append(int(stat.parent.name))
-    return found
 
 
 def whole(folder: Path) -> None:

@@ -48,13 +48,7 @@ struct Asked {
 template <class T>
 Answers<T> ask_gallery(const Backend& backend, const Sizes& z) {
   constexpr int64_t kQueries = 2, kBest = 20;
-  std::mt19937 random(7);
-  std::normal_distribution<T> normal;
-  const auto filled = [&](int64_t count) {
-    std::vector<T> v(static_cast<size_t>(count));
-    for (T& x : v) x = normal(random);
-    return v;
-  };
+  Normal<T> filled;
   const std::vector<T> rows = filled(z.n * z.dim), w_u = filled(z.hidden * z.dim), w_v = filled(z.hidden * z.dim),
                        w_c = filled(z.combined * 2 * z.hidden), small = filled(z.hidden + z.combined);
   const T* const b = small.data();
