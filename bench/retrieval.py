@@ -153,27 +153,33 @@ COUNTS, MOST = (8, 16, 32, 64, 128), 2048
 MINING = ("pddm-pair", "recommended")
 #: Whose thresholds are carried from validation to test.
 CALIBRATED = (*SCORING, "multi-similarity")
-#: What the second stage consists of, one change at a time.
+#: `recommended` without the rows of earlier steps among which it mines, with its own 256, and with more.
+UNBANKED = "recommended:bank=-1"
+BANKS = (UNBANKED, "recommended", "recommended:bank=1024")
+#: What else the second stage consists of, one change at a time to the first of these.
 STAGE = (
-    "recommended",
-    "recommended:unit_start=random",
-    "recommended:unit_start=distance",
-    "recommended:unit_noise=0.001",
-    "recommended:unit_noise=0.8",
-    "recommended:unit_noise=1.6",
-    "recommended:unit_steps=500",
-    "recommended:unit_steps=3000",
-    "recommended:unit_width=256",
-    "recommended:alpha=0.1",
+    UNBANKED,
+    *(
+        f"{UNBANKED},{change}"
+        for change in (
+            "unit_start=random",
+            "unit_start=distance",
+            "unit_noise=0.001",
+            "unit_noise=0.8",
+            "unit_noise=1.6",
+            "unit_steps=500",
+            "unit_steps=3000",
+            "unit_width=256",
+            "alpha=0.1",
+        )
+    ),
 )
-#: The same, mined among the rows of earlier steps, too.
-BANKS = ("recommended", "recommended:bank=256", "recommended:bank=1024")
 #: Length of the layers of a unit on a backbone's own features, which are ten times as many as an embedding's.
 NARROW = 256
 #: What else than an embedding a unit is trained on (:func:`elsewhere`).
 PLACES = ("the backbone's features", "both")
 #: The two-stage method on other losses' embeddings.
-OTHERS = ("proxy-anchor:unit_steps=1500", "sup-con:unit_steps=1500")
+OTHERS = ("proxy-anchor:unit_steps=1500,bank=-1", "sup-con:unit_steps=1500,bank=-1")
 #: Wrong labels, and few of them; at the learning rates that are best with all of them right.
 SPOILS = ("label_noise=0.2", "label_noise=0.4", "train_share=0.25")
 ROBUST = ("recommended", "joint", "pddm-pair", "triplet-semihard", "norm-softmax:lr=0.003", "sup-con:lr=0.003")
@@ -232,34 +238,45 @@ GRIDS = {
 Cells = dict[str, list[dict[str, Any]]]
 
 
-def run(name: str, roots: dict[str, str], jobs: int) -> None:
-    """Run a grid, write its HTML report beside the runs, and store its figures."""
+def run(name: str, roots: dict[str, str], jobs: int, only: list[str] | None = None) -> None:
+    """Run a grid, write its HTML report beside the runs, and store its figures; or those of some methods, beside what
+    is stored of the others."""
     experiment = GRIDS[name]
+    methods = tuple(text for text in experiment.methods if only is None or text in only)
+    if not methods:
+        return
     root = roots.get(experiment.common["data"], "")
     common = Settings(**experiment.common, root=root, schedule="cosine", accelerator="cpu")
-    grid = compare.Grid(common, experiment.methods, range(experiment.seeds), RUNS / name, lrs=experiment.lrs)
+    grid = compare.Grid(common, methods, range(experiment.seeds), RUNS / name, lrs=experiment.lrs)
     grid.folder.mkdir(parents=True, exist_ok=True)
     cells = grid.run(jobs)
     examples, raw = compare.examples(grid)
     page.write(grid.folder / "report.html", cells, raw, examples)
-    stored = {"raw": raw, "cells": {label: [_kept(metrics) for metrics in seeds] for label, seeds in cells.items()}}
-    if name.endswith("-known"):
-        stored["classifier"] = [_rounded(classifier(cell)) for cell in grid.cells() if cell.label == CLASSIFIED]
-        of = {label: [cell for cell in grid.cells() if cell.label == label] for label in MINING}
-        stored["agreement"] = [_rounded(agreement(*both)) for both in zip(*of.values(), strict=True)]
-    if name == "grocery-stage":
-        seeds = [elsewhere(cell) for cell in grid.cells() if cell.label == "recommended"]
+    file = STORE / f"{name}.json"
+    stored: dict[str, Any] = json.loads(file.read_bytes()) if only is not None and file.exists() else {"cells": {}}
+    found = stored["cells"] | {label: [_kept(metrics) for metrics in seeds] for label, seeds in cells.items()}
+    more = (label for label in found if label in PLACES)
+    stored |= {"raw": raw, "cells": {label: found[label] for label in (*experiment.methods, *more) if label in found}}
+    of = {label: [cell for cell in grid.cells() if cell.label == label] for label in methods}
+    if name.endswith("-known") and CLASSIFIED in of:
+        stored["classifier"] = [_rounded(classifier(cell)) for cell in of[CLASSIFIED]]
+    if name.endswith("-known") and set(MINING) <= set(methods):
+        both = zip(*(of[label] for label in MINING), strict=True)
+        stored["agreement"] = [_rounded(agreement(*cells)) for cells in both]
+    if name == "grocery-stage" and STAGE[0] in of:
+        seeds = [elsewhere(cell) for cell in of[STAGE[0]]]
         stored["cells"] |= {place: [_rounded(seed[place]) for seed in seeds] for place in seeds[0]}
-    if name == "grocery-known":  # whose validation photographs are of all classes, and none is trained on
-        stored["calibration"] = {
-            label: [_rounded(calibration(cell)) for cell in grid.cells() if cell.label == label] for label in CALIBRATED
-        }
-    if name == "grocery-bank":
-        stored["validation"] = {
-            label: [_rounded(validated(cell)) for cell in grid.cells() if cell.label == label] for label in BANKS
-        }
+    # Whose validation photographs are of all classes, and none is trained on.
+    looks = {
+        "grocery-known": ("calibration", calibration, CALIBRATED),
+        "grocery-bank": ("validation", validated, BANKS),
+    }
+    if name in looks:
+        key, look, labels = looks[name]
+        told = {label: [_rounded(look(cell)) for cell in of[label]] for label in labels if label in of}
+        stored[key] = stored.get(key, {}) | told
     STORE.mkdir(parents=True, exist_ok=True)
-    write_bytes(STORE / f"{name}.json", (json.dumps(stored, separators=(",", ":")) + "\n").encode())
+    write_bytes(file, (json.dumps(stored, separators=(",", ":")) + "\n").encode())
 
 
 def validated(cell: compare.Cell) -> dict[str, dict[str, float]]:
@@ -664,6 +681,7 @@ def main() -> int:
     parser.add_argument("--omniglot", help="folder of images_background_small1.zip; run the grids of drawings")
     parser.add_argument("--grocery", help="zip or folder of the Grocery Store Dataset; run the grids of photographs")
     parser.add_argument("--only", nargs="+", choices=GRIDS, default=list(GRIDS), help="of the grids")
+    parser.add_argument("--methods", nargs="+", help="of a grid's; what is stored of its others stays (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--check", action="store_true", help="fail where the page is not what is stored")
     arguments = parser.parse_args()
@@ -677,7 +695,7 @@ def main() -> int:
     roots = {data: root for data, root in given.items() if root is not None}
     for name in arguments.only:
         if GRIDS[name].common["data"] in roots:
-            run(name, roots, arguments.jobs)
+            run(name, roots, arguments.jobs, arguments.methods)
     draw()
     for path, template in PAGES.items():
         write_bytes(path, _filled(template).encode())

@@ -114,16 +114,29 @@ def test_it_can_be_mined_among_rows_of_earlier_steps() -> None:
     """Which holds more of a class than a batch of 24 does; and a bank of the batch alone has its pairs both ways."""
     features, labels = rows(8, 1)
     counts, made, mine = {}, {}, fitting.mine
-    for bank in (0, 24, 60):
+    for bank in (-1, 24, 60):
         seen: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fitting, "mine", lambda *given, to=seen: (q := mine(*given), to.append(len(q.i)))[0])
             made[bank] = fitted(features, labels, unit_steps=5, bank=bank, classes=6)
         counts[bank] = seen
-    assert counts[24] == [2 * count for count in counts[0]]
+    assert counts[24] == [2 * count for count in counts[-1]]
     assert counts[60][0] == counts[24][0]
     assert all(more > 2 * few for more, few in zip(counts[60][2:], counts[24][2:], strict=True))
-    assert differences(made[0].state_dict(), made[60].state_dict())
+    assert differences(made[-1].state_dict(), made[60].state_dict())
+
+
+def test_a_bank_of_its_own_is_that_of_a_unit_trained_afterwards() -> None:
+    features, labels = rows(8, 1)
+    own, named = (fitted(features, labels, unit_steps=5, bank=bank, classes=6) for bank in (0, 256))
+    assert not differences(own.state_dict(), named.state_dict())
+    assert Settings(method="recommended").bank_rows == 256
+    assert Settings(method="recommended", classes=100, samples=4).bank_rows == 400
+    assert Settings(method="recommended", bank=-1).bank_rows == 0
+    for method in ("pddm-pair", "joint", "multi-similarity"):
+        assert Settings(method=method).bank_rows == Settings(method=method, bank=-1).bank_rows == 0
+    # What is refused beside a bank is not beside none.
+    assert Settings(method="pddm-pair", bank=-1, candidates=3).candidates == 3
 
 
 def test_below_the_floor_lie_the_scores_of_nearly_all_different_pairs() -> None:
@@ -349,7 +362,7 @@ def test_ctrl_c_while_the_unit_is_trained_loses_no_step(
         ({"gather": True}, "--gather is for several --devices; 1 has nothing to gather"),
         ({"gather": True, "devices": 2, "candidates": 3}, "--candidates is 3 beside --gather; with it 0 is accepted"),
         ({"gather": True, "devices": 2, "distance_steps": 3}, "--distance-steps is 3 beside --gather"),
-        ({"bank": -1}, "--bank is -1; at least 0"),
+        ({"bank": -2}, "--bank is -2; at least -1"),
         ({"bank": 11, "classes": 4, "samples": 3}, "--bank is 11; a batch has 12 pictures"),
         (
             {"bank": 23, "classes": 4, "samples": 3, "devices": 2, "method": "joint"},

@@ -113,10 +113,10 @@ class PairLoss(nn.Module):
 
 
 def bank_of(settings: Settings, like: Tensor | None = None) -> pddm_ext.MemoryBank | None:
-    """The memory bank that the settings ask for, of a tensor's dtype and device."""
+    """The memory bank that the settings come to, of a tensor's dtype and device."""
     like = torch.empty(0) if like is None else like
-    made = pddm_ext.MemoryBank
-    return made(settings.bank, settings.dim, dtype=like.dtype, device=like.device) if settings.bank else None
+    rows, made = settings.bank_rows, pddm_ext.MemoryBank
+    return made(rows, settings.dim, dtype=like.dtype, device=like.device) if rows else None
 
 
 def mine(

@@ -119,7 +119,8 @@ class Settings:
     candidates: int = _setting(0, "PDDM: score only each row's so many nearest of other classes; 0 scores all")
     bank: int = _setting(
         0,
-        "PDDM and --unit-steps: mine among the newest so many pictures of this and earlier batches; 0 is this one's",
+        "PDDM and --unit-steps: mine among the newest so many pictures of this and earlier batches; -1 is this one's, "
+        "and 0 is 256 for a unit that is trained afterwards, and this one's otherwise",
     )
     gather: bool = _setting(False, "PDDM: with several --devices, mine the batches of all together")
     distance_steps: int = _setting(0, "PDDM: first updates whose quadruplets are mined by distance")
@@ -155,11 +156,11 @@ class Settings:
             if choices and value not in choices:
                 raise ValueError(f"{option(setting.name)} is {value!r}; {', '.join(choices)} are accepted")
         least = {
+            -1: ("bank",),
             0: (
                 "picture",
                 "warmup",
                 "candidates",
-                "bank",
                 "distance_steps",
                 "unit_steps",
                 "unit_width",
@@ -200,14 +201,13 @@ class Settings:
             raise ValueError("--gather is for several --devices; 1 has nothing to gather")
         for beside in ("gather", "bank"):
             for name in ("candidates", "distance_steps"):
-                if getattr(self, beside) and getattr(self, name):
+                if getattr(self, beside) > 0 and getattr(self, name):
                     raise ValueError(
                         f"{option(name)} is {getattr(self, name)} beside {option(beside)}; with it 0 is accepted"
                     )
-        batch = self.classes * self.samples * (self.devices if scores(self.method) else 1)
-        if 0 < self.bank < batch:
+        if 0 < self.bank < self._mined:
             raise ValueError(
-                f"--bank is {self.bank}; a batch has {batch} pictures, and 0 or at least as many are accepted"
+                f"--bank is {self.bank}; a batch has {self._mined} pictures, and -1, 0 or at least as many are accepted"
             )
         if self.unit_width == 1:
             raise ValueError("--unit-width is 1; 0 or at least 2 is accepted")
@@ -225,6 +225,17 @@ class Settings:
     def unit_updates(self) -> int:
         """How many updates train a unit on the frozen embedding; 0 where none is trained afterwards."""
         return 0 if scores(self.method) else self.unit_steps or 1500 * (self.method == "recommended")
+
+    @property
+    def _mined(self) -> int:
+        """Pictures of one step that a bank takes in."""
+        return self.classes * self.samples * (self.devices if scores(self.method) else 1)
+
+    @property
+    def bank_rows(self) -> int:
+        """Pictures that a memory bank holds; 0 is no bank."""
+        own = max(_OWN_BANK, self._mined) if self.unit_updates else 0
+        return max(self.bank, 0) or (0 if self.bank else own)
 
     @property
     def first_stage(self) -> Settings:
@@ -248,6 +259,8 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+#: Pictures in the bank of a unit that is trained afterwards: more bring little (docs/results.md).
+_OWN_BANK = 256
 _SCORED = {"unit_lr_factor", "unit_gradient", "candidates", "bank", "gather", "distance_steps", "alpha"}
 #: Of a unit that is trained afterwards, beside its number of updates.
 FITTED = {"unit_start", "unit_width", "unit_noise", "unit_fallback", "bank", "alpha"}
