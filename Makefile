@@ -88,9 +88,12 @@ $(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/*) $(PACKAGE)
 	PDDM_CUDA=emulated $(INSTALL_THERE)
 	@touch $@
 
+# And again what Hopper's kernel computes, on a device that has it.
 test-emulated: $(EMULATED)/built ## the same tests of the CUDA kernels, emulated on the host
 	$(EMULATED)/venv/bin/python $(PYTEST) -n 2 \
 	  $(patsubst %,tests/test_%.py,numerics mining candidates references gradients autograd laws emulation)
+	PDDM_EMULATION_DEVICE=sm_90 $(EMULATED)/venv/bin/python $(PYTEST) -n 2 -k "float16 or law" \
+	  $(patsubst %,tests/test_%.py,numerics mining candidates references gradients laws)
 
 test-arm: $(VENV)/tools ## the native tests, cross-compiled for 64-bit Arm and run under emulation
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \
@@ -108,7 +111,8 @@ NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildca
 $(VENV)/nvcc: $(VENV)/tools
 	$(if $(NVCC),,$(BIN)/python $(PIP) install \
 	  $(foreach part,cuda-nvcc cuda-runtime cuda-crt nvvm cuda-cccl,"nvidia-$(part)==13.0.*"))
-	$(BIN)/python $(PIP) install "nvidia-cuda-cuobjdump==13.*" "nvidia-cuda-nvdisasm==13.*"
+	$(BIN)/python $(PIP) install "nvidia-cuda-cuobjdump==13.*" "nvidia-cuda-nvdisasm==13.*" \
+	  "nvidia-cutlass==4.2.*"
 	ln -sf $(if $(NVCC),"$(NVCC)","$(CURDIR)"/$(VENV)/lib/python*/site-packages/nvidia/cu13/bin/nvcc) $@
 
 # As PDDM_CUDA=on pip install makes it, for the architectures that it has then; ptxas's reports are kept on the way.

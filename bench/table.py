@@ -23,7 +23,7 @@ from pddm_ext import _C
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README, GOALS, PHOTOGRAPHS = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "photographs.md"
-PEERS = ("reference", "chunked", "compiled")
+PEERS = ("reference", "chunked", "compiled", "portable")
 NARROW = "\u202f"  # a narrow space, where no line breaks
 SHARES = {"peak": "of the peak", "matmul": "of torch.matmul"}
 

@@ -54,7 +54,8 @@ def test_forward_anchor(benchmark: Any, dtype: torch.dtype) -> None:
         rate = operations / seconds(ours)
         shares.append(rate / ((before + matmul_rate(dtype)) / 2))
     benchmark.extra_info["matmul_tflops"] = matmul_rate(dtype) / 1e12
-    figures = {"matmul": (statistics.median(shares), 0.5)}
+    hopper = dtype == torch.bfloat16 and _C.warpgroups(torch.cuda.current_device())
+    figures = {"matmul": (statistics.median(shares), 0.75 if hopper else 0.5)}
     if dtype == torch.bfloat16:
         chunk = quickest_chunk(lambda rows: chunked_mine(feats, labels, unit, "anchor", rows))
         peers = {"chunked": lambda: chunked_mine(feats, labels, unit, "anchor", chunk)}
@@ -75,6 +76,29 @@ def test_forward_of_narrow_units(benchmark: Any) -> None:
         benchmark,
         f'forward `"anchor"`, n={n}, d=h=m={dim}, bfloat16',
         matmul=(rate / matmul_rate(torch.bfloat16), 0.3),
+    )
+
+
+@pytest.mark.parametrize(("n", "dim"), [(4096, 512), (4096, 384), (4096, 256), (8192, 128), (8192, 64)])
+@torch.no_grad()
+def test_both_kernels(benchmark: Any, n: int, dim: int) -> None:
+    if not _C.warpgroups(torch.cuda.current_device()):
+        pytest.skip("one kernel here")
+    given = on_gpu(n, dim, torch.bfloat16)
+
+    def portable() -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PDDM_WARPGROUPS", "off")
+            return mine_and_score(*given, mode="anchor")
+
+    ratio = race(benchmark, lambda: mine_and_score(*given, mode="anchor"), {"portable": portable}, rounds=5)
+    ours = benchmark.extra_info["milliseconds"]["ours"]
+    rate = pair_operations(n * (n - 1) / 2, dim) / ours * 1e3
+    row(
+        benchmark,
+        f'forward `"anchor"` beside the portable kernel, n={n}, d=h=m={dim}, bfloat16',
+        portable=(ratio["portable"], 1),
+        matmul=(rate / matmul_rate(torch.bfloat16), 0),
     )
 
 

@@ -70,6 +70,23 @@ def test_a_main_loop_that_spills_or_issues_too_much_fails(tmp_path, loop, compla
         assert f"score_kernel<Bf16, Shape<32, 64, 2, 2, 3, 2>>  {(len(loop) + 1):.2f}" in done.stdout
 
 
+def test_products_that_wait_for_each_other_fail(tmp_path):
+    serial = "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to a function call"
+    (tmp_path / "kernels.o.ptxas").write_text(f"ptxas info    : {serial}\n{said_by_ptxas(SCORE, 0)}")
+    done = report(tmp_path, [PRODUCT])
+    assert done.returncode == 1
+    assert f"kernels.o.ptxas: ptxas info    : {serial}" in done.stderr
+
+
+def test_waiting_behind_the_end_is_no_loop(tmp_path):
+    """Code after the last EXIT goes back to the middle of the program."""
+    (tmp_path / "kernels.o.ptxas").write_text(said_by_ptxas(SCORE, 0))
+    loop = ["NOP", "NOP", PRODUCT, "@!P1 BRA 0x0"]
+    done = report(tmp_path, [*loop, *["LDL R3, [R1]"] * 40, "EXIT", "@!P0 BRA 0x20"])
+    assert done.returncode == 0, done.stderr
+    assert "32, 64, 2, 2, 3, 2>>  4.00" in done.stdout
+
+
 def test_nothing_to_report_is_a_failure(tmp_path):
     assert report(tmp_path, [PRODUCT]).returncode != 0
 

@@ -5,6 +5,7 @@ import torch
 
 import pddm_ext
 from helpers import EMULATED, FLOATS, MODES, counters, make_features, make_labels, make_unit, reset_counters
+from pddm_ext import _C
 from processes import in_a_new_process
 from truth import assert_lowest, assert_mined, assert_within, bound_of, truth
 
@@ -45,19 +46,26 @@ def test_a_device_that_is_too_old_is_refused_in_words(monkeypatch):
 
 # Of 300 pairs there are 3 tiles of 128 and 5 of 64; of (hidden, combined) the half precisions take, by prepared.cuh,
 SHAPES = [
-    ("sm_90", 1, (70, 132)),  # 128 × 256, in the fewest waves
-    ("sm_90", 5, (70, 132)),  # 64 × 256, which leaves no multiprocessor idle
-    ("sm_80", 1, (120, 120)),  # 64 × 128
-    ("sm_80", 2, (60, 60)),  # 32 × 64
-    ("sm_80", 1, (500, 250)),  # 128 × 256 with u' in global memory
-    ("sm_86", 5, (900, 9)),  # 64 × 256 with u' in global memory
+    ("sm_90", 1, "off", (70, 132)),  # 128 × 256, in the fewest waves
+    ("sm_90", 5, "off", (70, 132)),  # 64 × 256, which leaves no multiprocessor idle
+    ("sm_80", 1, "on", (120, 120)),  # 64 × 128
+    ("sm_80", 2, "on", (60, 60)),  # 32 × 64
+    ("sm_80", 1, "on", (500, 250)),  # 128 × 256 with u' in global memory
+    ("sm_86", 5, "on", (900, 9)),  # 64 × 256 with u' in global memory
+    # and on Hopper, where the input is not normalised, warpgroups of
+    ("sm_90", 2, "on", (250, 250)),  # 256 outputs
+    ("sm_90", 4, "on", (190, 380)),  # 192
+    ("sm_90", 2, "on", (120, 120)),  # 128
+    ("sm_90", 3, "on", (60, 60)),  # 64
+    ("sm_90", 1, "on", (60, 60)),  # a cluster has no room, and the portable kernel goes on
 ]
 
 
 @pytest.mark.parametrize("normalize_input", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_shape_of_the_tiles_scores_as_the_reference(monkeypatch, dtype, normalize_input):
-    for device, multiprocessors, (hidden, combined) in SHAPES:
+    for device, multiprocessors, warpgroups, (hidden, combined) in SHAPES:
+        monkeypatch.setenv("PDDM_WARPGROUPS", warpgroups)
         unit = make_unit(33, hidden, combined, normalize_input=normalize_input)
         x = make_features(24, 33, dtype=dtype)
         x[20] = x[5].clone()
@@ -83,6 +91,24 @@ def test_u_that_does_not_fit_in_shared_memory_is_kept_outside(monkeypatch, dtype
         assert_all_of_it(x, unit)
     # On one multiprocessor one block comes back to the same memory; on four each has its own.
     assert used["sm_90", 1] != used["sm_86", 1] < used["sm_86", 4]
+
+
+def test_the_switch_of_the_kernel_takes_two_words(monkeypatch):
+    monkeypatch.setenv("PDDM_EMULATION_DEVICE", "sm_90")
+    unit, x = make_unit(40), make_features(24, 40, dtype=torch.bfloat16)
+    scores, used = {}, {}
+    for word in ("on", "off"):
+        monkeypatch.setenv("PDDM_WARPGROUPS", word)
+        assert _C.warpgroups(0) == (word == "on")
+        used[word] = scratch(lambda word=word: scores.update({word: pddm_ext.score_matrix(x, unit)}))
+    assert used["on"] != used["off"]  # tiles of their own
+    torch.testing.assert_close(scores["on"], scores["off"], atol=2e-3, rtol=2e-3)
+    monkeypatch.setenv("PDDM_WARPGROUPS", "fast")
+    with pytest.raises(RuntimeError, match="PDDM_WARPGROUPS is 'fast'; on and off are accepted"):
+        pddm_ext.score_matrix(x, unit)
+    monkeypatch.setenv("PDDM_WARPGROUPS", "on")
+    monkeypatch.setenv("PDDM_EMULATION_DEVICE", "sm_86")
+    assert not _C.warpgroups(0)
 
 
 def test_no_order_of_the_threads_changes_a_bit():

@@ -154,11 +154,13 @@ class _TF32Linear(torch.autograd.Function):
 @pytest.mark.parametrize("normalize_input", [False, True])
 @pytest.mark.parametrize("entry", ["pairs", "matrix", "rectangle", "call"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tf32_gradients_are_as_good_as_autograd_with_rounded_operands(dtype, entry, normalize_input):
+@pytest.mark.parametrize("size", [(18, 33, 13, 25), (15, 68, 96, 72)], ids=str)
+def test_tf32_gradients_are_as_good_as_autograd_with_rounded_operands(size, dtype, entry, normalize_input):
     """As above, with the reference's products rounded as TF32 rounds. float32's are at precision "high", and those of
-    half precision always, so that they keep float32's range.
+    half precision always, so that they keep float32's range. The larger size has products in large blocks, copied 16
+    bytes at a time.
     """
-    n, d, h, m = 18, 33, 13, 25
+    n, d, h, m = size
     unit = make_unit(d, h, m, normalize_input=normalize_input, seed=1)
     settle_relus(unit)
     x = make_features(n, d, seed=1, dtype=dtype)
@@ -319,6 +321,35 @@ def test_pairs_without_weight_contribute_nothing():
 def test_chunks_of_any_length_add_up(capability, count):
     unit, x = make_unit(4, 3, 5).double(), make_features(50, 4, dtype=torch.float64)
     i, j = random_rows(50, 2, count, seed=count)
+    fused = gradients(lambda x, unit: pddm_ext.score_pairs(x, i, j, unit), x, unit)
+    plain = gradients(lambda x, unit: reference.score_pairs(x, i, j, unit), x, in_double(unit))
+    assert_close_relatively(fused, plain, 1e-11)
+
+
+@pytest.mark.parametrize("normalize_input", [False, True])
+@pytest.mark.parametrize("size", [(130, None), (9, 1100), (1100, 9)], ids=str)
+def test_matrices_of_more_than_one_chunk_add_up(capability, size, normalize_input):
+    n, columns = size
+    unit = make_unit(3, 2, 3, normalize_input=normalize_input).double()
+    x = make_features(n + (columns or 0), 3, dtype=torch.float64)
+
+    def scores(package):
+        if columns is None:
+            return lambda x, unit: package.score_matrix(x, unit)
+        return lambda x, unit: package.score_matrix(x[:n], unit, x[n:])
+
+    assert_close_relatively(
+        gradients(scores(pddm_ext), x, unit), gradients(scores(reference), x, in_double(unit)), 1e-11
+    )
+
+
+@pytest.mark.parametrize("normalize_input", [False, True])
+def test_a_row_in_every_pair_has_the_gradients_of_all(capability, normalize_input):
+    unit = make_unit(4, 3, 5, normalize_input=normalize_input).double()
+    x = make_features(50, 4, dtype=torch.float64)
+    i, j = random_rows(50, 2, 2500, seed=1)
+    i[:], j[::3], j[1000:1200] = 7, j[::3] % 5, 7
+    i[1::2], j[1::2] = j[1::2].clone(), i[1::2].clone()
     fused = gradients(lambda x, unit: pddm_ext.score_pairs(x, i, j, unit), x, unit)
     plain = gradients(lambda x, unit: reference.score_pairs(x, i, j, unit), x, in_double(unit))
     assert_close_relatively(fused, plain, 1e-11)

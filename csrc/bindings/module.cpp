@@ -46,6 +46,11 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   });
+#if defined(PDDM_CUDA)
+  m.def(
+      "warpgroups", [](int device) { return pddm::cuda::warpgroups(pddm::Precision::bfloat16, device); },
+      py::arg("device"), "Whether that CUDA device scores half precisions by Hopper's matrix instructions.");
+#endif
   m.def(
       "cpu_capabilities",
       [] {
@@ -80,10 +85,12 @@ PYBIND11_MODULE(_C, m) {
         counters["pairs_scored"] = c.pairs_scored;
         counters["bytes_peak"] = c.bytes_peak;
         counters["launches"] = c.launches;
+        counters["allocations"] = c.allocations;
         return counters;
       },
       py::arg("device") = "cpu",
-      "Since the last reset: pairs scored, the peak of native scratch in bytes, kernels launched (0 on the CPU). Waits "
-      "for the current CUDA device.");
+      "Since the last reset: pairs scored, the peak of native scratch in bytes, kernels launched and allocations asked "
+      "of "
+      "torch (0 on the CPU). Waits for the current CUDA device.");
   m.def("reset_counters", [](const std::string& device) { counters_of(device).reset(); }, py::arg("device") = "cpu");
 }

@@ -130,7 +130,7 @@ class Call {
     STD_TORCH_CHECK(feats.dim() == 2, "pddm: features must be a matrix");
 #if defined(PDDM_CUDA)
     like_ = &feats;
-    caller_ = {0, nullptr, allocate, this};
+    caller_ = {0, nullptr, allocate, this, kSlab};
 #if defined(PDDM_EMULATED)
     backend = cuda::make_backend(precision, caller_);
     return;
@@ -155,6 +155,9 @@ class Call {
  private:
   Parallel parallel_{};
 #if defined(PDDM_CUDA)
+  // Of a small batch's scratch, which is then one allocation.
+  static constexpr int64_t kSlab = 1 << 20;
+
   // The allocator may hand the memory on as soon as the call returns: work on the same stream comes after ours.
   static void* allocate(void* context, int64_t bytes) {
     auto& self = *static_cast<Call*>(context);

@@ -50,7 +50,7 @@ Idle& idle() {
 
 namespace cpu {
 
-Counters read_counters() { return {pairs_scored.load(), bytes_peak.load(), 0}; }
+Counters read_counters() { return {pairs_scored.load(), bytes_peak.load(), 0, 0}; }
 
 void reset_counters() {
   pairs_scored = 0;

@@ -7,7 +7,7 @@
 
 namespace pddm::cuda {
 
-std::atomic<int64_t> launches{0}, bytes_alive{0}, bytes_peak{0};
+std::atomic<int64_t> launches{0}, allocations{0}, bytes_alive{0}, bytes_peak{0};
 
 namespace {
 
@@ -24,15 +24,19 @@ std::unique_ptr<const Backend> make_backend(Precision precision, const Caller& c
   return kernels(precision).make_backend(caller);
 }
 
+bool warpgroups(Precision precision, int device) {
+  return kernels(precision).warpgroups(Caller{device, nullptr, nullptr, nullptr});
+}
+
 Counters read_counters() {
-  Counters counters{0, bytes_peak, launches};
+  Counters counters{0, bytes_peak, launches, allocations};
   for (Precision precision : kAll) counters.pairs_scored += kernels(precision).read_scored();
   return counters;
 }
 
 void reset_counters() {
   for (Precision precision : kAll) kernels(precision).reset_scored();
-  launches = 0, bytes_peak = bytes_alive.load();
+  launches = 0, allocations = 0, bytes_peak = bytes_alive.load();
 }
 
 }  // namespace pddm::cuda

@@ -13,10 +13,14 @@ struct Caller {
   void* stream;  // cudaStream_t
   void* (*allocate)(void* context, int64_t bytes);
   void* context;
+  int64_t slab = 0;  // bytes to ask for at once, for what is small; 0 asks for everything by itself
 };
 
 // The caller has made `device` current. Throws std::runtime_error for CUDA's errors.
 std::unique_ptr<const Backend> make_backend(Precision precision, const Caller& caller);
+
+// Whether hopper.cuh scores there in this precision, where a unit's size lets it.
+bool warpgroups(Precision precision, int device);
 
 // Over all streams of the current device; waits for it. Kernel launches are the host's count.
 Counters read_counters();

@@ -9,7 +9,7 @@ template <class A>
 void score_pairs(const Context& context, const Rows& rows, const Pairs& pairs, const Unit& unit,
                  typename A::Real* scores) {
   if (pairs.count == 0) return;
-  Prepared<A> p(context, rows, unit, pairs.count);
+  Prepared<A> p(context, rows, unit, pairs.count, nullptr, false, 0, pairs);
   Job<typename A::Real> job;
   job.walk = Walk::pairs, job.n = rows.count;
   job.i = pairs.i, job.j = pairs.j, job.count = pairs.count, job.scores = scores;

@@ -55,6 +55,8 @@ class CudaBackend final : public Backend {
 
 std::unique_ptr<const Backend> make_backend(const Caller& caller) { return std::make_unique<CudaBackend>(caller); }
 
+bool warpgroups(const Caller& caller) { return Prepared<Forward>::warpgroups(Context(caller)); }
+
 int64_t read_scored() {
   unsigned long long scored = 0;
   check(cudaDeviceSynchronize(), "the device has failed");
@@ -70,6 +72,6 @@ void reset_scored() {
 
 }  // namespace
 
-Kernels PDDM_JOIN(kernels_, PDDM_ARITHMETIC)() { return {make_backend, read_scored, reset_scored}; }
+Kernels PDDM_JOIN(kernels_, PDDM_ARITHMETIC)() { return {make_backend, warpgroups, read_scored, reset_scored}; }
 
 }  // namespace pddm::cuda

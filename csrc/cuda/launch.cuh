@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -26,7 +27,7 @@ Parameter fitted(const Argument& argument) {
   return parameter;
 }
 
-extern std::atomic<int64_t> launches, bytes_alive, bytes_peak;  // for Counters
+extern std::atomic<int64_t> launches, allocations, bytes_alive, bytes_peak;  // for Counters
 
 class Context {
  public:
@@ -49,12 +50,23 @@ class Context {
     taken_ += bytes;
     for (int64_t peak = bytes_peak; peak < alive && !bytes_peak.compare_exchange_weak(peak, alive);) {
     }
-    return static_cast<T*>(caller_.allocate(caller_.context, bytes));
+    const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (rounded > caller_.slab / 2) return static_cast<T*>(allocate(bytes));
+    if (rounded > left_) free_ = static_cast<unsigned char*>(allocate(caller_.slab)), left_ = caller_.slab;
+    void* const taken = free_;
+    free_ += rounded, left_ -= rounded;
+    return static_cast<T*>(taken);
   }
 
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
               const Arguments&... arguments) const {
+    launch_clusters(1, kernel, blocks, threads, shared, arguments...);
+  }
+  // `blocks` is a multiple of `cluster`, whose blocks run at once.
+  template <class... Parameters, class... Arguments>
+  void launch_clusters(int cluster, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
+                       const Arguments&... arguments) const {
     if (blocks == 0) return;
     if (blocks > 0x7fffffff) throw std::runtime_error("pddm: a launch of more than 2^31 blocks");
     cudaLaunchConfig_t config = {};
@@ -62,6 +74,13 @@ class Context {
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream();
+    cudaLaunchAttribute dimension = {};
+    if (cluster > 1) {
+      dimension.id = cudaLaunchAttributeClusterDimension;
+      dimension.val.clusterDim.x = static_cast<unsigned>(cluster);
+      dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
+      config.attrs = &dimension, config.numAttrs = 1;
+    }
     check(cudaLaunchKernelEx(&config, kernel, fitted<Parameters>(arguments)...), "a kernel did not launch");
     ++launches;
   }
@@ -71,11 +90,28 @@ class Context {
     check(cudaDeviceGetAttribute(&value, which, caller_.device), "the device does not answer");
     return value;
   }
+  // Whether the device has what hopper.cuh is made of; PDDM_WARPGROUPS=off leaves the work to score.cuh.
+  bool warpgroups() const {
+    const char* const wanted = std::getenv("PDDM_WARPGROUPS");
+    const std::string choice = wanted ? wanted : "on";
+    if (choice != "on" && choice != "off")
+      throw std::runtime_error("pddm: PDDM_WARPGROUPS is '" + choice + "'; on and off are accepted");
+    return choice == "on" && attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+  }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(caller_.stream); }
 
  private:
+  static constexpr int64_t kAlignment = 256;  // as every allocation's
+
+  void* allocate(int64_t bytes) const {
+    ++allocations;
+    return caller_.allocate(caller_.context, bytes);
+  }
+
   const Caller& caller_;
   mutable int64_t taken_ = 0;
+  mutable unsigned char* free_ = nullptr;  // of the last slab
+  mutable int64_t left_ = 0;
 };
 
 inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -3,6 +3,7 @@
 
 #include "launch.cuh"
 #include "select.cuh"
+#include "warpgroup.cuh"
 #include "workspace.cuh"
 
 namespace pddm::cuda {
@@ -47,12 +48,13 @@ struct Given {
   const Real *rows, *w_u, *b_u, *b_v, *w_c, *b_c, *w_s;
 };
 
-// Blocks of 8 rows, one to a warp, then blocks of 256 pieces of weights, then blocks of 256 of everything small.
+// Blocks of 8 rows, one to a warp, then blocks of 256 pieces of weights, then blocks of 256 of everything small. Listed
+// pairs that name rows which are not there are refused.
 template <class A>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(const __grid_constant__ Workspace<typename A::Real> w,
                    const __grid_constant__ Given<typename A::Real> given, const __grid_constant__ Ranks ranks,
-                   int outputs, Word* words, int64_t word_count) {
+                   int outputs, Word* words, int64_t word_count, const __grid_constant__ Pairs listed) {
   using Real = typename A::Real;
   constexpr int kLength = kPieceLength<A>;
   const int64_t row_blocks = (w.n + kPrepareWarps - 1) / kPrepareWarps;
@@ -82,7 +84,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
     Real x[kLength];
 #pragma unroll
     for (int k = 0; k < kLength; ++k) {
-      const int column = input * kDepth<A> + piece * kLength + k;
+      // What meets fragments that are made in registers has its inputs in their order.
+      const int place = piece * kLength + k, within_tile = w.warpgroups && !meets_u ? input_at(place) : place;
+      const int column = input * kDepth<A> + within_tile;
       x[k] = output < (first ? w.hidden : w.combined) && column < limit ? from[column] : 0;
     }
     const int64_t tile_number = at / pieces_per_tile;
@@ -107,6 +111,11 @@ __global__ void __launch_bounds__(kPrepareThreads)
     at -= vector.length;
   }
   if (at >= 0 && at < word_count) words[at] = 0;
+  at -= word_count;
+  if (at >= 0 && at < listed.count) {
+    const int64_t i = listed.i[at], j = listed.j[at];
+    if (i < 0 || j < 0 || i >= w.n || j >= w.n) refuse_pair(at, i, j, w.n);
+  }
 }
 
 // Ranks alone.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "hopper.cuh"
 #include "multiply.cuh"
 #include "prepare.cuh"
 
@@ -29,6 +30,25 @@ struct ShapesOf<ArithmeticF64> {
   using List = Shapes<Shape<32, 64, 2, 2, 3, 2, 100>>;
 };
 
+// Those of hopper.cuh, where it is built and serves the arithmetic.
+template <class A>
+struct ClusterShapesOf {
+  using List = Shapes<>;
+};
+#if defined(PDDM_WARPGROUPS)
+// Worths as measured on an H100, beside those of the portable shapes.
+using HalfClusterShapes =
+    Shapes<ClusterShape<256, 2, 195>, ClusterShape<192, 2, 177>, ClusterShape<128, 3, 180>, ClusterShape<64, 3, 105>>;
+template <>
+struct ClusterShapesOf<ArithmeticBf16> {
+  using List = HalfClusterShapes;
+};
+template <>
+struct ClusterShapesOf<ArithmeticF16> {
+  using List = HalfClusterShapes;
+};
+#endif
+
 template <class A>
 class Prepared {
  public:
@@ -37,19 +57,23 @@ class Prepared {
   Ranks ranks{};
   Word* words = nullptr;  // zeroed
 
-  // `pairs` is how many will be walked at once, as far as the host knows; `labels` are ranked if `ranked`.
+  // `pairs` is how many will be walked at once, as far as the host knows; `labels` are ranked if `ranked`; `listed` are
+  // those of Walk::pairs.
   Prepared(const Context& context, const Rows& rows, const Unit& unit, int64_t pairs, const int64_t* labels = nullptr,
-           bool ranked = false, int64_t word_count = 0)
+           bool ranked = false, int64_t word_count = 0, const Pairs& listed = {})
       : context_(context) {
     if (rows.count > 0x7fffffff) throw std::runtime_error("pddm: more than 2^31 rows");
     for (int64_t size : {unit.dim, unit.hidden, unit.combined})
       if (size > 1 << 24) throw std::runtime_error("pddm: a unit's dimension is above 2^24");
     w.n = rows.count, w.dim = int(unit.dim), w.hidden = int(unit.hidden), w.combined = int(unit.combined);
     w.normalize_input = unit.normalize_input;
-    w.dim_tiles = int(divided_up(w.dim, kDepth<A>)), w.hidden_tiles = int(divided_up(w.hidden, kDepth<A>));
-    w.f_stride = w.dim_tiles * kDepth<A>, w.a_stride = w.hidden_tiles * kDepth<A>;
     multiprocessors_ = context.attribute(cudaDevAttrMultiProcessorCount);
-    choose(typename ShapesOf<A>::List{}, pairs);
+    shared_ = context_.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    choose(typename ShapesOf<A>::List{}, typename ClusterShapesOf<A>::List{}, pairs);
+    const int at_once = w.warpgroups ? kTilesAtOnce : 1;
+    w.dim_tiles = int(divided_up(w.dim, at_once * kDepth<A>)) * at_once;
+    w.hidden_tiles = int(divided_up(w.hidden, at_once * kDepth<A>)) * at_once;
+    w.f_stride = w.dim_tiles * kDepth<A>, w.a_stride = w.hidden_tiles * kDepth<A>;
 
     w.hidden_blocks = int(divided_up(w.hidden, outputs_)), w.combined_blocks = int(divided_up(w.combined, outputs_));
     w.f = context.take<Real>(w.n * w.f_stride), w.norm = context.take<Real>(w.n);
@@ -67,11 +91,15 @@ class Prepared {
     const auto given = [](const void* p) { return static_cast<const Real*>(p); };
     const Given<Real> parameters{given(rows.data), given(unit.w_u), given(unit.b_u), given(unit.b_v),
                                  given(unit.w_c),  given(unit.b_c), given(unit.w_s)};
-    const int64_t small = hidden + w.a_stride + 2 * combined + word_count;
+    const int64_t small = hidden + w.a_stride + 2 * combined + word_count + listed.count;
     context.launch(prepare_kernel<A>,
                    divided_up(w.n, kPrepareWarps) + divided_up(weight_pieces + small, kPrepareThreads), kPrepareThreads,
-                   0, w, parameters, ranks, outputs_, words, word_count);
+                   0, w, parameters, ranks, outputs_, words, word_count, listed);
     project(unit);
+  }
+
+  static bool warpgroups(const Context& context) {
+    return !std::is_same<typename ClusterShapesOf<A>::List, Shapes<>>::value && context.warpgroups();
   }
 
   // Positive pairs before every rank, and before every row; n + 1 sums each.
@@ -83,47 +111,79 @@ class Prepared {
   // `pairs` bounds the pairs of a walk whose number only the device knows.
   void score(Job<Real> job, int64_t positives = 0) {
     for (job.pass = 0; job.pass < (job.far.best || job.near.best ? Bests<Real>::kWalks : 1); ++job.pass)
-      run(typename ShapesOf<A>::List{}, 0, job, positives);
+      run(typename ShapesOf<A>::List{}, typename ClusterShapesOf<A>::List{}, job, positives);
   }
 
  private:
   // The shape that should take the least time for so many pairs: in waves of as many tiles as there are blocks at once,
   // of every tile all outputs, those too that only fill it up. With u' in shared memory if that costs no block.
-  template <class... S>
-  void choose(Shapes<S...>, int64_t pairs) {
+  template <class... S, class... C>
+  void choose(Shapes<S...>, Shapes<C...>, int64_t pairs) {
     struct Fit {
       int64_t tiles, resident, streamed;
       int pairs, outputs, blocks, worth;
     };
-    const Fit fits[] = {{tiles_of<S::kPairs>(pairs), Layout<A, S>::resident(w.hidden_tiles), Layout<A, S>::streamed(),
-                         S::kPairs, S::kOutputs, S::kBlocks, S::kWorth}...};
-    shared_ = context_.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    constexpr int kClusterDepth = kTilesAtOnce * kDepth<A>;
+    const int64_t portable_tiles = divided_up(w.hidden, kDepth<A>);
+    const int64_t cluster_tiles = divided_up(w.hidden, kClusterDepth) * kTilesAtOnce;
+    const int64_t never = int64_t(1) << 62;
+    const Fit fits[] = {{tiles_of<S::kPairs>(pairs), Layout<A, S>::resident(portable_tiles), Layout<A, S>::streamed(),
+                         S::kPairs, S::kOutputs, S::kBlocks, S::kWorth}...,
+                        {divided_up(tiles_of<C::kPairs>(pairs), kClusterBlocks) * kClusterBlocks,
+                         cluster_bytes<C>(cluster_tiles), never, C::kPairs, C::kOutputs, 1, C::kWorth}...};
+    const bool clusters = !w.normalize_input && multiprocessors_ >= kClusterBlocks && warpgroups(context_);
     const int64_t at_once = context_.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     const int64_t reserved = at_once - shared_;  // of every block, by the driver
     double least = 0;
-    for (int at = 0; at < int(sizeof...(S)); ++at) {
+    for (int at = 0; at < int(sizeof...(S) + (clusters ? sizeof...(C) : 0)); ++at) {
       const Fit& f = fits[at];
       const auto blocks = [&](int64_t used) { return std::min<int64_t>(f.blocks, at_once / (used + reserved)); };
-      const int64_t most = blocks(f.streamed), resident = f.resident <= shared_ ? blocks(f.resident) : 0;
+      const int64_t most = f.streamed == never ? 0 : blocks(f.streamed),
+                    resident = f.resident <= shared_ ? blocks(f.resident) : 0;
       if (most == 0 && resident == 0) continue;
       const bool keeps = resident >= most;
       const int64_t beside = keeps ? resident : most;
       const int64_t waves = divided_up(f.tiles, beside * multiprocessors_);
-      const double outputs = double(divided_up(w.hidden, f.outputs)) * w.dim_tiles +
-                             2.0 * double(divided_up(w.combined, f.outputs)) * w.hidden_tiles;
+      const int depth = at < int(sizeof...(S)) ? kDepth<A> : kClusterDepth;
+      const double outputs = double(divided_up(w.hidden, f.outputs) * divided_up(w.dim, depth) * depth) +
+                             2.0 * double(divided_up(w.combined, f.outputs) * divided_up(w.hidden, depth) * depth);
       // A multiprocessor with fewer blocks than it could have does less at once, and u' from elsewhere takes longer.
       const double took = double(waves) * f.blocks * f.pairs * f.outputs * outputs / f.worth * (keeps ? 1 : 1.1);
       if (shape_ >= 0 && took >= least) continue;
       least = took, shape_ = at, outputs_ = f.outputs, resident_ = keeps, used_ = keeps ? f.resident : f.streamed;
+      w.warpgroups = at >= int(sizeof...(S));
     }
     if (shape_ < 0)
       throw std::runtime_error("pddm: the device has too little shared memory for any shape of the kernels");
   }
 
-  template <class First, class... Rest>
-  void run(Shapes<First, Rest...>, int at, const Job<Real>& job, int64_t positives) {
-    if (at == shape_) return run_shape<First>(job, positives);
-    if constexpr (sizeof...(Rest) > 0) run(Shapes<Rest...>{}, at + 1, job, positives);
+  template <class... S, class... C>
+  void run(Shapes<S...>, Shapes<C...>, const Job<Real>& job, int64_t positives) {
+    int at = 0;
+    ((at++ == shape_ ? run_shape<S>(job, positives) : void()), ...);
+    ((at++ == shape_ ? run_clusters<C>(job, positives) : void()), ...);
+  }
+
+  // Shared memory of a block; more than there is where no stages fit.
+  template <class C>
+  int64_t cluster_bytes(int64_t hidden_tiles) const {
+    const int64_t stages = ClusterLayout<C>::stages(shared_, hidden_tiles);
+    return stages ? ClusterLayout<C>::bytes(stages, hidden_tiles) : shared_ + 1;
+  }
+
+  template <class S>
+  void run_clusters(const Job<Real>& job, int64_t positives) {
+    // A warp has pairs of one row.
+    const bool grid = job.walk == Walk::triangle || job.walk == Walk::rectangle;
+    const auto kernel = grid ? hopper_score_kernel<A, S, true> : hopper_score_kernel<A, S, false>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_)),
+          "shared memory was refused");
+    const int64_t groups = divided_up(count_tiles<kTilePairs>(job, positives), S::kConsumers);
+    const int64_t clusters = std::min<int64_t>(multiprocessors_ / kClusterBlocks, divided_up(groups, kClusterBlocks));
+    const int64_t across = job.walk == Walk::rectangle ? rectangle_across<kTilePairs>(job) : 0;
+    context_.launch_clusters(kClusterBlocks, kernel, clusters * kClusterBlocks, S::kThreads, used_, w, job,
+                             count_tiles<kTilePairs>(job, 0), across,
+                             int(ClusterLayout<S>::stages(shared_, w.hidden_tiles)));
   }
 
   template <class S>

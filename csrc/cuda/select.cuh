@@ -125,6 +125,13 @@ __host__ __device__ constexpr int rectangle_rows(int64_t rows) {
   return most;
 }
 
+// How many tiles of a rectangle are side by side.
+template <int Pairs, class Real>
+__host__ __device__ int64_t rectangle_across(const Job<Real>& job) {
+  const int64_t columns = Pairs / rectangle_rows<Pairs>(job.rows);
+  return (job.columns + columns - 1) / columns;
+}
+
 // `positives` is the number of positive pairs, which only the device knows; at most n (n − 1) / 2.
 template <int Pairs, class Real>
 __host__ __device__ int64_t count_tiles(const Job<Real>& job, int64_t positives) {
@@ -134,8 +141,8 @@ __host__ __device__ int64_t count_tiles(const Job<Real>& job, int64_t positives)
     case Walk::pairs: return tiles_of<Pairs>(job.count);
     case Walk::triangle: return blocks * (blocks + 1) / 2 * (kColumns / kRows);
     case Walk::rectangle: {
-      const int64_t rows = rectangle_rows<Pairs>(job.rows), columns = Pairs / rows;
-      return (job.rows + rows - 1) / rows * ((job.columns + columns - 1) / columns);
+      const int64_t rows = rectangle_rows<Pairs>(job.rows);
+      return (job.rows + rows - 1) / rows * rectangle_across<Pairs>(job);
     }
     case Walk::positives: return tiles_of<Pairs>(positives);
     case Walk::partners: return tiles_of<Pairs>(2 * job.n);
@@ -170,28 +177,39 @@ __device__ inline void refuse_pair(int64_t at, int64_t i, int64_t j, int64_t row
   __trap();
 }
 
+// Pair `p` of a tile of the triangle: cut `cut` of 16 × 16 block (g, c).
+template <int Pairs, class Real>
+__device__ __forceinline__ Pair triangle_pair(const Job<Real>& job, int64_t g, int64_t c, int cut, int p) {
+  constexpr int kRows = Pairs / kColumns;
+  const int64_t i = g * kColumns + cut * kRows + p / kColumns, j = c * kColumns + p % kColumns;
+  return j < job.n && (i < j || (job.diagonal && i == j)) ? Pair{int(i), int(j)} : Pair{-1, -1};
+}
+
+// Of tile (down, across) of a rectangle.
+template <int Pairs, class Real>
+__device__ __forceinline__ Pair rectangle_pair(const Job<Real>& job, int64_t down, int64_t across, int p) {
+  const int rows = rectangle_rows<Pairs>(job.rows), columns = Pairs / rows;
+  const int64_t r = down * rows + p / columns, c = across * columns + p % columns;
+  return r < job.rows && c < job.columns ? Pair{int(job.first_row + r), int(job.first_column + c)} : Pair{-1, -1};
+}
+
 // Pair `p` of tile `tile`. `partner` is the hardest positive pair, for Walk::partners.
 template <int Pairs, class Real>
 __device__ Pair pair_at(const Job<Real>& job, int64_t tile, int p, const Pair& partner) {
-  constexpr int kRows = Pairs / kColumns, kCuts = kColumns / kRows;
+  constexpr int kCuts = kColumns * kColumns / Pairs;
   const int64_t at = tile * Pairs + p;
   switch (job.walk) {
     case Walk::pairs: {
       if (at >= job.count) return {-1, -1};
-      const int64_t i = job.i[at], j = job.j[at];
-      if (i < 0 || j < 0 || i >= job.n || j >= job.n) refuse_pair(at, i, j, job.n);
-      return {int(i), int(j)};
+      return {int(job.i[at]), int(job.j[at])};  // looked at before
     }
     case Walk::triangle: {
       const int64_t block = tile / kCuts, c = triangle_column(block), g = block - c * (c + 1) / 2;
-      const int64_t i = g * kColumns + tile % kCuts * kRows + p / kColumns, j = c * kColumns + p % kColumns;
-      return j < job.n && (i < j || (job.diagonal && i == j)) ? Pair{int(i), int(j)} : Pair{-1, -1};
+      return triangle_pair<Pairs>(job, g, c, int(tile % kCuts), p);
     }
     case Walk::rectangle: {
-      const int rows = rectangle_rows<Pairs>(job.rows), columns = Pairs / rows;
-      const int64_t across = (job.columns + columns - 1) / columns;
-      const int64_t r = tile / across * rows + p / columns, c = tile % across * columns + p % columns;
-      return r < job.rows && c < job.columns ? Pair{int(job.first_row + r), int(job.first_column + c)} : Pair{-1, -1};
+      const int64_t across = rectangle_across<Pairs>(job);
+      return rectangle_pair<Pairs>(job, tile / across, tile % across, p);
     }
     case Walk::positives: {
       if (at >= job.before[job.n]) return {-1, -1};

@@ -30,6 +30,7 @@ struct Workspace {
   int64_t n;
   int dim, hidden, combined;
   bool normalize_input;
+  bool warpgroups;  // for hopper.cuh; otherwise for score.cuh
 
   int dim_tiles, hidden_tiles;         // as inputs
   int hidden_blocks, combined_blocks;  // as outputs

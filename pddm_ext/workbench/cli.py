@@ -560,7 +560,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _gpu() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "but torch finds no GPU here"
+    if not torch.cuda.is_available():
+        return "but torch finds no GPU here"
+    kernel = "Hopper's" if _C.warpgroups(torch.cuda.current_device()) else "the portable"
+    return f"{torch.cuda.get_device_name()}, half precisions by {kernel} kernel"
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@ those on tensor cores issue for each matrix instruction.
 
 As nvcc's launcher it keeps ptxas's report beside the object:  resources.py keep nvcc … -o OBJECT …
 Then it prints the tables:  resources.py report FOLDER SHAPES_PROGRAM CUOBJDUMP
-It fails if a main loop touches local memory, which is where spilled registers are, or issues more than it may.
+It fails if a main loop touches local memory, which is where spilled registers are, or issues more than it may, and if
+ptxas lets one matrix instruction of a warpgroup wait for another.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 #: Instructions for each matrix instruction, by the first numbers of a shape: all of the busiest loop, skipped or not.
-MOST = {"128, 256": 4.6, "64, 256": 5.6, "64, 128": 9.5, "32, 64": 17.0, "multiply": 40.0}
+MOST = {"128, 256": 4.6, "64, 256": 5.6, "64, 128": 9.5, "32, 64": 17.0, "hopper": 65.0, "multiply": 14.0}
+SERIAL = "wgmma.mma_async instructions are serialized"
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -59,13 +61,14 @@ def read(report: str) -> dict[tuple[str, str], Use]:
 
 def main_loops(code: str) -> list[Loop]:
     """Of a kernel's disassembly."""
-    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;/]*?);", code)]
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;/]*?)\s*;", code)]
     place = {at: k for k, (at, _) in enumerate(lines)}
     loops = []
     for end, (_, text) in enumerate(lines):
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         start = place.get(int(target[1], 16)) if target else None
-        if start is not None and start <= end:
+        # What lies behind the end of the program comes back to its middle after a wait.
+        if start is not None and start <= end and "EXIT" not in [text for _, text in lines[start:end]]:
             loops.append((start, end))
     found: list[tuple[int, int]] = []
     for start, end in sorted(loops, key=lambda loop: loop[1] - loop[0]):
@@ -102,7 +105,7 @@ def short(mangled: list[str]) -> list[str]:
 
 
 def limit(name: str) -> float:
-    return next(most for shape, most in MOST.items() if f"Shape<{shape}," in name or name.startswith(f"{shape}_"))
+    return next(most for kind, most in MOST.items() if f" Shape<{kind}," in name or name.startswith(f"{kind}_"))
 
 
 def report(build: Path, shapes: Path, cuobjdump: Path) -> int:
@@ -116,7 +119,8 @@ def report(build: Path, shapes: Path, cuobjdump: Path) -> int:
     kernels = sorted({kernel for kernel, _ in uses})
     # Shared memory is asked for at launch: the scoring kernels' with u' of 512 outputs.
     shared = dict(line.split("\t") for line in subprocess.check_output([shapes], text=True).splitlines())
-    rows, bad = [], []
+    rows: list[list[str]] = []
+    bad = [f"{file.name}: {line.strip()}" for file in files for line in file.read_text().splitlines() if SERIAL in line]
     for kernel, name in zip(kernels, short(kernels), strict=True):
         cells = []
         for arch in architectures:

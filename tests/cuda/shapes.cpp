@@ -4,7 +4,7 @@
 #include "../../csrc/cuda/prepared.cuh"
 
 namespace pddm::cuda {
-std::atomic<int64_t> launches, bytes_alive, bytes_peak;
+std::atomic<int64_t> launches, allocations, bytes_alive, bytes_peak;
 
 template <class A, class S>
 void print_shape(const char* arithmetic) {
@@ -12,10 +12,33 @@ void print_shape(const char* arithmetic) {
               S::kRows, S::kColumns, S::kStages, S::kBlocks, S::kWorth,
               static_cast<long long>(Layout<A, S>::resident(512 / kDepth<A>)));
 }
+template <class A, class S>
+void print_cluster(const char* arithmetic) {
+  constexpr int kMost = 227 << 10;  // of a block on sm_90
+  const int64_t stages = ClusterLayout<S>::stages(kMost, 512 / kDepth<A>);
+  for (const char* grid : {"false", "true"})
+    std::printf("hopper_score_kernel<%s, ClusterShape<%d, %d, %d>, %s>\t%lld\n", arithmetic, S::kOutputs, S::kConsumers,
+                S::kWorth, grid, static_cast<long long>(stages ? ClusterLayout<S>::bytes(stages, 512 / kDepth<A>) : 0));
+}
+template <class A, class S, bool Left, bool Right>
+void print_product(const char* arithmetic) {
+  std::printf("multiply_kernel<%s, Shape<%d, %d, %d, %d, %d, %d, %d>, %s, %s>\t%d\n", arithmetic, S::kPairs,
+              S::kOutputs, S::kRows, S::kColumns, S::kStages, S::kBlocks, S::kWorth, Left ? "true" : "false",
+              Right ? "true" : "false", S::kStages * kStageBytes<ProductSums<A, S, Left, Right>>);
+}
+template <class A, class S>
+void print_products(const char* arithmetic) {
+  print_product<A, S, true, true>(arithmetic);
+  print_product<A, S, true, false>(arithmetic);
+  print_product<A, S, false, false>(arithmetic);
+}
 template <class A, class... S>
 void print_all(const char* arithmetic, Shapes<S...>) {
   (print_shape<A, S>(arithmetic), ...);
-  std::printf("multiply_kernel<%s>\t%d\n", arithmetic, 4 * MultiplyShape<A>::kPairs * kRowBytes);
+}
+template <class A, class... S>
+void print_clusters(const char* arithmetic, Shapes<S...>) {
+  (print_cluster<A, S>(arithmetic), ...);
 }
 }  // namespace pddm::cuda
 
@@ -26,4 +49,10 @@ int main() {
   print_all<ArithmeticTf32>("Tf32", ShapesOf<ArithmeticTf32>::List{});
   print_all<ArithmeticBf16>("Bf16", ShapesOf<ArithmeticBf16>::List{});
   print_all<ArithmeticF16>("F16", ShapesOf<ArithmeticF16>::List{});
+  print_clusters<ArithmeticBf16>("Bf16", ClusterShapesOf<ArithmeticBf16>::List{});
+  print_clusters<ArithmeticF16>("F16", ClusterShapesOf<ArithmeticF16>::List{});
+  print_products<ArithmeticF32, SmallProduct<ArithmeticF32>>("F32");
+  print_products<ArithmeticF64, SmallProduct<ArithmeticF64>>("F64");
+  print_products<ArithmeticTf32, SmallProduct<ArithmeticTf32>>("Tf32");
+  print_products<ArithmeticTf32, LargeProduct<ArithmeticTf32>>("Tf32");
 }

@@ -79,9 +79,12 @@ Answers<T> ask(const Backend& backend, const Sizes& z) {
   backend.score_matrix(given, split, unit, across.data());
   a.scores.insert(a.scores.end(), across.begin(), across.end());
 
-  const std::vector<int64_t> i{0, z.n - 1, z.n / 2}, j{z.n - 1, z.n - 1, 0};
-  std::vector<T> listed(3);
-  backend.score_pairs(given, {i.data(), j.data(), 3}, unit, listed.data());
+  std::vector<int64_t> i{0, z.n - 1, z.n / 2}, j{z.n - 1, z.n - 1, 0};
+  // Of many rows one has more pairs than a block of the backward pass takes.
+  for (int64_t other = 0; z.n >= 100 && other < 70; ++other) i.push_back(0), j.push_back(other);
+  const Pairs pairs{i.data(), j.data(), int64_t(i.size())};
+  std::vector<T> listed(i.size());
+  backend.score_pairs(given, pairs, unit, listed.data());
   a.listed.insert(a.listed.end(), listed.begin(), listed.end());
 
   const int64_t k = std::min<int64_t>(z.n, 4);
@@ -96,8 +99,7 @@ Answers<T> ask(const Backend& backend, const Sizes& z) {
     for (int q = 0; q < 8; ++q) d[q].resize(p[q].size());
     const UnitGradient to{d[0].data(), d[1].data(), d[2].data(), d[3].data(),
                           d[4].data(), d[5].data(), d[6].data(), d[7].data()};
-    if (which == 0)
-      backend.score_pairs_backward(given, {i.data(), j.data(), 3}, weights.data(), unit, d_rows.data(), to);
+    if (which == 0) backend.score_pairs_backward(given, pairs, weights.data(), unit, d_rows.data(), to);
     if (which > 0)
       backend.score_matrix_backward(given, which == 1 ? -1 : split, weights.data(), unit, d_rows.data(), to);
     a.gradient.insert(a.gradient.end(), d_rows.begin(), d_rows.end());

@@ -42,9 +42,12 @@ inline unsigned __float_as_uint(float x) { return pddm::emulation::same_bits<uns
 inline float __uint_as_float(unsigned x) { return pddm::emulation::same_bits<float>(x); }
 inline long long __double_as_longlong(double x) { return pddm::emulation::same_bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return pddm::emulation::same_bits<double>(x); }
+inline int max(int a, int b) { return a < b ? b : a; }
+inline int min(int a, int b) { return b < a ? b : a; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline float rsqrtf(float x) { return float(1 / std::sqrt(double(x))); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 template <class T>
 T __ldg(const T* address) {
@@ -167,6 +170,7 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
   cudaErrorNotSupported = 801,
+  cudaErrorInvalidClusterSize = 912,
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -186,8 +190,15 @@ enum cudaMemcpyKind {
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 using cudaStream_t = struct CUstream_st*;
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore = 0, cudaLaunchAttributeClusterDimension = 4 };
 struct cudaLaunchAttribute {
-  int id;
+  cudaLaunchAttributeID id;
+  union {
+    char pad[64];
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;

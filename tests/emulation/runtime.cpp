@@ -83,7 +83,16 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
       grid.z > 65535)
     return remember(cudaErrorInvalidConfiguration);
-  if (config.numAttrs != 0 || blocks > 0x7fffffff) return remember(cudaErrorNotSupported);  // by the emulation
+  unsigned cluster = 0;
+  for (unsigned a = 0; a < config.numAttrs; ++a) {
+    const cudaLaunchAttribute& attribute = config.attrs[a];
+    const auto& size = attribute.val.clusterDim;
+    if (attribute.id != cudaLaunchAttributeClusterDimension || size.x > kMaxCluster || size.y != 1 || size.z != 1)
+      return remember(cudaErrorNotSupported);  // by the emulation
+    if (device().major < 9 || size.x == 0 || grid.x % size.x != 0) return remember(cudaErrorInvalidClusterSize);
+    cluster = size.x;
+  }
+  if (blocks > 0x7fffffff) return remember(cudaErrorNotSupported);  // by the emulation
   size_t most = kSharedWithoutAsking;
   {
     const std::lock_guard<std::mutex> lock(asked_mutex);
@@ -92,7 +101,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   }
   if (config.dynamicSmemBytes > std::min(most, size_t(device().shared_per_block)))
     return remember(cudaErrorInvalidValue);
-  const Launch whole{grid, block, config.dynamicSmemBytes, body, context};
+  const Launch whole{grid, block, config.dynamicSmemBytes, body, context, cluster, device().major};
   run_instead ? run_instead(whole, kernel, parameters) : run(whole);
   return cudaSuccess;
 }
@@ -108,6 +117,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInvalidDevice: return "invalid device ordinal";
     case cudaErrorNotSupported: return "operation not supported";
+    case cudaErrorInvalidClusterSize: return "misconfigured cluster size";
   }
   return "unrecognized error code";
 }

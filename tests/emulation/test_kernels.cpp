@@ -1,6 +1,8 @@
 // The CUDA kernels, emulated, against the CPU's on arrays of exactly their size: what a sanitizer build is for, which
 // sees a wrong index into global memory.
+#include <cstdlib>
 #include <type_traits>
+#include <vector>
 
 #include "../../csrc/cpu/backend.h"
 #include "../../csrc/cuda/backend.h"
@@ -15,12 +17,21 @@ void run_here(int64_t count, void (*body)(void*, int64_t), void* context) {
   for (int64_t t = 0; t < count; ++t) body(context, t);
 }
 
+// Sizes that fill no tile, on the device of the environment.
+const std::vector<Sizes> kSizes = {
+    {1, 1, 1, 1, false}, {5, 3, 2, 4, true}, {33, 17, 40, 9, false}, {40, 33, 70, 67, true}};
+// With warpgroups, which are for rows that are not normalised.
+const std::vector<Sizes> kWarpgroupSizes = {{1, 1, 1, 1, false},
+                                            {33, 17, 40, 9, false},
+                                            {40, 33, 70, 67, false},
+                                            {70, 64, 128, 64, false},
+                                            {20, 70, 300, 260, false}};
+
 template <class T>
-void compare(Precision precision, const char* name, double tolerance) {
+void compare(Precision precision, const char* name, double tolerance, const std::vector<Sizes>& sizes = kSizes) {
   const Parallel alone{1, run_here};
   const auto cpu = cpu::make_backend(std::is_same_v<T, double> ? Precision::float64 : Precision::float32, alone);
-  for (const Sizes& z :
-       {Sizes{1, 1, 1, 1, false}, {5, 3, 2, 4, true}, {33, 17, 40, 9, false}, {40, 33, 70, 67, true}}) {
+  for (const Sizes& z : sizes) {
     Scratch scratch;
     const cuda::Caller caller{0, nullptr, Scratch::take, &scratch};
     const auto backend = cuda::make_backend(precision, caller);
@@ -45,6 +56,12 @@ int main() {
   compare<float>(Precision::tfloat32, "tfloat32", 4e-3);
   compare<float>(Precision::bfloat16, "bfloat16", 3e-2);
   compare<float>(Precision::float16, "float16", 4e-3);
+  setenv("PDDM_EMULATION_DEVICE", "sm_90", 1);
+  for (const char* multiprocessors : {"2", "5"}) {
+    setenv("PDDM_EMULATION_MULTIPROCESSORS", multiprocessors, 1);
+    compare<float>(Precision::bfloat16, "bfloat16 with warpgroups", 3e-2, kWarpgroupSizes);
+    compare<float>(Precision::float16, "float16 with warpgroups", 4e-3, kWarpgroupSizes);
+  }
   if (failures) std::printf("%d checks failed\n", failures);
   return failures != 0;
 }

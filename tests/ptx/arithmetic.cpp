@@ -54,6 +54,7 @@ template <class T>
 T multiply_low(T a, T b) {
   return T(uint64_t(a) * uint64_t(b));
 }
+int64_t multiply_high(int64_t a, int64_t b) { return int64_t(__int128(a) * b >> 64); }
 template <class Wide, class T>
 Wide multiply_wide(T a, T b) {
   return Wide(a) * Wide(b);
@@ -209,6 +210,8 @@ template <class T>
 T root(T a) {
   return one_nan(std::sqrt(a));
 }
+// As exact as can be, where the manual allows 2^-22.9 of it.
+float reciprocal_root(float a) { return one_nan(float(1 / std::sqrt(double(a)))); }
 // Of the sign alone.
 template <class T>
 T opposite(T a) {
@@ -400,7 +403,9 @@ void add_arithmetic(Forms& f) {
   add_bits<uint32_t>(f, ".b32"), add_bits<uint64_t>(f, ".b64");
   add_floating<float>(f, ".f32"), add_floating<double>(f, ".f64");
   f["max.NaN.f32"] = form<maximum_or_nan>();
+  f["rsqrt.approx.f32"] = form<reciprocal_root>();
 
+  f["mul.hi.s64"] = form<multiply_high>();
   f["mul.wide.u16"] = form<multiply_wide<uint32_t, uint16_t>>();
   f["mul.wide.u32"] = form<multiply_wide<uint64_t, uint32_t>>();
   f["mul.wide.s32"] = form<multiply_wide<int64_t, int32_t>>();

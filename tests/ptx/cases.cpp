@@ -95,6 +95,7 @@ void run_here(int64_t count, void (*body)(void*, int64_t), void* context) {
 template <class T>
 std::string difference_as(const Arithmetic& arithmetic, const Module& ptx, const Case& c) {
   setenv("PDDM_EMULATION_DEVICE", c.device, 1), setenv("PDDM_EMULATION_MULTIPROCESSORS", c.multiprocessors, 1);
+  setenv("PDDM_WARPGROUPS", ptx.target == "sm_90a" ? "on" : "off", 1);
   const Asked<T> asked = ask_kernels<T>(arithmetic, c, &ptx);
   const Asked<T> emulated_asked = ask_kernels<T>(arithmetic, c, nullptr);
   const Answers<T>&got = asked.answers, &emulated = emulated_asked.answers;
@@ -126,11 +127,9 @@ std::string difference_as(const Arithmetic& arithmetic, const Module& ptx, const
   return found;
 }
 
-}  // namespace
-
 // Sizes that fill no tile and those that fill them. On one multiprocessor large tiles are chosen where they are full,
 // u' of many outputs finds no room in shared memory, and the gallery of many rows comes in several chunks.
-const std::vector<Case> kCases = {
+const std::vector<Case> kPortable = {
     {{1, 1, 1, 1, false}, "sm_80", "3"},          {{5, 3, 2, 4, true}, "sm_80", "3"},
     {{33, 17, 40, 9, false}, "sm_80", "3"},       {{40, 33, 70, 67, true}, "sm_80", "3"},
     {{9, 20, 12, 8, true, true}, "sm_80", "3"},   {{12, 8, 600, 8, false}, "sm_86", "1"},
@@ -139,6 +138,17 @@ const std::vector<Case> kCases = {
     {{16, 8, 450, 250, false}, "sm_80", "1"},     {{16, 36, 450, 250, true}, "sm_80", "1"},
     {{30, 12, 120, 128, false}, "sm_80", "1"},    {{100, 8, 12, 8, false}, "sm_80", "1"},
     {{1100, 8, 12, 8, false}, "sm_80", "1", true}};
+
+// On few multiprocessors, so that a cluster has several tiles one after the other.
+const std::vector<Case> kWarpgroups = {
+    {{1, 1, 1, 1, false}, "sm_90", "2"},          {{5, 3, 2, 4, false}, "sm_90", "132"},
+    {{33, 20, 40, 9, false, true}, "sm_90", "2"}, {{33, 17, 40, 9, false}, "sm_90", "2"},
+    {{40, 33, 70, 67, false}, "sm_90", "4"},      {{20, 70, 300, 260, false}, "sm_90", "3"},
+    {{24, 36, 250, 256, false}, "sm_90", "2"}};
+
+}  // namespace
+
+const std::vector<Case>& cases_for(const std::string& target) { return target == "sm_90a" ? kWarpgroups : kPortable; }
 
 std::string contents(const std::string& path) {
   std::ifstream file(path);

@@ -15,7 +15,8 @@ struct Case {
   const char *device, *multiprocessors;
   bool gallery = false;  // only to be searched
 };
-extern const std::vector<Case> kCases;
+// For a module of that target: those of sm_90a are for the kernels with warpgroups, and others for those without.
+const std::vector<Case>& cases_for(const std::string& target);
 
 std::string contents(const std::string& path);
 

@@ -2,6 +2,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <mutex>
 
 #include "module.h"
@@ -50,6 +51,7 @@ uint32_t value_of(Special special) {
     case Special::ctaid_y: return blockIdx.y;
     case Special::ctaid_z: return blockIdx.z;
     case Special::nctaid_x: return gridDim.x;
+    case Special::cluster_ctarank: return emulation::cluster_rank();
   }
   throw std::logic_error("ptx: a special register without a value");
 }
@@ -75,10 +77,14 @@ void on_fault(int, siginfo_t*, void*) {
 void run_thread(void* context) {
   Call& call = *static_cast<Call*>(context);
   const Kernel& kernel = *call.kernel;
-  Thread& thread = call.threads[threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)];
+  Thread& thread =
+      call.threads[threadIdx.x +
+                   blockDim.x * (threadIdx.y + blockDim.y * (threadIdx.z + blockDim.z * emulation::cluster_rank()))];
   const Instruction* const first = kernel.code.data();
   thread.kernel = &kernel, thread.next = first;
   thread.slots = kernel.initial, thread.parameters = call.parameters, thread.printed.clear();
+  thread.stored.clear(), thread.fenced.clear(), thread.products.clear(), thread.busy.clear();
+  thread.groups = 0;
   thread.local.assign(kernel.local_bytes, 0xFF);
   for (const auto& [slot, special] : kernel.specials) thread.slots[slot] = value_of(special);
   const Instruction* here = first;
@@ -86,6 +92,7 @@ void run_thread(void* context) {
     while (thread.next) {
       here = thread.next++;
       if (here->guard != kNoGuard && thread.get<bool>(here->guard) == here->unless) continue;
+      if (!thread.products.empty()) thread.refuse_busy(*here);
       kernel.executed[size_t(here - first)] = 1;
       here->run(thread, *here);
     }
@@ -101,7 +108,8 @@ thread_local const Thread* Thread::at_memory = nullptr;
 const Form* find_form(const std::string& opcode) {
   static const std::map<std::string, Form> all = [] {
     std::map<std::string, Form> forms;
-    add_arithmetic(forms), add_memory(forms), add_warp(forms), add_control(forms);
+    add_arithmetic(forms), add_memory(forms), add_warp(forms), add_warpgroup(forms);
+    add_control(forms);
     return forms;
   }();
   const auto found = all.find(opcode);
@@ -121,8 +129,11 @@ void launch(const Kernel& kernel, const emulation::Launch& where, const emulatio
   if (parameters.size() != kernel.parameters.size())
     refuse("declares " + std::to_string(kernel.parameters.size()) + " parameters and is given " +
            std::to_string(parameters.size()));
+  if (kernel.cluster && kernel.cluster != where.cluster)
+    refuse("is for clusters of " + std::to_string(kernel.cluster) + " blocks");
   if (threads > kernel.max_threads) refuse("is for blocks of up to " + std::to_string(kernel.max_threads) + " threads");
-  Call call{&kernel, std::vector<unsigned char>(kernel.with_calls_bytes, 0xFF), std::vector<Thread>(threads)};
+  Call call{&kernel, std::vector<unsigned char>(kernel.with_calls_bytes, 0xFF),
+            std::vector<Thread>(size_t(threads) * std::max(where.cluster, 1u))};
   for (size_t p = 0; p < parameters.size(); ++p) {
     const Kernel::Parameter& declared = kernel.parameters[p];
     if (parameters[p].bytes != declared.bytes || parameters[p].alignment != declared.alignment)
@@ -140,7 +151,7 @@ void launch(const Kernel& kernel, const emulation::Launch& where, const emulatio
   struct Forgets {
     ~Forgets() { Thread::at_memory = nullptr; }
   } at_the_end;
-  emulation::run({where.grid, where.block, where.shared_bytes, run_thread, &call});
+  emulation::run({where.grid, where.block, where.shared_bytes, run_thread, &call, where.cluster, where.major});
 }
 
 }  // namespace pddm::ptx

@@ -28,6 +28,7 @@ unsigned char* Thread::memory(Space space, uint64_t address, size_t bytes, bool 
       unsigned char* const at = emulation::shared_memory() + (address - kSharedFirst);
       if (address < kSharedFirst || address >= kLocalFirst || !emulation::is_shared(at, bytes))
         throw outside("the block's shared memory");
+      if (writes && kernel->shows_stores) stored.emplace_back(uint32_t(address - kSharedFirst), uint32_t(bytes));
       return at;
     }
     case Space::local:

@@ -28,7 +28,7 @@ enum class Space { generic, global, shared, local, parameter };
 
 // Addresses in the spaces start here; a generic one has the window's number above it. Shared and local memory are at
 // addresses of 32 bits.
-constexpr uint64_t kSharedFirst = 0x1000, kLocalFirst = 0x40000000, kParameterFirst = 0x60000000;
+constexpr uint64_t kSharedFirst = emulation::kSharedAddress, kLocalFirst = 0x40000000, kParameterFirst = 0x60000000;
 constexpr uint64_t kSharedWindow = uint64_t(1) << 60, kLocalWindow = uint64_t(2) << 60;
 constexpr uint64_t kGlobalFirst = 0x80000000, kGlobalEnd = uint64_t(1) << 56;  // a host's, of a program anywhere
 
@@ -46,6 +46,8 @@ struct Instruction {
   const uint32_t* operands;
   uint32_t guard;  // a slot; kNoGuard: always
   bool unless;     // the guard holds
+  // Slots that it reads or writes; none of a matrix instruction, which looks after its own.
+  const uint32_t *touched = nullptr, *touched_end = nullptr;
 };
 constexpr uint32_t kNoGuard = ~0u;
 
@@ -55,6 +57,7 @@ constexpr uint32_t kNoGuard = ~0u;
 //   m             [address]: slot, offset, whether it has 4 bytes
 //   n             an integer that is no register: itself
 //   L             label: place
+//   _             a result that nobody wants: nothing
 // with { } around those of a vector, and | between two that are written at once.
 struct Form {
   Handler run;
@@ -67,7 +70,21 @@ void add_memory(std::map<std::string, Form>& forms);
 void add_warp(std::map<std::string, Form>& forms);
 void add_control(std::map<std::string, Form>& forms);
 
-enum class Special { tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x };
+void add_warpgroup(std::map<std::string, Form>& forms);
+
+enum class Special {
+  tid_x,
+  tid_y,
+  tid_z,
+  ntid_x,
+  ntid_y,
+  ntid_z,
+  ctaid_x,
+  ctaid_y,
+  ctaid_z,
+  nctaid_x,
+  cluster_ctarank
+};
 
 struct Kernel {
   struct Parameter {
@@ -77,16 +94,18 @@ struct Kernel {
   std::string name;
   std::vector<Parameter> parameters;
   size_t parameter_bytes = 0, with_calls_bytes = 0, local_bytes = 0;  // the second: parameters of calls follow
-  unsigned max_threads = 1024;
+  unsigned max_threads = 1024, cluster = 0;                           // blocks that it is for; 0: any
+  bool shows_stores = false;  // some instruction shows shared memory to the asynchronous units
   std::vector<Instruction> code;
   std::vector<std::string> text;  // of every instruction, with its line
-  std::vector<uint32_t> operands;
+  std::vector<uint32_t> operands, touched;
   std::vector<uint64_t> initial;  // slots
   std::vector<std::pair<uint32_t, Special>> specials;
   mutable std::vector<uint8_t> executed;  // by whichever thread
 };
 
 struct Module {
+  std::string target;  // the device's, as in sm_80
   std::map<std::string, Kernel> kernels;
   std::vector<std::unique_ptr<uint64_t[]>> variables;
 
@@ -109,6 +128,20 @@ struct Thread {
   std::vector<uint64_t> slots;
   std::vector<unsigned char> parameters, local;
   std::string printed;
+
+  // For Hopper: stores to shared memory that were not shown yet, as offsets and sizes; registers as they were at the
+  // last wgmma.fence; and matrix instructions that were not waited for, with the registers that they have.
+  struct Product {
+    const Instruction* instruction;  // whose operands are the sums, and then what is in registers of a
+    int group, sums, left;
+  };
+  std::vector<std::pair<uint32_t, uint32_t>> stored;
+  std::vector<uint64_t> fenced;
+  std::vector<Product> products;
+  std::vector<uint8_t> busy;  // slots, while there are products: kSum, kLeft
+  int groups = 0;
+  static constexpr uint8_t kSum = 1, kLeft = 2;
+  void refuse_busy(const Instruction& instruction) const;
 
   template <class T>
   T get(uint32_t slot) const {

@@ -40,7 +40,8 @@ std::vector<Token> tokens_of(const std::string& text) {
       at = end + 1;
     } else if (in_word(c)) {
       size_t end = at;
-      while (end < text.size() && in_word(text[end])) ++end;
+      while (end < text.size() && (in_word(text[end]) || text.compare(end, 2, "::") == 0))
+        end += text[end] == ':' ? 2 : 1;
       tokens.push_back({text.substr(at, end - at), line});
       at = end;
     } else if (std::strchr("{}[](),;:@!|+-<>=", c)) {
@@ -71,10 +72,17 @@ using Names = std::map<std::string, Name>;
 constexpr struct {
   const char* name;
   Special special;
-} kSpecials[] = {{"%tid.x", Special::tid_x},      {"%tid.y", Special::tid_y},     {"%tid.z", Special::tid_z},
-                 {"%ntid.x", Special::ntid_x},    {"%ntid.y", Special::ntid_y},   {"%ntid.z", Special::ntid_z},
-                 {"%ctaid.x", Special::ctaid_x},  {"%ctaid.y", Special::ctaid_y}, {"%ctaid.z", Special::ctaid_z},
-                 {"%nctaid.x", Special::nctaid_x}};
+} kSpecials[] = {{"%tid.x", Special::tid_x},
+                 {"%tid.y", Special::tid_y},
+                 {"%tid.z", Special::tid_z},
+                 {"%ntid.x", Special::ntid_x},
+                 {"%ntid.y", Special::ntid_y},
+                 {"%ntid.z", Special::ntid_z},
+                 {"%ctaid.x", Special::ctaid_x},
+                 {"%ctaid.y", Special::ctaid_y},
+                 {"%ctaid.z", Special::ctaid_z},
+                 {"%nctaid.x", Special::nctaid_x},
+                 {"%cluster_ctarank", Special::cluster_ctarank}};
 
 class Parser {
  public:
@@ -83,7 +91,7 @@ class Parser {
 
   Module module() {
     expect(".version"), next();
-    expect(".target"), next();
+    expect(".target"), module_.target = next().text;
     expect(".address_size"), expect("64");
     while (peek() != "") {
       if (accept(".visible") || peek() == ".entry") {
@@ -226,8 +234,13 @@ class Parser {
         while (accept(",")) k.max_threads *= unsigned(natural());
       } else if (accept(".minnctapersm")) {
         natural();
-      } else {
-        refuse(peek().line, "'" + peek().text + "' before a kernel's body; accepted are .maxntid and .minnctapersm");
+      } else if (accept(".reqnctapercluster")) {
+        k.cluster = unsigned(natural());
+        while (accept(",")) k.cluster *= unsigned(natural());
+      } else if (!accept(".explicitcluster")) {
+        refuse(peek().line, "'" + peek().text +
+                                "' before a kernel's body; accepted are .maxntid, .minnctapersm, .explicitcluster and "
+                                ".reqnctapercluster");
       }
     }
     for (scopes_.emplace_back(); scopes_.size() > 1;) {
@@ -244,8 +257,13 @@ class Parser {
       if (found == labels_.end()) refuse(label.line, "the label '" + label.text + "' is nowhere");
       k.operands[operand] = found->second;
     }
-    for (size_t i = 0; i < k.code.size(); ++i) k.code[i].operands = k.operands.data() + firsts_[i];
-    firsts_.clear();
+    first_touched_.push_back(k.touched.size());
+    for (size_t i = 0; i < k.code.size(); ++i) {
+      k.code[i].operands = k.operands.data() + firsts_[i];
+      k.code[i].touched = k.touched.data() + first_touched_[i];
+      k.code[i].touched_end = k.touched.data() + first_touched_[i + 1];
+    }
+    firsts_.clear(), first_touched_.clear();
     k.executed.assign(k.code.size(), 0);
     const std::string name = k.name;
     if (!module_.kernels.emplace(name, std::move(k)).second) refuse(peek().line, "a second kernel '" + name + "'");
@@ -320,8 +338,10 @@ class Parser {
   void emit(const std::string& opcode, int line, uint32_t guard, bool unless) {
     const Form* const form = find_form(opcode);
     if (!form) refuse(line, "the instruction '" + text_ + "': '" + opcode + "' is not among those that are known");
-    firsts_.push_back(kernel_->operands.size());
+    firsts_.push_back(kernel_->operands.size()), first_touched_.push_back(kernel_->touched.size());
     kernel_->code.push_back({form->run, nullptr, guard, unless});
+    if (guard != kNoGuard) kernel_->touched.push_back(guard);
+    if (opcode.rfind("fence.proxy.async", 0) == 0) kernel_->shows_stores = true;
     kernel_->text.push_back("ptx, line " + std::to_string(line) + ": " + text_);
     form_ = form, opcode_ = opcode;
   }
@@ -346,6 +366,9 @@ class Parser {
     std::string opcode = next().text;
     // Packing and unpacking are forms of their own.
     if (opcode.rfind("mov.", 0) == 0) opcode += peek() == "{" ? " to {}" : peek(2) == "{" ? " of {}" : "";
+    // Forms that differ in their operands alone.
+    if (opcode.rfind("wgmma.mma_async", 0) == 0 && left_in_registers()) opcode += " of {}";
+    if (opcode == "bar.sync" && peek(1) == ",") opcode += " of some";
     emit(opcode, line, guard, unless);
     if (opcode == "call.uni")
       call();
@@ -353,6 +376,13 @@ class Parser {
       operands(line);
     if (peek() != ";") wrong(line, "'" + peek().text + "' after its operands");
     next();
+  }
+
+  // {…}, {…
+  bool left_in_registers() const {
+    size_t ahead = 0;
+    while (peek(ahead) != "}" && peek(ahead) != ";" && peek(ahead) != "") ++ahead;
+    return peek(ahead + 2) == "{";
   }
 
   [[noreturn]] void wrong(int line, const std::string& what) const {
@@ -372,10 +402,10 @@ class Parser {
   }
 
   void operands(int line) {
-    bool first = true;
+    bool first = opcode_.rfind("bar.", 0) != 0;  // what is written comes first
     const std::string& wanted = form_->operands;
     for (size_t at = 0; at < wanted.size(); first = false) {
-      if (!first) expect(",");
+      if (at) expect(",");
       if (wanted[at] == '{') {
         const size_t end = wanted.find('}', at);
         expect("{");
@@ -397,6 +427,13 @@ class Parser {
 
   void operand(char wanted, int line, bool written) {
     std::vector<uint32_t>& out = kernel_->operands;
+    const size_t first = out.size();
+    push_operand(wanted, line, written);
+    if (std::strchr("phwlfdxm", wanted) && opcode_.rfind("wgmma.mma_async", 0) != 0)
+      kernel_->touched.push_back(out[first]);
+  }
+  void push_operand(char wanted, int line, bool written) {
+    std::vector<uint32_t>& out = kernel_->operands;
     if (written && std::strchr("phwlfdx", wanted)) {
       const Name* const found = find(peek().text);
       if (!found || found->type.kind == 'v') wrong(line, "'" + peek().text + "' is no register to write to");
@@ -409,6 +446,7 @@ class Parser {
       case 'f': return out.push_back(value({'f', 4}));
       case 'd': return out.push_back(value({'f', 8}));
       case 'm': return address();
+      case '_': return expect("_");
       case 'n': return out.push_back(uint32_t(natural()));
       case 'x': {
         if (!peek().text.empty() && peek().text[0] != '%' && !find(peek().text)) {  // a number to store
@@ -527,7 +565,7 @@ class Parser {
   std::map<uint64_t, uint32_t> constants_;
   std::map<std::string, uint32_t> labels_;
   std::vector<std::pair<size_t, Token>> jumps_;
-  std::vector<size_t> firsts_;  // operands, of the instructions
+  std::vector<size_t> firsts_, first_touched_;  // operands and slots, of the instructions
 
   // Of the instruction.
   std::string text_, opcode_;

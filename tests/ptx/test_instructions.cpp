@@ -122,6 +122,8 @@ void check_integers() {
       {"sub.s64", "lll", 3, 5, kNo, kOnes - 1},
       {"mul.lo.s32", "www", 0x10003, 0x10005, kNo, 0x8000f},
       {"mul.lo.s64", "lll", 0x100000003, 0x100000005, kNo, 0x80000000f},
+      {"mul.hi.s64", "lll", bits(-3L), 5, kNo, kOnes},
+      {"mul.hi.s64", "lll", 0x5000000000000000, 0x70, kNo, 0x23},
       {"mul.wide.s32", "lww", bits(-3), 5, kNo, bits(-15L)},
       {"mul.wide.u32", "lww", bits(-3), 5, kNo, 0x4fffffff1},
       {"mul.wide.u16", "whh", 0xfffd, 5, kNo, 0x4fff1},
@@ -251,6 +253,9 @@ void check_floating() {
       {"div.rn.f64", "ddd", bits(1.0), bits(3.0), kNo, bits(1.0 / 3.0)},
       {"rcp.rn.f32", "ff", bits(3.0f), kNo, kNo, bits(1.0f / 3.0f)},
       {"rcp.rn.f64", "dd", bits(3.0), kNo, kNo, bits(1.0 / 3.0)},
+      {"rsqrt.approx.f32", "ff", bits(0.25f), kNo, kNo, bits(2.0f)},
+      {"rsqrt.approx.f32", "ff", bits(0.0f), kNo, kNo, bits(kInf)},
+      {"rsqrt.approx.f32", "ff", bits(-1.0f), kNo, kNo, kCanonical},
       {"sqrt.rn.f32", "ff", bits(2.0f), kNo, kNo, 0x3fb504f3},
       {"sqrt.rn.f32", "ff", bits(-1.0f), kNo, kNo, kCanonical},
       {"sqrt.rn.f32", "ff", bits(-0.0f), kNo, kNo, bits(-0.0f)},
@@ -682,6 +687,9 @@ void check_text() {
           "st.global.v2.u32 [%to], {%r1, %r2};\nst.global.u32 [%to+8], %r3;",
           7);
   CHECK(indices.words[0] == 0x100000007 && indices.words[1] == 0, "%s", indices.error.c_str());
+  expect_refused("lanes that do not meet",
+                 run("setp.eq.s32 %p1, %lane, 3;\n@%p1 bra $end;\nbar.warp.sync -1;\n$end:", 32),
+                 "0 to 2: bar.warp.sync; 3 to 3: ended");
   expect_refused("trap", run("trap;"), "the thread gives up");
   expect_refused("what is printed",
                  run("mov.u64 %rd1, depot;\nmov.u64 %rd2, 5;\nst.local.v2.u64 [%rd1], {%rd2, %rd2};\n"

@@ -8,6 +8,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cctype>
 #include <cstdio>
 #include <cstdlib>
 #include <iterator>
@@ -66,15 +68,66 @@ const Mutation kMutations[] = {
     {"block's number as thread's", R"(%tid\.x)", "%ctaid.x"},
     {"no roots", R"(sqrt\.rn)", "mov"},
     {"quotients as products", R"(div\.rn)", "mul.rn"},
+
+    // Hopper's.
+    {"wgmma: nothing awaited", R"(wgmma\.wait_group.*;)", ""},
+    {"wgmma: one group too few awaited", R"((wgmma\.wait_group\S*\s+)0;)", "$1 1;"},
+    {"wgmma: no fence", R"(wgmma\.fence.*;)", ""},
+    {"wgmma: no groups", R"(wgmma\.commit_group.*;)", ""},
+    {"wgmma: A's second register for its first", R"((wgmma[^{]*\{[^}]*\}, \{)([^,]*), ([^,]*), )", "$1$3, $3, "},
+    {"wgmma: sums always added to", R"(setp\.ne\.b32 p, (\S+), 0;)", "setp.eq.b32 p, $1, $1;"},
+    {"wgmma: sums never added to", R"(setp\.ne\.b32 p, (\S+), 0;)", "setp.ne.b32 p, $1, $1;"},
+    {"wgmma: bf16 as f16", R"(\.f32\.bf16\.bf16)", ".f32.f16.f16"},
+    {"wgmma: B of fewer columns", R"((wgmma\S*n)(?:192|256)(k16[^{]*\{(?:[^,]*, ){63}[^,]*)[^}]*\})", "$01128$2}"},
+    {"descriptors: rows of 128 bytes", "-9223371899415756800", "4611686293305360384"},
+    {"descriptors: rows not swizzled", "-9223371899415756800", "137439019008"},
+    {"descriptors: eight rows further apart", "-9223371899415756800", "-9223371624537849856"},
+    {"stores not shown", R"(fence\.proxy\.async.*;)", ""},
+    {"barriers not published", R"(fence\.mbarrier_init.*;)", ""},
+    {"barriers of more arrivals", R"((mbarrier\.init.*\], )\S+;)", "$1 9;"},
+    {"barriers of one arrival", R"((mbarrier\.init.*\], )\S+;)", "$1 1;"},
+    {"bytes announced that do not come", R"((mbarrier\.arrive\.expect_tx.*\], )\S+;)", "$1 1048560;"},
+    {"bytes not announced", R"((mbarrier\.arrive\.expect_tx.*\], )\S+;)", "$1 0;"},
+    {"nobody announces", R"(mbarrier\.arrive\.expect_tx.*;)", ""},
+    {"nobody arrives", R"(mbarrier\.arrive\.shared.*;)", ""},
+    {"arrivals at the first block alone", R"((mapa\S* \S+ \S+) \S+;)", "$1 0;"},
+    {"always the first parity", R"((mbarrier\.try_wait.*\], )\S+;)", "$1 0;"},
+    {"no second try", R"((selp\.u32 \S+ 1), 0, p;)", "$1, 1, p;"},
+    {"copies to one block", R"((cp\.async\.bulk.*\], )\S+;)", "$1 1;"},
+    {"copies from 16 bytes later", R"((cp\.async\.bulk[^\[]*\[[^\]]*\], \[[^\]]*)\])", "$1+16]"},
+    {"copies of 16 bytes", R"((cp\.async\.bulk[^\[]*\[[^\]]*\], \[[^\]]*\], )[^,]*)", "$01 16"},
+    {"no copies", R"(cp\.async\.bulk.*;)", ""},
+    {"clusters that do not meet", R"(barrier\.cluster.*;)", ""},
+    {"more registers than there are", R"((setmaxnreg\.inc\S*) \d+;)", "$1 256;"},
+    {"fewer registers than products need", R"(setmaxnreg\.inc\S* \d+;)", "setmaxnreg.dec.sync.aligned.u32 24;"},
+    {"registers that nobody gives up", R"(setmaxnreg\.dec.*;)", ""},
+    {"barriers of half a warpgroup", R"((bar\.sync\s+\S+ )128;)", "$1 64;"},
+    {"no barriers of a warpgroup", R"(bar\.sync\s+\S+ 128;)", ""},
 };
 
 // Every other way, for what goes unnoticed in one.
 constexpr const char* kOrders[] = {"ascending", "descending", "shuffled"};
-constexpr size_t kCasesInTurn[] = {4, 2, 3, 6, 5, 7};
+constexpr size_t kPortableInTurn[] = {4, 2, 3, 6, 5, 7}, kWarpgroupsInTurn[] = {3, 2, 4, 5, 6};
 constexpr size_t kCasesAlone = 3;
 constexpr unsigned kSeconds = 120;
 
 using Lines = std::vector<std::string>;
+
+std::vector<ptx::Case> cases_in_turn(const std::string& target) {
+  std::vector<ptx::Case> cases;
+  if (target == "sm_90a")
+    for (size_t c : kWarpgroupsInTurn) cases.push_back(ptx::cases_for(target)[c]);
+  else
+    for (size_t c : kPortableInTurn) cases.push_back(ptx::cases_for(target)[c]);
+  return cases;
+}
+
+// What every match of it begins with, or soon after: looked for first, for that is quick.
+std::string key_of(const std::string& pattern) {
+  const auto letter = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '-'; };
+  const auto first = std::find_if(pattern.begin(), pattern.end(), letter);
+  return {first, std::find_if_not(first, pattern.end(), letter)};
+}
 
 std::string joined(const Lines& lines) {
   std::string text;
@@ -85,10 +138,11 @@ std::string joined(const Lines& lines) {
 std::string noticed_here(const std::string& arithmetic, const Lines& lines, size_t cases) {
   try {
     const ptx::Module module = ptx::read_kernels(arithmetic, joined(lines));
-    for (size_t turn = 0; turn < cases; ++turn) {
+    const std::vector<ptx::Case> in_turn = cases_in_turn(module.target);
+    for (size_t turn = 0; turn < std::min(cases, in_turn.size()); ++turn) {
       for (const char* order : kOrders) {
         setenv("PDDM_EMULATION_ORDER", order, 1);
-        const std::string found = ptx::difference(arithmetic, module, ptx::kCases[kCasesInTurn[turn]]);
+        const std::string found = ptx::difference(arithmetic, module, in_turn[turn]);
         if (!found.empty()) return found;
       }
     }
@@ -99,7 +153,7 @@ std::string noticed_here(const std::string& arithmetic, const Lines& lines, size
 }
 
 // How it is noticed; empty: it is not. In a process of its own, for it may touch any memory, or never end.
-std::string noticed(const std::string& arithmetic, const Lines& lines, size_t cases = std::size(kCasesInTurn)) {
+std::string noticed(const std::string& arithmetic, const Lines& lines, size_t cases = ~size_t(0)) {
   int ends[2];
   if (pipe(ends) != 0) throw std::runtime_error("no pipe");
   std::fflush(stdout);
@@ -124,7 +178,7 @@ std::string noticed(const std::string& arithmetic, const Lines& lines, size_t ca
 // Of the text, from 0, those that a run of all cases has come to.
 std::set<size_t> executed_lines(const std::string& arithmetic, const std::string& text) {
   const ptx::Module module = ptx::read_kernels(arithmetic, text);
-  for (size_t c : kCasesInTurn) ptx::difference(arithmetic, module, ptx::kCases[c]);
+  for (const ptx::Case& c : cases_in_turn(module.target)) ptx::difference(arithmetic, module, c);
   std::set<size_t> lines;
   for (const auto& [name, kernel] : module.kernels)
     for (size_t i = 0; i < kernel.code.size(); ++i)
@@ -139,6 +193,8 @@ int main(int count, char** arguments) {
   if (count != 3 && count != 4) return std::fprintf(stderr, "usage: test_mutations ARITHMETIC MODULE.ptx [LINES]\n"), 2;
   const std::string arithmetic = arguments[1], text = ptx::contents(arguments[2]);
   const size_t alone = count == 4 ? std::strtoul(arguments[3], nullptr, 10) : 0;
+  // Of a module with warpgroups the kernels that have them: the others are another module's.
+  const char* const everywhere = ptx::read_kernels(arithmetic, text).target == "sm_90a" ? "hopper" : "";
   Lines lines;
   std::istringstream stream(text);
   for (std::string line; std::getline(stream, line);) lines.push_back(line);
@@ -146,12 +202,14 @@ int main(int count, char** arguments) {
 
   for (const Mutation& mutation : kMutations) {
     const std::regex from(mutation.from);
+    const std::string key = key_of(mutation.from);
     Lines spoiled = lines;
     std::vector<size_t> hit;
+    const char* const kernels = *mutation.within ? mutation.within : everywhere;
     bool within = true;
     for (size_t l = 0; l < lines.size(); ++l) {
-      if (lines[l].find(".entry") != std::string::npos) within = lines[l].find(mutation.within) != std::string::npos;
-      if (!within) continue;
+      if (lines[l].find(".entry") != std::string::npos) within = lines[l].find(kernels) != std::string::npos;
+      if (!within || lines[l].find(key) == std::string::npos) continue;
       spoiled[l] = std::regex_replace(lines[l], from, mutation.to);
       if (spoiled[l] != lines[l] && (!alone || executed.count(l))) hit.push_back(l);
     }

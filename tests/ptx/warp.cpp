@@ -172,6 +172,10 @@ void ballot(Thread& thread, const Instruction& i) {
       &own);
 }
 
+void meet_lanes(Thread& thread, const Instruction& i) {
+  emulation::meet("bar.warp.sync", thread.get<uint32_t>(i.operands[0]), nullptr, nullptr);
+}
+
 void barrier(Thread& thread, const Instruction& i) {
   if (i.operands[0] != 0) throw Fault("the barrier " + std::to_string(i.operands[0]) + "; accepted is 0");
   emulation::barrier(thread.text(i), false);
@@ -196,6 +200,7 @@ void add_warp(std::map<std::string, Form>& f) {
   f["shfl.sync.idx.b32"] = {shuffle<Shuffle::index>, "w|pwwww"};
   f["vote.sync.ballot.b32"] = {ballot, "wpw"};
   f["bar.sync"] = {barrier, "n"};
+  f["bar.warp.sync"] = {meet_lanes, "w"};
 }
 
 }  // namespace pddm::ptx
