@@ -157,6 +157,7 @@ test-cuda: $(CUDA_BUILD)/built ## on a GPU: the Python tests, and the memory, ra
 	  missing = [m for m in ("pytest", "hypothesis") if u.find_spec(m) is None]; \
 	  exit(f"$(PYTHON) lacks {missing}" if missing else None if torch.cuda.is_available() else "torch sees no GPU")'
 	$(ON_CUDA) $(PYTHON) $(PYTEST) tests $(NEED_EXTRAS:%=--ignore=%)
+	$(ON_CUDA) PDDM_WARPGROUPS=off $(PYTHON) $(PYTEST) -k float16 tests/test_numerics.py tests/test_mining.py
 	$(ON_CUDA) compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool synccheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
@@ -183,6 +184,7 @@ lint: $(VENV)/lint $(VENV)/installed ## check Python, C++, the workflows, and th
 	$(BIN)/python bench/table.py --check
 	$(BIN)/python bench/retrieval.py --check
 	$(BIN)/python bench/scaling.py --check
+	$(BIN)/python bench/predict.py --check
 	$(if $(WORKFLOWS),$(BIN)/python -m check_jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS))
 
 format: $(VENV)/lint ## format Python and C++

@@ -108,7 +108,7 @@ class Backend {
 // A backend's since its last reset, over all threads: what the laws of speed are checked with.
 struct Counters {
   int64_t pairs_scored;  // pairs whose score a forward or backward kernel computed, as often as it did
-  int64_t bytes_peak;    // most scratch alive at once
+  int64_t bytes_peak;    // most scratch asked for and not given back
   int64_t launches;      // of kernels; 0 where there are none
   int64_t allocations;   // asked of the host framework; 0 where scratch is native
 };

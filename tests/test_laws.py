@@ -254,6 +254,19 @@ def test_scratch_on_the_gpu_grows_with_the_rows_as_the_formula_says(monkeypatch,
 
 
 @gpu_only("the CPU's workspace is another")
+@pytest.mark.parametrize(("queries", "gallery"), [(3, 300), (3, 9000), (20, 300), (20, 9000)])
+def test_ranking_on_the_gpu_keeps_lists_of_some_k_entries(queries, gallery):
+    d, h, m = 8, 8, 8
+    unit, few, many = make_unit(d, h, m), make_features(queries, d), make_features(gallery, d)
+    at = {k: counted(lambda k=k: pddm_ext.topk(few, many, k, unit))["bytes_peak"] for k in (1, 50, 300)}
+    # Of each query the best so far; and twice a list of it, and of each 1,024 scores that are there at once.
+    for k in (50, 300):
+        scores = min(gallery, max((queries + gallery) * (h + m) // queries, k))
+        lists = 1 + 2 * (-(-scores // 1024) + 1)
+        assert at[k] - at[1] <= queries * (8 + 4) * k * lists
+
+
+@gpu_only("the CPU's workspace is another")
 def test_ranking_on_the_gpu_keeps_no_matrix():
     d, h, m, queries = 8, 8, 8, 96
     unit, few = make_unit(d, h, m), make_features(queries, d)

@@ -24,9 +24,7 @@ std::unique_ptr<const Backend> make_backend(Precision precision, const Caller& c
   return kernels(precision).make_backend(caller);
 }
 
-bool warpgroups(Precision precision, int device) {
-  return kernels(precision).warpgroups(Caller{device, nullptr, nullptr, nullptr});
-}
+bool warpgroups(Precision precision, int device) { return kernels(precision).warpgroups(device); }
 
 Counters read_counters() {
   Counters counters{0, bytes_peak, launches, allocations};

@@ -43,10 +43,13 @@ struct ClusterShape {
   static_assert((Consumers * kOwnRegisters + kOtherRegisters) * kWarpgroup <= 64 << 10, "registers of a block");
 };
 
-// What a block's threads share about their job.
+// How a walk's tiles are shared out.
 struct ClusterPlan {
-  int64_t groups, across;  // of kConsumers tiles each; tiles of a rectangle that are side by side
-  Pair partner;
+  int64_t groups;                          // of kConsumers tiles each; of positive pairs only the device knows
+  int64_t step;                            // in tiles, from a block's group to its next
+  int64_t across, step_down, step_across;  // of a rectangle: tiles side by side, and the step in these
+  int stages;                              // tiles of weights in shared memory
+  Pair partner;                            // the hardest positive pair, for Walk::partners
 };
 
 template <class S>
@@ -127,6 +130,13 @@ class PairList {
       default: return pair_at<kTilePairs>(job_, tile_, p, plan_.partner);
     }
   }
+  // To this warpgroup's tile of the block's next group.
+  __device__ __forceinline__ void next() {
+    if (job_.walk != Walk::rectangle) return advance(plan_.step);
+    row_ += plan_.step_down, column_ += plan_.step_across;
+    if (column_ >= plan_.across) column_ -= plan_.across, ++row_;
+    tile_ += plan_.step;
+  }
   __device__ __forceinline__ void advance(int64_t tiles) {
     tile_ += tiles;
     if (job_.walk == Walk::triangle) {
@@ -166,13 +176,13 @@ __device__ __forceinline__ void serve(const Job<float>& job, const float* b_s, u
       if (lane_index() == 0 && scored) atomicAdd(&scored_pairs, static_cast<unsigned long long>(__popc(scored)));
     }
     arrive_at(&desk.listed[which], rank);
-    list.advance(int64_t(gridDim.x) * S::kConsumers);
+    list.next();
   };
   const float bias = __ldg(b_s);
   Turn turn(2);
   write(0);
   each_group(small.plan.groups, rank, [&](int64_t group) {
-    write(1 - turn.stage);  // the one after the last has no pairs, or nobody asks for it
+    write(1 - turn.stage);  // the one after the last has no pairs
     await(&desk.scored[turn.stage], turn.parity);
 #pragma unroll
     for (int p = lane_index(); p < kTilePairs; p += kWarp) {
@@ -456,12 +466,10 @@ __device__ __forceinline__ void score_tiles(const Workspace<float>& w, unsigned 
   });
 }
 
-// Of `tiles` tiles, or as many as there are positive pairs; `across` of them are side by side in a rectangle. `stages`
-// tiles of weights are in shared memory.
 template <class A, class S, bool Grid>
 __global__ void __launch_bounds__(S::kThreads, 1)
     hopper_score_kernel(const __grid_constant__ Workspace<float> w, const __grid_constant__ Job<float> job,
-                        int64_t tiles, int64_t across, int stages) {
+                        const __grid_constant__ ClusterPlan given) {
 #if defined(PDDM_WARPGROUPS_HERE)
   using L = ClusterLayout<S>;
   unsigned char* const shared = aligned_shared_memory();
@@ -472,9 +480,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     show_to_matrix_unit();  // what it has stored there, before weights are copied over it
   }
   if (threadIdx.x == 0) {
-    if (job.walk == Walk::positives) tiles = tiles_of<kTilePairs>(job.before[job.n]);
-    small.plan = {tiles_of<S::kConsumers>(tiles), across, partner};
-    for (int stage = 0; stage < stages; ++stage) {
+    small.plan = given;
+    small.plan.partner = partner;
+    if (job.walk == Walk::positives)
+      small.plan.groups = tiles_of<S::kConsumers>(tiles_of<kTilePairs>(job.before[job.n]));
+    for (int stage = 0; stage < given.stages; ++stage) {
       init_barrier(&small.full[stage], 1);
       init_barrier(&small.empty[stage], kClusterBlocks * S::kConsumers);
     }
@@ -485,7 +495,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     publish_barriers();
   }
   sync_cluster();
-  const int rank = cluster_rank();
+  const int rank = cluster_rank(), stages = given.stages;
   if (warp_index() < 4) {
     give_up_registers<S::kOtherRegisters>();
     if (threadIdx.x == 0) stream_weights<S>(w, shared, stages, rank);
@@ -498,6 +508,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
   // The other block may still be told of, or copy to, what is in this one.
   sync_cluster();
+#else
+  __trap();  // the host has taken a device for one that it is not
 #endif
 }
 

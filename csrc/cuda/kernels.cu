@@ -55,7 +55,7 @@ class CudaBackend final : public Backend {
 
 std::unique_ptr<const Backend> make_backend(const Caller& caller) { return std::make_unique<CudaBackend>(caller); }
 
-bool warpgroups(const Caller& caller) { return Prepared<Forward>::warpgroups(Context(caller)); }
+bool warpgroups(int device) { return Prepared<Forward>::warpgroups(device); }
 
 int64_t read_scored() {
   unsigned long long scored = 0;

@@ -90,14 +90,7 @@ class Context {
     check(cudaDeviceGetAttribute(&value, which, caller_.device), "the device does not answer");
     return value;
   }
-  // Whether the device has what hopper.cuh is made of; PDDM_WARPGROUPS=off leaves the work to score.cuh.
-  bool warpgroups() const {
-    const char* const wanted = std::getenv("PDDM_WARPGROUPS");
-    const std::string choice = wanted ? wanted : "on";
-    if (choice != "on" && choice != "off")
-      throw std::runtime_error("pddm: PDDM_WARPGROUPS is '" + choice + "'; on and off are accepted");
-    return choice == "on" && attribute(cudaDevAttrComputeCapabilityMajor) == 9;
-  }
+  int device() const { return caller_.device; }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(caller_.stream); }
 
  private:
@@ -113,6 +106,17 @@ class Context {
   mutable unsigned char* free_ = nullptr;  // of the last slab
   mutable int64_t left_ = 0;
 };
+
+// Whether a device has what hopper.cuh is made of; PDDM_WARPGROUPS=off leaves the work to score.cuh.
+inline bool has_warpgroups(int device) {
+  const char* const wanted = std::getenv("PDDM_WARPGROUPS");
+  const std::string choice = wanted ? wanted : "on";
+  if (choice != "on" && choice != "off")
+    throw std::runtime_error("pddm: PDDM_WARPGROUPS is '" + choice + "'; on and off are accepted");
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "the device does not answer");
+  return choice == "on" && major == 9;
+}
 
 inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -98,8 +98,8 @@ class Prepared {
     project(unit);
   }
 
-  static bool warpgroups(const Context& context) {
-    return !std::is_same<typename ClusterShapesOf<A>::List, Shapes<>>::value && context.warpgroups();
+  static bool warpgroups(int device) {
+    return !std::is_same<typename ClusterShapesOf<A>::List, Shapes<>>::value && has_warpgroups(device);
   }
 
   // Positive pairs before every rank, and before every row; n + 1 sums each.
@@ -125,13 +125,13 @@ class Prepared {
     };
     constexpr int kClusterDepth = kTilesAtOnce * kDepth<A>;
     const int64_t portable_tiles = divided_up(w.hidden, kDepth<A>);
-    const int64_t cluster_tiles = divided_up(w.hidden, kClusterDepth) * kTilesAtOnce;
+    [[maybe_unused]] const int64_t cluster_tiles = divided_up(w.hidden, kClusterDepth) * kTilesAtOnce;
     const int64_t never = int64_t(1) << 62;
     const Fit fits[] = {{tiles_of<S::kPairs>(pairs), Layout<A, S>::resident(portable_tiles), Layout<A, S>::streamed(),
                          S::kPairs, S::kOutputs, S::kBlocks, S::kWorth}...,
                         {divided_up(tiles_of<C::kPairs>(pairs), kClusterBlocks) * kClusterBlocks,
                          cluster_bytes<C>(cluster_tiles), never, C::kPairs, C::kOutputs, 1, C::kWorth}...};
-    const bool clusters = !w.normalize_input && multiprocessors_ >= kClusterBlocks && warpgroups(context_);
+    const bool clusters = !w.normalize_input && multiprocessors_ >= kClusterBlocks && warpgroups(context_.device());
     const int64_t at_once = context_.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     const int64_t reserved = at_once - shared_;  // of every block, by the driver
     double least = 0;
@@ -180,10 +180,13 @@ class Prepared {
           "shared memory was refused");
     const int64_t groups = divided_up(count_tiles<kTilePairs>(job, positives), S::kConsumers);
     const int64_t clusters = std::min<int64_t>(multiprocessors_ / kClusterBlocks, divided_up(groups, kClusterBlocks));
-    const int64_t across = job.walk == Walk::rectangle ? rectangle_across<kTilePairs>(job) : 0;
-    context_.launch_clusters(kClusterBlocks, kernel, clusters * kClusterBlocks, S::kThreads, used_, w, job,
-                             count_tiles<kTilePairs>(job, 0), across,
-                             int(ClusterLayout<S>::stages(shared_, w.hidden_tiles)));
+    const int64_t blocks = clusters * kClusterBlocks;
+    ClusterPlan plan{};
+    plan.groups = groups, plan.step = blocks * S::kConsumers;
+    plan.across = job.walk == Walk::rectangle ? rectangle_across<kTilePairs>(job) : 1;
+    plan.step_down = plan.step / plan.across, plan.step_across = plan.step % plan.across;
+    plan.stages = int(ClusterLayout<S>::stages(shared_, w.hidden_tiles));
+    context_.launch_clusters(kClusterBlocks, kernel, blocks, S::kThreads, used_, w, job, plan);
   }
 
   template <class S>

@@ -55,8 +55,9 @@ __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// --- Barriers in shared memory. A phase ends when `count` have arrived and as many bytes as were announced.
-// -----------
+// --- Barriers in shared memory --------------------------------------------------------------------------------------
+
+// A phase ends when `count` have arrived and as many bytes as were announced.
 
 __device__ __forceinline__ void init_barrier(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -126,8 +127,7 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// --- The matrix instruction: d (64 × N) += a (64 × 16) · bᵀ (N × 16), of all warps of a warpgroup
-// ------------------------
+// --- The matrix instruction: d (64 × N) += a (64 × 16) · bᵀ (N × 16), of all warps of a warpgroup -------------------
 
 // An operand in shared memory: 8 rows are 512 bytes. 16 inputs, or 32 bytes, further on it is 2 more.
 using Descriptor = uint64_t;

@@ -4,7 +4,7 @@ those on tensor cores issue for each matrix instruction.
 As nvcc's launcher it keeps ptxas's report beside the object:  resources.py keep nvcc … -o OBJECT …
 Then it prints the tables:  resources.py report FOLDER SHAPES_PROGRAM CUOBJDUMP
 It fails if a main loop touches local memory, which is where spilled registers are, or issues more than it may, and if
-ptxas lets one matrix instruction of a warpgroup wait for another.
+ptxas says that the instructions of warpgroups lose by what it found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 #: Instructions for each matrix instruction, by the first numbers of a shape: all of the busiest loop, skipped or not.
 MOST = {"128, 256": 4.6, "64, 256": 5.6, "64, 128": 9.5, "32, 64": 17.0, "hopper": 65.0, "multiply": 14.0}
-SERIAL = "wgmma.mma_async instructions are serialized"
+#: Of matrix instructions that wait for each other, and of registers that are not shared out as asked.
+LOSS = "Potential Performance Loss"
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -120,7 +121,7 @@ def report(build: Path, shapes: Path, cuobjdump: Path) -> int:
     # Shared memory is asked for at launch: the scoring kernels' with u' of 512 outputs.
     shared = dict(line.split("\t") for line in subprocess.check_output([shapes], text=True).splitlines())
     rows: list[list[str]] = []
-    bad = [f"{file.name}: {line.strip()}" for file in files for line in file.read_text().splitlines() if SERIAL in line]
+    bad = [f"{file.name}: {line.strip()}" for file in files for line in file.read_text().splitlines() if LOSS in line]
     for kernel, name in zip(kernels, short(kernels), strict=True):
         cells = []
         for arch in architectures:
