@@ -100,13 +100,13 @@ def test_u_that_does_not_fit_in_shared_memory_is_kept_outside(monkeypatch, dtype
 
 def test_the_switch_of_the_kernel_takes_two_words(monkeypatch):
     monkeypatch.setenv("PDDM_EMULATION_DEVICE", "sm_90")
-    unit, x = make_unit(20), make_features(24, 20, dtype=torch.bfloat16)
+    unit, x = make_unit(40, 90, 40), make_features(24, 40, dtype=torch.bfloat16)
     scores, used = {}, {}
     for word in ("on", "off"):
         monkeypatch.setenv("PDDM_WARPGROUPS", word)
         assert _C.warpgroups(0) == (word == "on")
         used[word] = scratch(lambda word=word: scores.update({word: pddm_ext.score_matrix(x, unit)}))
-    assert used["on"] > used["off"]  # rows are padded to 64 instead of 32
+    assert used["on"] > used["off"]  # rows of W_v f are padded to 128 instead of 96
     torch.testing.assert_close(scores["on"], scores["off"], atol=2e-3, rtol=2e-3)
     monkeypatch.setenv("PDDM_WARPGROUPS", "fast")
     with pytest.raises(RuntimeError, match="PDDM_WARPGROUPS is 'fast'; on and off are accepted"):
