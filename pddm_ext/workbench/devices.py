@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,15 +15,20 @@ from pddm_ext import _C
 
 from .settings import Settings
 
+#: Seconds for what is finished already.
+_LET_GO = 0.5
+
 
 @contextmanager
 def parted() -> Iterator[None]:
     """Leave the processes' group at the end: its threads would otherwise outlive the interpreter now and then, which
-    ends in an abort."""
+    ends in an abort. Whoever drops the group's last reference waits for them, holding Python's lock, which they may
+    want once more to let go of the last tensors: so they get the time for it before."""
     try:
         yield
     finally:
         if dist.is_initialized():
+            time.sleep(_LET_GO)
             dist.destroy_process_group()
 
 
