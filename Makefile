@@ -92,7 +92,7 @@ $(EMULATED)/built: $(VENV)/installed $(wildcard tests/emulation/*) $(PACKAGE)
 test-emulated: $(EMULATED)/built ## the same tests of the CUDA kernels, emulated on the host
 	$(EMULATED)/venv/bin/python $(PYTEST) -n 2 \
 	  $(patsubst %,tests/test_%.py,numerics mining candidates references gradients autograd laws emulation)
-	PDDM_EMULATION_DEVICE=sm_90 $(EMULATED)/venv/bin/python $(PYTEST) -n 2 -k "float16 or law" \
+	PDDM_EMULATION_DEVICE=sm_90 $(EMULATED)/venv/bin/python $(PYTEST) -n 2 \
 	  $(patsubst %,tests/test_%.py,numerics mining candidates references gradients laws)
 
 test-arm: $(VENV)/tools ## the native tests, cross-compiled for 64-bit Arm and run under emulation
@@ -157,7 +157,7 @@ test-cuda: $(CUDA_BUILD)/built ## on a GPU: the Python tests, and the memory, ra
 	  missing = [m for m in ("pytest", "hypothesis") if u.find_spec(m) is None]; \
 	  exit(f"$(PYTHON) lacks {missing}" if missing else None if torch.cuda.is_available() else "torch sees no GPU")'
 	$(ON_CUDA) $(PYTHON) $(PYTEST) tests $(NEED_EXTRAS:%=--ignore=%)
-	$(ON_CUDA) PDDM_WARPGROUPS=off $(PYTHON) $(PYTEST) -k float16 tests/test_numerics.py tests/test_mining.py
+	$(ON_CUDA) PDDM_WARPGROUPS=off $(PYTHON) $(PYTEST) tests/test_numerics.py tests/test_mining.py
 	$(ON_CUDA) compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool synccheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
