@@ -125,12 +125,13 @@ def counts(build: Path) -> dict[str, dict[str, list[list[float]]]]:
     cuobjdump = next(ROOT.glob(".venv/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump"), Path("cuobjdump"))
     found: dict[str, dict[str, list[list[float]]]] = {}
     code = resources.read_code(build, cuobjdump)
+    known = {gpu.arch for gpu in GPUS}
     names = dict(zip(sorted({k for k, _ in code}), resources.short(sorted({k for k, _ in code})), strict=True))
     for (kernel, arch), loops in code.items():
         name = names[kernel]
         for shape in SHAPES:
             kind = ("hopper_" if shape.cluster else "") + "score_kernel<Bf16, " + shape.key
-            if name.startswith(kind) and not name.endswith("false>"):
+            if arch in known and name.startswith(kind) and not name.endswith("false>"):
                 found.setdefault(shape.key, {})[arch] = [[loop.instructions, loop.products] for loop in loops]
     return found
 

@@ -89,8 +89,7 @@ PYBIND11_MODULE(_C, m) {
         return counters;
       },
       py::arg("device") = "cpu",
-      "Since the last reset: pairs scored, the peak of native scratch in bytes, kernels launched and allocations (both "
-      "0 "
-      "on the CPU). Waits for the current CUDA device.");
+      "Since the last reset: pairs scored, the peak of native scratch in bytes, kernels launched and allocations made "
+      "(0 on the CPU). Waits for the current CUDA device.");
   m.def("reset_counters", [](const std::string& device) { counters_of(device).reset(); }, py::arg("device") = "cpu");
 }

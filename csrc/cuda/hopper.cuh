@@ -194,10 +194,10 @@ __device__ __forceinline__ void serve(const Job<float>& job, const float* b_s, u
   });
 }
 
-// 1 over the root of a sum of squares, which is no less than what a norm is divided by at least.
-__device__ __forceinline__ float over_root(float squares) {
+// A norm's square, no less than that of what is divided by at least.
+__device__ __forceinline__ float floored_square(float squares) {
   constexpr float kFloor = float(kNormFloor) * float(kNormFloor);
-  return rsqrtf(squares > kFloor ? squares : kFloor);
+  return squares > kFloor ? squares : kFloor;
 }
 
 // A warpgroup's products with the weights, tile after tile. In a Grid the 16 pairs of a warp have one i.
@@ -424,8 +424,8 @@ __device__ __forceinline__ void score_tiles(const Workspace<float>& w, unsigned 
     }
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      squares[pair] = lanes_sum<4>(squares[pair]);
-      over_u[pair] = over_root(squares[pair]);
+      squares[pair] = floored_square(lanes_sum<4>(squares[pair]));
+      over_u[pair] = rsqrtf(squares[pair]);
     }
     show_to_matrix_unit();
     sync_warpgroup(1 + consumer);
@@ -437,9 +437,8 @@ __device__ __forceinline__ void score_tiles(const Workspace<float>& w, unsigned 
       if (block == 0) {
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-          constexpr float kFloor = float(kNormFloor) * float(kNormFloor);
-          const float u_squares = squares[pair] > kFloor ? squares[pair] : kFloor;
-          rescale[pair] = u_squares * over_u[pair] * over_root(lanes_sum<4>(products.squares[pair]));
+          const float over_v = rsqrtf(floored_square(lanes_sum<4>(products.squares[pair])));
+          rescale[pair] = squares[pair] * over_u[pair] * over_v;
         }
       }
 #pragma unroll

@@ -3,13 +3,14 @@
 #include <cstdio>
 #include <limits>
 
-#include "../native/check.h"
-#include "module.h"
+#include "run.h"
 
 namespace {
 
 using namespace pddm;
+using ptx::expect_refused;
 using ptx::Module;
+using ptx::Ran;
 
 constexpr float kInf = INFINITY;
 const float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -40,27 +41,10 @@ std::string kernel(const std::string& body) {
          body + "\nret;\n}\n";
 }
 
-struct Ran {
-  std::vector<uint64_t> words;
-  std::string error;
-};
-
 // `words` are at %to.
 Ran run(const std::string& body, unsigned threads = 1, std::vector<uint64_t> words = std::vector<uint64_t>(256),
         size_t shared_bytes = 4096) {
-  Ran ran{std::move(words), ""};
-  try {
-    const Module module = ptx::parse(kernel(body));
-    uint64_t* const to = ran.words.data();
-    ptx::launch(module.kernel("test"), {dim3(1), dim3(threads), shared_bytes, nullptr, nullptr}, {{&to, 8, 8}});
-  } catch (const std::exception& error) {
-    ran.error = error.what();
-  }
-  return ran;
-}
-
-void expect_refused(const char* what, const Ran& ran, const char* because) {
-  CHECK(ran.error.find(because) != std::string::npos, "%s: '%s' lacks '%s'", what, ran.error.c_str(), because);
+  return ptx::run_text(kernel(body), {dim3(1), dim3(threads), shared_bytes, nullptr, nullptr}, std::move(words));
 }
 
 // --- One result of up to three operands ------------------------------------------------------------------------------

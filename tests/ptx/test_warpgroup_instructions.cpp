@@ -4,13 +4,13 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "../native/check.h"
-#include "module.h"
+#include "run.h"
 
 namespace {
 
 using namespace pddm;
 using ptx::Module;
+using ptx::Ran;
 
 // %to: the parameter; %rank, %thread; %at: shared memory, of 16 KiB.
 std::string kernel(const std::string& body) {
@@ -22,22 +22,9 @@ std::string kernel(const std::string& body) {
          body + "\nret;\n}\n";
 }
 
-struct Ran {
-  std::vector<uint64_t> words;
-  std::string error;
-};
-
 Ran run(const std::string& body, unsigned threads = 32, std::vector<uint64_t> words = std::vector<uint64_t>(256),
         size_t shared_bytes = 48 << 10) {
-  Ran ran{std::move(words), ""};
-  try {
-    const Module module = ptx::parse(kernel(body));
-    uint64_t* const to = ran.words.data();
-    ptx::launch(module.kernel("test"), {dim3(2), dim3(threads), shared_bytes, nullptr, nullptr, 2, 9}, {{&to, 8, 8}});
-  } catch (const std::exception& error) {
-    ran.error = error.what();
-  }
-  return ran;
+  return ptx::run_text(kernel(body), {dim3(2), dim3(threads), shared_bytes, nullptr, nullptr, 2, 9}, std::move(words));
 }
 
 constexpr const char* kOrders[] = {"ascending", "descending", "shuffled:1", "shuffled:2", "shuffled:3", "shuffled:4"};
@@ -56,8 +43,7 @@ void expect(const char* what, const std::string& body, const std::vector<uint64_
 void expect_refused(const char* what, const std::string& body, const char* because, unsigned threads = 32) {
   for (const char* order : kOrders) {
     setenv("PDDM_EMULATION_ORDER", order, 1);
-    const Ran ran = run(body, threads);
-    CHECK(ran.error.find(because) != std::string::npos, "%s: '%s' lacks '%s'", what, ran.error.c_str(), because);
+    ptx::expect_refused(what, run(body, threads), because);
   }
 }
 
