@@ -122,8 +122,10 @@ class Place:
         if changed:
             raise Failed(f"the checkout was changed: {', '.join(sorted(changed))}")
 
-    def install(self, python: Path, *what: str, cwd: Path | None = None, unprivileged: bool = False) -> None:
-        run(python, "-m", "pip", "install", *what, cwd=cwd or self.checkout, unprivileged=unprivileged)
+    def install(
+        self, python: Path, *what: str, cwd: Path | None = None, unprivileged: bool = False, **environment: str
+    ) -> None:
+        run(python, "-m", "pip", "install", *what, cwd=cwd or self.checkout, unprivileged=unprivileged, **environment)
 
     def check(self, python: Path, editable: bool = False) -> None:
         """From elsewhere: the command, a small batch, and that no file was taken but the package's own."""
@@ -150,9 +152,11 @@ class Place:
             self.install(python, *isolation, ".")
             self.check(python)
 
-    def install_once(self, name: str, *what: str, editable: bool = False, unprivileged: bool = False) -> None:
+    def install_once(
+        self, name: str, *what: str, editable: bool = False, unprivileged: bool = False, **environment: str
+    ) -> None:
         python = self.environment(name)
-        self.install(python, *what, unprivileged=unprivileged)
+        self.install(python, *what, unprivileged=unprivileged, **environment)
         self.check(python, editable)
 
     def make_read_only(self) -> None:
@@ -293,6 +297,9 @@ def main() -> None:
             {
                 "from a source archive, isolated": lambda: place.install_once("archive-isolated", archive),
                 "from a source archive": lambda: place.install_once("archive", *free, archive),
+                "by a compiler that links its C++ library in": lambda: place.install_once(
+                    "static", *free, archive, LDFLAGS="-static-libstdc++ -static-libgcc"
+                ),
                 **{
                     f"under {python}": lambda python=python: place.install_under(python, archive)
                     for python in other_pythons()

@@ -1,4 +1,6 @@
-"""What an installed package must do: mine a small batch as the reference does. Prints where the package was found."""
+"""What an installed package must do: mine a small batch as the reference does, and refuse in words what would be read
+out of bounds. Prints where the package was found.
+"""
 
 import torch
 
@@ -17,4 +19,10 @@ for mode in ("batch", "anchor", "pair"):
     pddm_ext.QuadrupletLoss()(feats, ours).backward()
 assert unit.u.weight.grad is not None
 assert unit.u.weight.grad.norm() > 0
+refused = ""
+try:
+    torch.ops.pddm.topk(feats, feats, 99, *pddm_ext.ops.unit_arguments(unit))
+except RuntimeError as error:
+    refused = str(error)
+assert "pddm: k is 99 and the gallery has 12 rows" in refused, refused
 print(pddm_ext.__file__)
