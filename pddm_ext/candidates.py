@@ -17,8 +17,8 @@ from . import ops
 from .precision import no_autocast, score_dtype
 from .quadruplets import MODES
 
-#: Dot products in memory at once.
-_ENTRIES = 2**22
+#: Dot products in memory at once. A GPU takes more of them at a time, for each part costs it some thirty launches.
+_ENTRIES, _ENTRIES_OF_GPU = 2**22, 2**24
 
 _Score = Callable[[Tensor], Tensor]
 """Scores of pairs of rows, i·n + j."""
@@ -56,14 +56,13 @@ def nearest(rows: Rows, of: Tensor, count: int) -> Tensor:
         count: from 1 to n − 1.
     """
     all_finite = bool(rows.finite.all())
-    found = torch.empty(len(of), count, dtype=torch.int64, device=of.device)
-    for part in torch.split(torch.arange(len(of), device=of.device), max(1, _ENTRIES // len(rows.unit))):
-        at = of[part]
+    found = [of.new_empty(0, count)]
+    for at in torch.split(of, _at_once(rows.unit)):
         but = rows.classes[at, None] == rows.classes
         if not all_finite:
             but |= ~rows.finite | ~rows.finite[at, None]
-        found[part] = _first(rows.unit[at] @ rows.unit.T, but, count)
-    return found
+        found.append(_first(rows.unit[at] @ rows.unit.T, but, count))
+    return torch.cat(found)
 
 
 def farthest(rows: Rows, count: int) -> Tensor:
@@ -74,21 +73,26 @@ def farthest(rows: Rows, count: int) -> Tensor:
     n, device = len(rows.unit), rows.unit.device
     order = rows.classes.argsort(stable=True)
     begin = rows.sizes.cumsum(0) - rows.sizes
-    most = min(int(rows.sizes.max()) - 1, count)
-    far = torch.full((n, most), -1, device=device)
+    largest = int(rows.sizes.max()) - 1
+    most = min(largest, count)
     place = torch.empty_like(order)
     place[order] = torch.arange(n, device=device) - begin[rows.classes[order]]
-    # Of a small class the others, itself skipped.
-    small = rows.sizes[rows.classes] - 1 <= count
-    classes, others = rows.classes[small], torch.arange(most, device=device)
-    at = begin[classes, None] + others + (others >= place[small, None])
-    far[small] = torch.where(others < rows.sizes[classes, None] - 1, order[at.clamp(max=n - 1)], -1)
-    for c in (rows.sizes - 1 > count).nonzero().flatten().tolist():
-        own = order[begin[c] : begin[c] + rows.sizes[c]]
-        for part in torch.split(torch.arange(len(own), device=device), max(1, _ENTRIES // len(own))):
-            itself = part[:, None] == torch.arange(len(own), device=device)
-            far[own[part]] = own[_first(-(rows.unit[own[part]] @ rows.unit[own].T), itself, most)]
+    # Of a class of few the others, itself skipped.
+    others = torch.arange(most, device=device)
+    at = begin[rows.classes, None] + others + (others >= place[:, None])
+    far = torch.where(others < rows.sizes[rows.classes, None] - 1, order[at.clamp(max=n - 1)], -1)
+    if largest > count:
+        for c in (rows.sizes - 1 > count).nonzero().flatten().tolist():
+            own = order[begin[c] : begin[c] + rows.sizes[c]]
+            for part in torch.split(torch.arange(len(own), device=device), _at_once(own)):
+                itself = part[:, None] == torch.arange(len(own), device=device)
+                far[own[part]] = own[_first(-(rows.unit[own[part]] @ rows.unit[own].T), itself, most)]
     return far
+
+
+def _at_once(others: Tensor) -> int:
+    """How many rows have their dot products with so many others in memory."""
+    return max(1, (_ENTRIES if others.device.type == "cpu" else _ENTRIES_OF_GPU) // len(others))
 
 
 def _first(values: Tensor, but: Tensor, count: int) -> Tensor:
@@ -133,12 +137,12 @@ def _hardest(rows: Rows, score: _Score, count: int) -> tuple[Tensor, ...]:
     """The quadruplet of the hardest positive pair: the candidates of two rows are enough."""
     n = len(rows.unit)
     every = torch.arange(n, device=rows.unit.device)
-    pairs, _ = _distinct(every, farthest(rows, count), n)
+    pairs = _Asked.of(every, farthest(rows, count), n).pairs
     pair, s_ij, valid = _largest(-score(pairs)[None], pairs[None])
     both = torch.cat([pair // n, pair % n])
     near = nearest(rows, both, count)
-    negative, place = _distinct(both, near, n)
-    k, s_k, found = _largest(_spread(score(negative), place, near), near)
+    negative = _Asked.of(both, near, n)
+    k, s_k, found = _largest(negative.spread(score(negative.pairs)), near)
     i, j, s_ik, s_jl = both[:1], both[1:], s_k[:1], s_k[1:]
     return slots(valid & found.all(), (i, j, k[:1], k[1:]), (-s_ij, s_ik, s_jl))
 
@@ -148,15 +152,16 @@ def _hard(rows: Rows, score: _Score, count: int, *, anchors: bool) -> tuple[Tens
     n = len(rows.unit)
     every = torch.arange(n, device=rows.unit.device)
     near, far = nearest(rows, every, count), farthest(rows, count)
-    (negative, of_near), (positive, of_far) = _distinct(every, near, n), _distinct(every, far, n)
-    scores = score(torch.cat([negative, positive]))
-    negatives, positives = scores[: len(negative)], scores[len(negative) :]
-    k, s_k, found = _largest(_spread(negatives, of_near, near), near)
+    negative, positive = _Asked.of(every, near, n), _Asked.of(every, far, n)
+    scores = score(torch.cat([negative.pairs, positive.pairs]))
+    negatives, positives = scores[: len(negative.pairs)], scores[len(negative.pairs) :]
+    k, s_k, found = _largest(negative.spread(negatives), near)
     if anchors:
-        i, (j, s_ij, valid) = every, _largest(-_spread(positives, of_far, far), far)
+        i, (j, s_ij, valid) = every, _largest(-positive.spread(positives), far)
         s_ij = -s_ij
     else:
-        i, j, s_ij, valid = positive // n, positive % n, positives, torch.ones_like(positive, dtype=torch.bool)
+        i, j, s_ij = positive.pairs // n, positive.pairs % n, positives
+        valid = torch.ones_like(i, dtype=torch.bool)
     return slots(valid & found[i] & found[j], (i, j, k[i], k[j]), (s_ij, s_k[i], s_k[j]))
 
 
@@ -169,20 +174,33 @@ def slots(valid: Tensor, indices: tuple[Tensor, ...], scores: tuple[Tensor, ...]
     )
 
 
-def _distinct(rows: Tensor, asked: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The unordered pairs of rows with those they ask for, i·n + j of i < j in ascending order; and where each is."""
-    rows = rows[:, None].expand_as(asked)[asked >= 0]
-    others = asked[asked >= 0]
-    keys = torch.minimum(rows, others) * n + torch.maximum(rows, others)
-    distinct, place = torch.unique(keys, return_inverse=True)
-    return distinct, place
+class _Asked(NamedTuple):
+    """What rows ask for, each unordered pair once."""
 
+    #: (r, c), the shape of the question.
+    shape: torch.Size
+    #: Which of its entries ask for a row, flat.
+    entries: Tensor
+    #: i·n + j of i < j, in ascending order.
+    pairs: Tensor
+    #: (entries,), where in the pairs each is.
+    places: Tensor
 
-def _spread(scores: Tensor, places: Tensor, asked: Tensor) -> Tensor:
-    """Scores of the pairs that each row asks for, in their places; NaN where it asks for none."""
-    spread = scores.new_full(asked.shape, torch.nan)
-    spread[asked >= 0] = scores[places]
-    return spread
+    @classmethod
+    def of(cls, rows: Tensor, asked: Tensor, n: int) -> _Asked:
+        """Of rows (r,) and what they ask for, (r, c), −1 for nothing."""
+        entries = (asked.flatten() >= 0).nonzero()[:, 0]
+        others = asked.flatten()[entries]
+        rows = rows[entries // max(1, asked.shape[1])]
+        keys = torch.minimum(rows, others) * n + torch.maximum(rows, others)
+        pairs, places = torch.unique(keys, return_inverse=True)
+        return cls(asked.shape, entries, pairs, places)
+
+    def spread(self, scores: Tensor) -> Tensor:
+        """Scores of the pairs, in the entries that ask for them; NaN elsewhere."""
+        spread = scores.new_full((self.shape.numel(),), torch.nan)
+        spread[self.entries] = scores[self.places]
+        return spread.reshape(self.shape)
 
 
 def _largest(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

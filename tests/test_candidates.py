@@ -15,6 +15,7 @@ from helpers import (
     DEVICE,
     FLOATS,
     MODES,
+    ON_CUDA,
     ON_GPU_KERNELS,
     Batch,
     Largest,
@@ -179,10 +180,11 @@ def test_rows_of_no_class_cost_nothing():
 
 def test_nothing_of_the_size_of_the_matrix_is_kept(monkeypatch):
     feats, labels, unit = make_features(300, 8), make_labels(300, per_class=100), make_unit(8)
+    limit = "_ENTRIES_OF_GPU" if ON_CUDA else "_ENTRIES"
     for mode in MODES:
-        monkeypatch.setattr(candidates, "_ENTRIES", 2**22)
+        monkeypatch.setattr(candidates, limit, 2**22)
         whole = unit.mine(feats, labels, mode=mode, candidates=3)
-        monkeypatch.setattr(candidates, "_ENTRIES", 900)  # three rows at a time
+        monkeypatch.setattr(candidates, limit, 900)  # three rows at a time
         with Largest() as largest:
             parts = unit.mine(feats, labels, mode=mode, candidates=3)
         for a, b in zip(whole, parts, strict=True):
