@@ -66,7 +66,7 @@ test-native: $(VENV)/tools ## the kernels' own tests, and those of the CUDA kern
 test-ptx: $(VENV)/tools $(VENV)/nvcc ## the CUDA kernels as nvcc's PTX, interpreted on their emulation
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DPDDM_CUDA=emulated -DPDDM_PTX=on \
 	  "-DPDDM_NVCC=$$(readlink $(VENV)/nvcc)"
-	$(BIN)/cmake --build build/native
+	$(BIN)/cmake --build build/native --target pddm_ptx_tests
 	$(BIN)/ctest --test-dir build/native --output-on-failure -R '^ptx' -j 2
 
 test-python: $(VENV)/installed ## the Python tests
@@ -151,13 +151,14 @@ $(CUDA_BUILD)/built: $(NATIVE) $(PACKAGE)
 ON_CUDA := PYTHONPATH="$(CURDIR)/$(CUDA_BUILD)/installed:$$PYTHONPATH" PDDM_TEST_DEVICE=cuda
 # What a GPU machine may lack the packages for.
 NEED_EXTRAS := $(shell grep -lE 'workbench|adapters|pytorch_metric_learning|sklearn|from runs|small_data|test_docs' tests/test_*.py)
+SIDE_BY_SIDE = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n auto" if u.find_spec("xdist") else "")')
 test-cuda: $(CUDA_BUILD)/built ## on a GPU: the Python tests, and the memory, race and barrier checkers of its toolkit
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer of the CUDA toolkit is not on the PATH" >&2; exit 1; }
 	@$(PYTHON) -c 'import importlib.util as u, torch; \
 	  missing = [m for m in ("pytest", "hypothesis") if u.find_spec(m) is None]; \
 	  exit(f"$(PYTHON) lacks {missing}" if missing else None if torch.cuda.is_available() else "torch sees no GPU")'
-	$(ON_CUDA) $(PYTHON) $(PYTEST) tests $(NEED_EXTRAS:%=--ignore=%)
-	$(ON_CUDA) PDDM_WARPGROUPS=off $(PYTHON) $(PYTEST) tests/test_numerics.py tests/test_mining.py
+	$(ON_CUDA) $(PYTHON) $(PYTEST) $(SIDE_BY_SIDE) tests $(NEED_EXTRAS:%=--ignore=%)
+	$(ON_CUDA) PDDM_WARPGROUPS=off $(PYTHON) $(PYTEST) $(SIDE_BY_SIDE) tests/test_numerics.py tests/test_mining.py
 	$(ON_CUDA) compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py
 	$(ON_CUDA) compute-sanitizer --tool synccheck --error-exitcode 1 $(PYTHON) tests/cuda/small.py

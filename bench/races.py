@@ -82,11 +82,16 @@ def pair_operations(pairs: float, dim: int) -> float:
 
 
 def training_step(
-    feats: torch.Tensor, labels: torch.Tensor, unit: PDDM, mode: str, mine: Callable[..., Any]
+    feats: torch.Tensor,
+    labels: torch.Tensor,
+    unit: PDDM,
+    mode: str,
+    mine: Callable[..., Any],
+    loss: torch.nn.Module | None = None,
 ) -> Contender:
     """Forward, loss and backward with fresh gradients; the contender is mine(feats, labels, unit, mode=mode)."""
     feats.requires_grad_()
-    loss = QuadrupletLoss()
+    loss = loss or QuadrupletLoss()
 
     def run() -> None:
         feats.grad = None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pddm_ext import _C, QuadrupletLoss, mine_and_score, score_matrix, topk
+from pddm_ext import _C, QuadrupletLoss, mine_and_score, reference, score_matrix, topk
 from peers import chunked_mine
 from races import batch, pair_operations, race, row, seconds, training_step
 
@@ -173,6 +173,23 @@ def test_step_over_mining(benchmark: Any) -> None:
         benchmark,
         'training step `"anchor"`, n=1024, 4 per class, d=512, bfloat16, over its mining alone',
         **{"÷ mining": (1 / ratio["mining"], -1.5)},
+    )
+
+
+@pytest.mark.parametrize("mode", ["batch", "anchor"])
+def test_small_step(benchmark: Any, mode: str) -> None:
+    """Nothing but launches: what the loss's operator saves beside the same loss in plain PyTorch."""
+    feats, labels, unit = on_gpu(64, 64, torch.bfloat16)
+    fused, plain = QuadrupletLoss(), reference.QuadrupletLoss()
+
+    def step(loss: Any) -> Callable[[], None]:
+        return training_step(feats, labels, unit, mode, mine_and_score, loss)
+
+    ratio = race(benchmark, step(fused), {"plain loss": step(plain)}, rounds=30)
+    row(
+        benchmark,
+        f'training step `"{mode}"`, n=64, 4 per class, d=64, bfloat16, beside the plain loss',
+        **{"plain loss": (ratio["plain loss"], 1)},
     )
 
 

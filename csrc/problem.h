@@ -64,6 +64,9 @@ struct Picked {
   const bool* valid;
 };
 
+// Which hinges of a quadruplet are open, as bits.
+enum Hinge : uint8_t { kScoreK = 1, kScoreL = 2, kDistanceK = 4, kDistanceL = 8 };
+
 struct Margins {
   double alpha, beta, weight;  // of the scores, of the squared distances, and the weight of these
 };
@@ -101,6 +104,15 @@ class Backend {
   // The same for every entry of score_matrix's output.
   virtual void score_matrix_backward(const Rows& rows, int64_t split, const void* weight, const Unit& unit,
                                      void* rows_gradient, const UnitGradient& gradient) const = 0;
+
+  // The loss of mined quadruplets, one number, and which hinges are open, a byte for each.
+  virtual void quadruplet_loss(const Rows& rows, int64_t dim, const Picked& quads, const Margins& margins, void* loss,
+                               uint8_t* open) const = 0;
+
+  // Gradients of it times `upstream`, one number, of the rows and of the three scores.
+  virtual void quadruplet_loss_backward(const Rows& rows, int64_t dim, const Picked& quads, double embedding_weight,
+                                        const void* upstream, const uint8_t* open, void* d_rows, void* d_s_ij,
+                                        void* d_s_ik, void* d_s_jl) const = 0;
 
   virtual ~Backend() = default;
 };

@@ -27,8 +27,8 @@ class QuadrupletLoss(nn.Module):
 
     The paper's γ is the optimizer's weight decay (5e-4 there). No valid quadruplet gives 0 with zero gradients.
 
-    The mean over tensors of the CPU is one operator forward and one backward; what it does not have (other devices and
-    reductions, compiled graphs, ``torch.func``, second derivatives) plain PyTorch computes, as in ``reference``.
+    The mean is one operator forward and one backward; what it does not have (other reductions, compiled graphs,
+    ``torch.func``, second derivatives) plain PyTorch computes, as in ``reference``.
 
     In a group of W processes, of whose V valid quadruplets this one has V_r, it returns L_r = W / V · Σ over its own,
     so that the mean of what they return is the loss L of the whole batch. A wrapper such as DDP takes the mean of the
@@ -197,15 +197,15 @@ class QuadrupletLoss(nn.Module):
 
 
 def _fits(feats: Tensor, quads: Quadruplets) -> bool:
-    """Whether the operator has this: tensors of the CPU, of whom nobody asks for more than first derivatives yet, and
-    quadruplets as mining makes them."""
+    """Whether the operator has this: tensors of one device that the kernels were built for, of whom nobody asks for
+    more than first derivatives yet, and quadruplets as mining makes them."""
     shape, scores = quads.valid.shape, quads.s_ij.dtype
     return (
-        feats.device.type == "cpu"
+        feats.device.type in ops.DEVICES
         and scores in (torch.float32, torch.float64)
         and quads.valid.dtype is torch.bool
         and len(shape) == 1
-        and all(t.shape == shape and t.device.type == "cpu" for t in quads)
+        and all(t.shape == shape and t.device == feats.device for t in quads)
         and all(t.dtype is torch.int64 for t in quads[:4])
         and all(t.dtype is scores for t in quads[4:7])
         and _checks.concrete(feats)

@@ -266,6 +266,12 @@ def _refuse_cuda(*_: Any) -> Any:
     raise RuntimeError(NO_CUDA)
 
 
-if _C.build_info()["cuda"] in (None, "emulated"):
-    for _name in ("mine", "score_pairs", "score_matrix", "topk", "score_pairs_backward", "score_matrix_backward"):
+#: Types of the devices whose tensors the operators take.
+DEVICES = ("cpu",) if _C.build_info()["cuda"] in (None, "emulated") else ("cpu", "cuda")
+
+if "cuda" not in DEVICES:
+    for _name in (
+        *("mine", "score_pairs", "score_matrix", "topk", "quadruplet_loss"),
+        *("score_pairs_backward", "score_matrix_backward", "quadruplet_loss_backward"),
+    ):
         torch.library.impl(f"pddm::{_name}", "cuda", _refuse_cuda)

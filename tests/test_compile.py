@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pddm_ext
-from helpers import DEVICE, ON_CUDA, assert_same_bits, host_only, make_features, make_labels, make_unit, threads
+from helpers import DEVICE, assert_same_bits, host_only, make_features, make_labels, make_unit, threads
 from pddm_ext import ops, reference
 from pddm_ext.quadruplets import MODES
 
@@ -20,8 +20,6 @@ def _fresh_graphs():
 
 
 def loss_calls(x: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple]:
-    if ON_CUDA:  # the operator is the CPU's
-        return {}
     *indices, s_ij, s_ik, s_jl, valid = make_unit(5).mine(x.detach(), labels, mode="anchor")
     scores = [s.detach().to(dtype).requires_grad_(x.requires_grad) for s in (s_ij, s_ik, s_jl)]
     margins = (0.5, 1.0, 0.5)

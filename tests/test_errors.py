@@ -373,7 +373,10 @@ def test_bad_input_raises_before_any_work():
     assert set(counters().values()) == {0}
 
 
-OPERATORS = ["mine", "score_pairs", "score_matrix", "topk", "score_pairs_backward", "score_matrix_backward"]
+OPERATORS = [
+    *("mine", "score_pairs", "score_matrix", "topk", "quadruplet_loss"),
+    *("score_pairs_backward", "score_matrix_backward", "quadruplet_loss_backward"),
+]
 
 
 @pytest.mark.parametrize(

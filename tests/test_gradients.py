@@ -129,38 +129,41 @@ def settle_relus(unit: pddm_ext.PDDM) -> None:
             layer.bias.copy_(torch.where(shut, -largest, largest))
 
 
-class _TF32Linear(torch.autograd.Function):
-    """F.linear as the GPU's backward has its products: operands rounded to 11 significant bits, sums exact."""
+class _RoundedLinear(torch.autograd.Function):
+    """F.linear as the GPU's backward has its products: operands rounded to so many significant bits, sums exact."""
 
     @staticmethod
-    def rounded(t: Tensor) -> Tensor:
+    def rounded(t: Tensor, bits: int) -> Tensor:
         mantissa, exponent = torch.frexp(t)
-        return torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent)
+        return torch.ldexp(torch.round(mantissa * 2**bits) / 2**bits, exponent)
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, bits):
+        x, weight = (_RoundedLinear.rounded(t, bits) for t in (x, weight))
         ctx.save_for_backward(x, weight)
-        return _TF32Linear.rounded(x) @ _TF32Linear.rounded(weight).T + bias
+        ctx.bits = bits
+        return x @ weight.T + bias
 
     @staticmethod
     def backward(ctx, upstream):
-        x, weight = (_TF32Linear.rounded(t) for t in ctx.saved_tensors)
-        g = _TF32Linear.rounded(upstream)
+        x, weight = ctx.saved_tensors
+        g = _RoundedLinear.rounded(upstream, ctx.bits)
         d_weight = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-        return g @ weight, d_weight, upstream.reshape(-1, g.shape[-1]).sum(0)
+        return g @ weight, d_weight, upstream.reshape(-1, g.shape[-1]).sum(0), None
 
 
 @gpu_only("the CPU goes back in float32")
 @pytest.mark.parametrize("normalize_input", [False, True])
 @pytest.mark.parametrize("entry", ["pairs", "matrix", "rectangle", "call"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [(18, 33, 13, 25), (15, 68, 96, 72)], ids=str)
-def test_tf32_gradients_are_as_good_as_autograd_with_rounded_operands(size, dtype, entry, normalize_input):
-    """As above, with the reference's products rounded as TF32 rounds. float32's are at precision "high", and those of
-    half precision always, so that they keep float32's range. The larger size has products in large blocks, copied 16
-    bytes at a time.
+@pytest.mark.parametrize("size", [(18, 33, 13, 25), (15, 68, 96, 72), (17, 72, 264, 136)], ids=str)
+def test_gradients_are_as_good_as_autograd_with_rounded_operands(size, dtype, entry, normalize_input):
+    """As above, with the reference's products rounded as the GPU's: as TF32 rounds for float32 at precision "high" and
+    for float16, which so keeps float32's range, and as bfloat16 rounds for bfloat16. The larger sizes have products in
+    large blocks, copied 16 bytes at a time, the last one with what is left over beside full blocks.
     """
     n, d, h, m = size
+    bits = 8 if dtype == torch.bfloat16 else 11
     unit = make_unit(d, h, m, normalize_input=normalize_input, seed=1)
     settle_relus(unit)
     x = make_features(n, d, seed=1, dtype=dtype)
@@ -168,11 +171,25 @@ def test_tf32_gradients_are_as_good_as_autograd_with_rounded_operands(size, dtyp
     double = in_double(unit)
     expected = gradients(plain, x.double(), double)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "linear", _TF32Linear.apply)
+        patch.setattr(torch.nn.functional, "linear", lambda *operands: _RoundedLinear.apply(*operands, bits))
         theirs = gradients(plain, x.double(), double)
     with matmul_precision("high"):
         ours = gradients(fused, x, unit)
-    assert_as_good(ours, theirs, expected, 2.0**-12)
+    assert_as_good(ours, theirs, expected, 2.0 ** -(bits + 1))
+
+
+@gpu_only("the CPU has one way for all widths")
+@pytest.mark.parametrize("hidden", [512, 520, 1024, 1032, 2048, 2056])
+def test_bfloat16_gradients_of_wide_units_are_as_good_as_the_float32_ones(hidden):
+    """Rows of up to so many numbers stay in registers on their way through a norm."""
+    d, m, n = 8, 8, 8
+    unit = make_unit(d, hidden, m, seed=1)
+    settle_relus(unit)
+    x = make_features(n, d, seed=1, dtype=torch.bfloat16)
+    scores = entries(n)["matrix"][0]
+    exact = gradients(scores, x.double(), in_double(unit))
+    for name, a, b in zip(["feats", *PARAMETERS], gradients(scores, x, unit), exact, strict=True):
+        assert (a - b).abs().max() <= 2.0**-6 * b.abs().max(), name
 
 
 def smallest_preactivation(x: Tensor, unit: reference.PDDM) -> float:
@@ -386,7 +403,7 @@ def test_w_v_has_a_gradient_where_inputs_are_normalised():
     assert_close_relatively(fused, plain, 1e-11)
 
 
-@cpu_only("the GPU goes back in TF32 from half precision")
+@cpu_only("the GPU goes back in half precision's products, or TF32's")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gradients_are_the_float32_ones_rounded(dtype):
     unit, x = make_unit(19, 9, 14), make_features(40, 19, dtype=dtype)

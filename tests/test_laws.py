@@ -157,6 +157,15 @@ def test_mining_takes_few_launches_whatever_the_rows(dtype, n):
         assert counted(lambda mode=mode: unit.mine(x, labels, mode=mode))["launches"] <= launches
 
 
+@gpu_only("the CPU launches nothing")
+def test_the_loss_takes_two_launches_and_three_back():
+    x, labels = make_features(64, 6).requires_grad_(), make_labels(64)
+    quads = pddm_ext.Quadruplets(*(field.detach() for field in make_unit(6).mine(x, labels, mode="anchor")))
+    value = pddm_ext.QuadrupletLoss()(x, quads)
+    assert counted(lambda: pddm_ext.QuadrupletLoss()(x, quads))["launches"] == 2
+    assert counted(value.backward)["launches"] == 3
+
+
 @gpu_only("the CPU's scratch is native")
 @pytest.mark.parametrize("mode", ["batch", "anchor", "pair"])
 def test_a_small_batch_asks_for_scratch_once(mode):
@@ -212,19 +221,22 @@ def padded(inputs: int, dtype: torch.dtype) -> int:
     return -(-inputs // depth) * depth
 
 
-def gpu_bytes_per_row(d: int, h: int, m: int, mode: str, dtype: torch.dtype) -> tuple[int, int]:
+def gpu_bytes_per_row(d: int, h: int, m: int, mode: str, dtype: torch.dtype) -> tuple[int, float]:
     """How many bytes a row adds to the workspace, forward and backward, which are never there at once."""
     real = 8 if dtype == torch.float64 else 4
     bests = real // 4 * 8 * {"batch": 1, "anchor": 2, "pair": 1}[mode]  # words of the hardest positive and negative
     # To sort by label four numbers, and the sums of positive pairs; pair's slots are counted first and then placed.
     ranks = {"batch": 4 * 4 + 8, "anchor": 0, "pair": 2 * (4 * 4 + 8) + 8}[mode]
-    # A quadruplet's three pairs, while they are less than a chunk: rows, weight and norms, [u'; v'] and c with their
-    # gradients, and those of u and v.
-    pair = 2 * 4 + real * (3 + 2 * 2 * h + m + 2 * d)
-    return (
-        real * (padded(d, dtype) + padded(h, dtype) + 1) + bests + ranks,
-        real * (d + 1) + (3 * pair if mode == "anchor" else 0),
-    )
+    row = real * (d + 1)
+    if mode == "anchor":
+        kept = 2 if dtype == torch.bfloat16 else real  # of an operand of a product
+        # v goes by rows: a with its gradient, and the row as an operand.
+        row += real * 2 * h + (kept * d if kept < real else 0)
+        # A quadruplet's three pairs, while they are less than a chunk: rows, their order, weight and norms; [u'; v'],
+        # c and u with their gradients; of every 64 of them sums.
+        pair = 4 * 4 + real * 3 + kept * (2 * 2 * h + m + d) + real * (2 * m + 2 * h + 1) / 64
+        row += 3 * pair
+    return real * (padded(d, dtype) + padded(h, dtype) + 1) + bests + ranks, row
 
 
 # Rows, as many that a chunk of backward is not yet full or always is; and (d, h, m) that take the same room in every

@@ -11,7 +11,6 @@ from helpers import (
     DEVICE,
     MODES,
     assert_same_bits,
-    cpu_only,
     host_only,
     make_features,
     make_labels,
@@ -192,7 +191,7 @@ def test_second_derivatives_are_those_of_the_plain_loss():
     torch.testing.assert_close(*seconds)
 
 
-@cpu_only("the operator is the CPU's")
+@host_only("others are checked by the kernels")
 def test_the_operator_checks_what_would_be_read_out_of_bounds():
     feats, labels = make_features(12, 6), make_labels(12)
     i, j, k, l, *scores, valid = make_unit(6).mine(feats, labels, mode="anchor")  # noqa: E741

@@ -298,10 +298,11 @@ Gradients score_matrix_backward(const Tensor& weight, const Tensor& feats, int64
                   });
 }
 
-// The loss of mined quadruplets on the CPU. What keeps the pointers of `picked` alive.
+// Mined quadruplets, in whose scores' dtype their loss is computed. What keeps the pointers of `picked` alive.
 struct PickedTensors {
   Tensor rows, i, j, k, l, s_ij, s_ik, s_jl, valid;
   Picked picked;
+  Call call;
 
   PickedTensors(const Tensor& feats, const Tensor& s_ij, const Tensor& s_ik, const Tensor& s_jl, const Tensor& i,
                 const Tensor& j, const Tensor& k, const Tensor& l, const Tensor& valid)
@@ -313,12 +314,14 @@ struct PickedTensors {
         s_ij(dense(s_ij, rows.scalar_type())),
         s_ik(dense(s_ik, rows.scalar_type())),
         s_jl(dense(s_jl, rows.scalar_type())),
-        valid(dense(valid, ScalarType::Bool)) {
+        valid(dense(valid, ScalarType::Bool)),
+        call(rows, false) {
     const int64_t slots = valid.numel(), n = rows.size(0);
-    STD_TORCH_CHECK(rows.dim() == 2 && (float64() || rows.scalar_type() == ScalarType::Float),
-                    "pddm: features must be a matrix, and scores float32 or float64");
+    STD_TORCH_CHECK(rows.scalar_type() == call.dtype, "pddm: scores must be float32 or float64");
     for (const Tensor* t : {&this->i, &this->j, &this->k, &this->l, &this->s_ij, &this->s_ik, &this->s_jl})
-      STD_TORCH_CHECK(t->numel() == slots && t->is_cpu(), "pddm: the fields of quadruplets must be of one length");
+      STD_TORCH_CHECK(t->numel() == slots && same_device(*t, rows),
+                      "pddm: the fields of quadruplets must be of one length, on the features' device");
+    STD_TORCH_CHECK(same_device(this->valid, rows), "pddm: the fields of quadruplets must be on the features' device");
     const auto index = [](const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); };
     picked = {slots,
               index(this->i),
@@ -329,13 +332,12 @@ struct PickedTensors {
               this->s_ik.const_data_ptr(),
               this->s_jl.const_data_ptr(),
               static_cast<const bool*>(this->valid.const_data_ptr())};
-    for (int64_t q = 0; q < slots; ++q)
+    // Another device's are checked by its kernels, as torch's own indexing does.
+    for (int64_t q = 0; call.on_host && q < slots; ++q)
       for (const int64_t* row : {picked.i, picked.j, picked.k, picked.l})
         STD_TORCH_CHECK(!picked.valid[q] || (row[q] >= 0 && row[q] < n), "pddm: quadruplet ", q, " has row ", row[q],
                         ", out of range for ", n, " rows");
   }
-
-  bool float64() const { return rows.scalar_type() == ScalarType::Double; }
 };
 
 #define PDDM_PICKED                                                                                                  \
@@ -346,8 +348,8 @@ std::tuple<Tensor, Tensor> quadruplet_loss(PDDM_PICKED, double alpha, double bet
   const PickedTensors given(feats, s_ij, s_ik, s_jl, i, j, k, l, valid);
   Tensor loss = torch::stable::new_empty(given.rows, {});
   Tensor open = torch::stable::new_empty(given.rows, {given.picked.slots}, ScalarType::Byte);
-  cpu::quadruplet_loss(given.float64(), torch_threads(), Call::rows(given.rows), given.rows.size(1), given.picked,
-                       {alpha, beta, weight}, loss.mutable_data_ptr(), static_cast<uint8_t*>(open.mutable_data_ptr()));
+  given.call.backend->quadruplet_loss(Call::rows(given.rows), given.rows.size(1), given.picked, {alpha, beta, weight},
+                                      loss.mutable_data_ptr(), static_cast<uint8_t*>(open.mutable_data_ptr()));
   return {loss, open};
 }
 
@@ -355,15 +357,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quadruplet_loss_backward(const Tensor
                                                                     PDDM_PICKED, double weight) {
   const PickedTensors given(feats, s_ij, s_ik, s_jl, i, j, k, l, valid);
   const Tensor factor = dense(upstream, given.rows.scalar_type()), hinges = dense(open, ScalarType::Byte);
-  STD_TORCH_CHECK(factor.numel() == 1 && hinges.numel() == given.picked.slots,
-                  "pddm: one loss, one byte for each slot");
+  STD_TORCH_CHECK(factor.numel() == 1 && hinges.numel() == given.picked.slots && same_device(factor, given.rows) &&
+                      same_device(hinges, given.rows),
+                  "pddm: one loss, one byte for each slot, on the features' device");
   Tensor d_rows = torch::stable::new_empty(given.rows, given.rows.sizes());
   const auto scores = [&] { return torch::stable::new_empty(given.rows, {given.picked.slots}); };
   Tensor d_ij = scores(), d_ik = scores(), d_jl = scores();
-  cpu::quadruplet_loss_backward(given.float64(), torch_threads(), Call::rows(given.rows), given.rows.size(1),
-                                given.picked, weight, factor.const_data_ptr(),
-                                static_cast<const uint8_t*>(hinges.const_data_ptr()), d_rows.mutable_data_ptr(),
-                                d_ij.mutable_data_ptr(), d_ik.mutable_data_ptr(), d_jl.mutable_data_ptr());
+  given.call.backend->quadruplet_loss_backward(
+      Call::rows(given.rows), given.rows.size(1), given.picked, weight, factor.const_data_ptr(),
+      static_cast<const uint8_t*>(hinges.const_data_ptr()), d_rows.mutable_data_ptr(), d_ij.mutable_data_ptr(),
+      d_ik.mutable_data_ptr(), d_jl.mutable_data_ptr());
   if (feats.scalar_type() != d_rows.scalar_type()) d_rows = torch::stable::to(d_rows, feats.scalar_type());
   return {d_rows, d_ij, d_ik, d_jl};
 }
@@ -394,19 +397,19 @@ STABLE_TORCH_LIBRARY(pddm, m) {
         "float weight) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-#define PDDM_KERNELS(m)                                                   \
-  m.impl("mine", TORCH_BOX(&pddm::mine));                                 \
-  m.impl("score_pairs", TORCH_BOX(&pddm::score_pairs));                   \
-  m.impl("score_matrix", TORCH_BOX(&pddm::score_matrix));                 \
-  m.impl("topk", TORCH_BOX(&pddm::topk));                                 \
-  m.impl("score_pairs_backward", TORCH_BOX(&pddm::score_pairs_backward)); \
-  m.impl("score_matrix_backward", TORCH_BOX(&pddm::score_matrix_backward));
-
-STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m) {
-  PDDM_KERNELS(m)
-  m.impl("quadruplet_loss", TORCH_BOX(&pddm::quadruplet_loss));
+#define PDDM_KERNELS(m)                                                     \
+  m.impl("mine", TORCH_BOX(&pddm::mine));                                   \
+  m.impl("score_pairs", TORCH_BOX(&pddm::score_pairs));                     \
+  m.impl("score_matrix", TORCH_BOX(&pddm::score_matrix));                   \
+  m.impl("topk", TORCH_BOX(&pddm::topk));                                   \
+  m.impl("score_pairs_backward", TORCH_BOX(&pddm::score_pairs_backward));   \
+  m.impl("score_matrix_backward", TORCH_BOX(&pddm::score_matrix_backward)); \
+  m.impl("quadruplet_loss", TORCH_BOX(&pddm::quadruplet_loss));             \
   m.impl("quadruplet_loss_backward", TORCH_BOX(&pddm::quadruplet_loss_backward));
-}
+
+STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m){PDDM_KERNELS(m)}
 #if defined(PDDM_CUDA) && !defined(PDDM_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(pddm, CUDA, m) { PDDM_KERNELS(m) }
+STABLE_TORCH_LIBRARY_IMPL(pddm, CUDA, m) {
+  PDDM_KERNELS(m)
+}
 #endif

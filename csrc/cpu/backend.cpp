@@ -90,6 +90,17 @@ class CpuBackend final : public Backend {
     cpu::score_matrix_backward<T>(engine_, parallel_, rows, split, static_cast<const T*>(weight), unit,
                                   static_cast<T*>(rows_gradient), gradient);
   }
+  void quadruplet_loss(const Rows& rows, int64_t dim, const Picked& quads, const Margins& margins, void* loss,
+                       uint8_t* open) const override {
+    cpu::quadruplet_loss(parallel_, rows, dim, quads, margins, static_cast<T*>(loss), open);
+  }
+  void quadruplet_loss_backward(const Rows& rows, int64_t dim, const Picked& quads, double embedding_weight,
+                                const void* upstream, const uint8_t* open, void* d_rows, void* d_s_ij, void* d_s_ik,
+                                void* d_s_jl) const override {
+    cpu::quadruplet_loss_backward(parallel_, rows, dim, quads, embedding_weight, *static_cast<const T*>(upstream), open,
+                                  static_cast<T*>(d_rows), static_cast<T*>(d_s_ij), static_cast<T*>(d_s_ik),
+                                  static_cast<T*>(d_s_jl));
+  }
 
  private:
   const Engine<T>& engine_;
@@ -134,31 +145,6 @@ std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel&
     case Precision::float64: return made(set->float64(), parallel);
     case Precision::bfloat16: return made(set->bfloat16(), parallel);
     default: return made(set->float32(), parallel);
-  }
-}
-
-void quadruplet_loss(bool float64, const Parallel& parallel, const Rows& rows, int64_t dim, const Picked& quads,
-                     const Margins& margins, void* loss, uint8_t* open) {
-  if (float64) {
-    quadruplet_loss(parallel, rows, dim, quads, margins, static_cast<double*>(loss), open);
-  } else {
-    quadruplet_loss(parallel, rows, dim, quads, margins, static_cast<float*>(loss), open);
-  }
-}
-
-void quadruplet_loss_backward(bool float64, const Parallel& parallel, const Rows& rows, int64_t dim,
-                              const Picked& quads, double embedding_weight, const void* upstream, const uint8_t* open,
-                              void* d_rows, void* d_s_ij, void* d_s_ik, void* d_s_jl) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    quadruplet_loss_backward(parallel, rows, dim, quads, embedding_weight, *static_cast<const T*>(upstream), open,
-                             static_cast<T*>(d_rows), static_cast<T*>(d_s_ij), static_cast<T*>(d_s_ik),
-                             static_cast<T*>(d_s_jl));
-  };
-  if (float64) {
-    run(double());
-  } else {
-    run(float());
   }
 }
 

@@ -26,14 +26,6 @@ Precision effective(Precision precision);
 // Refers to `parallel`.
 std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel& parallel);
 
-// The loss of mined quadruplets, which hinges are `open`, and the gradients of it times `upstream`; in float64 or
-// float32 (loss.h). `upstream` is one number, and so is `loss`.
-void quadruplet_loss(bool float64, const Parallel& parallel, const Rows& rows, int64_t dim, const Picked& quads,
-                     const Margins& margins, void* loss, uint8_t* open);
-void quadruplet_loss_backward(bool float64, const Parallel& parallel, const Rows& rows, int64_t dim,
-                              const Picked& quads, double embedding_weight, const void* upstream, const uint8_t* open,
-                              void* d_rows, void* d_s_ij, void* d_s_ik, void* d_s_jl);
-
 // Floating-point operations per second of multiply-adds on registers, on all of `parallel`'s threads at once, measured
 // for about `seconds`: the ceiling of this backend in that precision.
 double multiply_add_peak(Precision precision, const Parallel& parallel, double seconds);

@@ -65,9 +65,6 @@ struct UnitRows {
   }
 };
 
-// Which hinges of a quadruplet are open, as bits.
-enum Hinge : uint8_t { kScoreK = 1, kScoreL = 2, kDistanceK = 4, kDistanceL = 8 };
-
 // Where NaN comes in, NaN comes out, as of torch's relu.
 template <class T>
 T hinge(T x, Hinge which, uint8_t& open) {

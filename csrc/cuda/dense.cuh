@@ -9,7 +9,8 @@ template <class A>
 void score_pairs(const Context& context, const Rows& rows, const Pairs& pairs, const Unit& unit,
                  typename A::Real* scores) {
   if (pairs.count == 0) return;
-  Prepared<A> p(context, rows, unit, pairs.count, nullptr, false, 0, pairs);
+  Prepared<A> p(context, rows.count, unit, pairs.count);
+  p.prepare(rows, unit, pairs);
   Job<typename A::Real> job;
   job.walk = Walk::pairs, job.n = rows.count;
   job.i = pairs.i, job.j = pairs.j, job.count = pairs.count, job.scores = scores;
@@ -29,7 +30,8 @@ void score_matrix(const Context& context, const Rows& rows, int64_t split, const
   }
   const int64_t pairs = split < 0 ? n * (n + 1) / 2 : split * (n - split);
   if (pairs == 0) return;
-  Prepared<A> p(context, rows, unit, pairs);
+  Prepared<A> p(context, n, unit, pairs);
+  p.prepare(rows, unit);
   p.score(job);
 }
 

@@ -56,6 +56,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
                : "r"(from)
                : "memory");
 }
+// The same, but that r[q] holds, of matrix q, number lane / 4 of 2 bytes in row 2 (lane % 4) and in the next row.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
+}
 
 // d (16 × 8) += a (16 × 32 bytes) · bᵀ (8 × 32 bytes), float32 sums.
 #define PDDM_MULTIPLY_ADD(type, shape)                                                                        \

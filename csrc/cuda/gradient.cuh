@@ -16,7 +16,8 @@
 //
 // and otherwise by pairs, as u does: v = (f_i + f_j) / 2, dW_v += dZ_vᵀ v, dv = dZ_v W_v.
 //
-// What is an operand of a product is kept as one, the weights too.
+// What is an operand of a product is kept as one, the weights too. In bfloat16 so is what else a pair has, for half the
+// bytes, and where all rows are whole sixteens of bytes, the kernels between the products take these at a time.
 #pragma once
 
 #include "multiply.cuh"
@@ -49,22 +50,25 @@ struct Part {
   int row, column, rows, columns, count;
 };
 
-template <class Real>
+template <class A>
 struct Chunk {
+  using Real = typename A::Real;
+  using Number = Kept<A>;
   int *i, *j;                      // −1: no gradient, not recomputed
   int* order;                      // of a list, the ends of its pairs (2 pair, 2 pair + 1) by the rows that they name
   Real *weight, *over_u, *over_v;  // over_u = 1 / ‖u‖ and over_v with normalize_input, else null
-  Real *norm_u, *norm_v, *x, *c, *dx;
-  Real *du, *dv;  // first u and v; dv is null where v goes by rows
+  Real *norm_u, *norm_v;
+  Number *x, *c, *dx;
+  Number *du, *dv;  // first u and v; dv is null where v goes by rows
 };
 
-template <class Real>
+template <class A>
 __global__ void __launch_bounds__(kGradientThreads)
-    list_kernel(const __grid_constant__ Source<Real> source, const __grid_constant__ Part part,
-                const __grid_constant__ Chunk<Real> chunk) {
+    list_kernel(const __grid_constant__ Source<typename A::Real> source, const __grid_constant__ Part part,
+                const __grid_constant__ Chunk<A> chunk) {
   const int t = int(blockIdx.x) * kGradientThreads + int(threadIdx.x);
   int64_t i = -1, j = -1;
-  Real weight = 0;
+  typename A::Real weight = 0;
   if (t < part.count) {
     if (source.i) {
       const int64_t at = part.first + t;
@@ -88,16 +92,16 @@ __global__ void __launch_bounds__(kGradientThreads)
 
 // The row that an end of a pair names. Ends of pairs without a gradient come after all others.
 constexpr int kNoRow = 0x7fffffff;
-template <class Real>
-__device__ __forceinline__ int row_of_end(const Chunk<Real>& chunk, int end) {
+template <class A>
+__device__ __forceinline__ int row_of_end(const Chunk<A>& chunk, int end) {
   const int row = (end % 2 ? chunk.j : chunk.i)[end / 2];
   return row < 0 ? kNoRow : row;
 }
 
 // By one warp for each end: its rank is the number of ends before it, counted.
-template <class Real>
+template <class A>
 __global__ void __launch_bounds__(kGradientThreads)
-    order_ends_kernel(int count, const __grid_constant__ Chunk<Real> chunk) {
+    order_ends_kernel(int count, const __grid_constant__ Chunk<A> chunk) {
   const int own = int(blockIdx.x) * kGradientWarps + warp_index();
   if (own >= 2 * count) return;
   const int row = row_of_end(chunk, own);
@@ -116,11 +120,23 @@ __global__ void __launch_bounds__(kGradientThreads)
   if (pair >= (count)) return;                                      \
   const int lane = lane_index();
 
+// Of a row that a warp has, each lane has Beside numbers side by side and then others further on: 16 bytes as they are
+// kept, where all rows are whole sixteens. Wider numbers than bfloat16 come one by one, as do those of other rows.
+template <class A>
+constexpr int kMostBeside = sizeof(Kept<A>) == 2 ? 8 : 1;
+
+// Of a matrix with so many columns, with rows and columns exchanged if `turned`.
 template <class A>
 __global__ void __launch_bounds__(kGradientThreads)
-    operands_kernel(const typename A::Real* from, int64_t length, typename A::Real* to) {
+    operands_kernel(const typename A::Real* from, int64_t length, int64_t columns, bool turned, Kept<A>* to) {
   const int64_t at = int64_t(blockIdx.x) * kGradientThreads + threadIdx.x;
-  if (at < length) to[at] = as_operand<A>(from[at]);
+  if (at >= length) return;
+  int64_t source = at;
+  if (turned) {
+    const int64_t rows = length / columns;
+    source = at % rows * columns + at / rows;
+  }
+  to[at] = as_operand<A>(from[source]);
 }
 
 template <class Real>
@@ -133,16 +149,18 @@ __device__ __forceinline__ Real mean_of(Real a, Real b) {
 }
 
 // u and, by pairs, v; by rows v' to unit norm.
-template <class A>
+template <class A, int Beside>
 __global__ void __launch_bounds__(kGradientThreads)
-    pair_rows_kernel(const typename A::Real* f, const typename A::Real* a, int dim, int hidden, int count,
-                     const __grid_constant__ Chunk<typename A::Real> chunk) {
+    pair_rows_kernel(const typename A::Real* __restrict__ f, const typename A::Real* __restrict__ a, int dim,
+                     int hidden, int count, const __grid_constant__ Chunk<A> chunk) {
   using Real = typename A::Real;
+  using Number = Kept<A>;
+  constexpr int kUnrolled = Beside == 1 ? 4 : 2;
   PDDM_PAIR_OF_WARP(count)
   const int64_t i = chunk.i[pair], j = chunk.j[pair];
   const bool there = i >= 0;
   const Real *f_i = f + (there ? i : 0) * dim, *f_j = f + (there ? j : 0) * dim;
-  Real *u = chunk.du + int64_t(pair) * dim, *v = chunk.dv ? chunk.dv + int64_t(pair) * dim : nullptr;
+  Number *u = chunk.du + int64_t(pair) * dim, *v = chunk.dv ? chunk.dv + int64_t(pair) * dim : nullptr;
   Real over_u = 1, over_v = 1;
   if (chunk.over_u) {
     Real u_squares = 0, v_squares = 0;
@@ -153,40 +171,72 @@ __global__ void __launch_bounds__(kGradientThreads)
     over_u = 1 / floored(sqrt(lanes_sum(u_squares))), over_v = 1 / floored(sqrt(lanes_sum(v_squares)));
     if (lane == 0) chunk.over_u[pair] = over_u, chunk.over_v[pair] = over_v;
   }
-#pragma unroll 4
-  for (int k = lane; k < dim; k += kWarp) {
-    const Real x = there ? f_i[k] : Real(0), y = there ? f_j[k] : Real(0);
-    u[k] = as_operand<A>(difference_of(x, y) * over_u);
-    if (v) v[k] = as_operand<A>(mean_of(x, y) * over_v);
+#pragma unroll kUnrolled
+  for (int k = lane * Beside; k < dim; k += kWarp * Beside) {
+    Real x[Beside] = {}, y[Beside] = {}, differences[Beside], means[Beside];
+    if (there) load(f_i + k, x), load(f_j + k, y);
+#pragma unroll
+    for (int q = 0; q < Beside; ++q)
+      differences[q] = difference_of(x[q], y[q]) * over_u, means[q] = mean_of(x[q], y[q]) * over_v;
+    store_operands<A>(u + k, differences);
+    if (v) store_operands<A>(v + k, means);
   }
   if (v) return;
   const Real *a_i = a + (there ? i : 0) * hidden, *a_j = a + (there ? j : 0) * hidden;
-  const auto made = [&](int k) { return there ? relu(mean_of(a_i[k], a_j[k])) : Real(0); };
-  Real* const x = chunk.x + (int64_t(pair) * 2 + 1) * hidden;
+  const auto make = [&](int k, Real(&made)[Beside]) {
+    Real x[Beside] = {}, y[Beside] = {};
+    if (there) load(a_i + k, x), load(a_j + k, y);
+#pragma unroll
+    for (int q = 0; q < Beside; ++q) made[q] = relu(mean_of(x[q], y[q]));
+  };
+  Number* const x = chunk.x + (int64_t(pair) * 2 + 1) * hidden;
   Real squares = 0;
-#pragma unroll 4
-  for (int k = lane; k < hidden; k += kWarp) squares += made(k) * made(k);
+#pragma unroll kUnrolled
+  for (int k = lane * Beside; k < hidden; k += kWarp * Beside) {
+    Real made[Beside];
+    make(k, made);
+#pragma unroll
+    for (int q = 0; q < Beside; ++q) squares += made[q] * made[q];
+  }
   const Real norm = sqrt(lanes_sum(squares)), over = 1 / floored(norm);
-#pragma unroll 4
-  for (int k = lane; k < hidden; k += kWarp) x[k] = as_operand<A>(made(k) * over);
+#pragma unroll kUnrolled
+  for (int k = lane * Beside; k < hidden; k += kWarp * Beside) {
+    Real made[Beside];
+    make(k, made);
+#pragma unroll
+    for (int q = 0; q < Beside; ++q) made[q] *= over;
+    store_operands<A>(x + k, made);
+  }
   if (lane == 0) chunk.norm_v[pair] = norm;
 }
 
-// u' and, if there are two halves, v' to unit norm.
-template <class A>
+// u' and, if there are two branches, v' to unit norm.
+template <class A, int Beside>
 __global__ void __launch_bounds__(kGradientThreads)
-    unit_norms_kernel(int hidden, int halves, int count, const __grid_constant__ Chunk<typename A::Real> chunk) {
+    unit_norms_kernel(int hidden, int branches, int count, const __grid_constant__ Chunk<A> chunk) {
   using Real = typename A::Real;
+  constexpr int kUnrolled = Beside == 1 ? 4 : 2;
   PDDM_PAIR_OF_WARP(count)
-  for (int half = 0; half < halves; ++half) {
-    Real* x = chunk.x + (int64_t(pair) * 2 + half) * hidden;
+  for (int branch = 0; branch < branches; ++branch) {
+    Kept<A>* const x = chunk.x + (int64_t(pair) * 2 + branch) * hidden;
     Real squares = 0;
-#pragma unroll 4
-    for (int k = lane; k < hidden; k += kWarp) squares += x[k] * x[k];
+#pragma unroll kUnrolled
+    for (int k = lane * Beside; k < hidden; k += kWarp * Beside) {
+      Real own[Beside];
+      load(x + k, own);
+#pragma unroll
+      for (int q = 0; q < Beside; ++q) squares += own[q] * own[q];
+    }
     const Real norm = sqrt(lanes_sum(squares)), over = 1 / floored(norm);
-#pragma unroll 4
-    for (int k = lane; k < hidden; k += kWarp) x[k] = as_operand<A>(x[k] * over);
-    if (lane == 0) (half ? chunk.norm_v : chunk.norm_u)[pair] = norm;
+#pragma unroll kUnrolled
+    for (int k = lane * Beside; k < hidden; k += kWarp * Beside) {
+      Real own[Beside];
+      load(x + k, own);
+#pragma unroll
+      for (int q = 0; q < Beside; ++q) own[q] *= over;
+      store_operands<A>(x + k, own);
+    }
+    if (lane == 0) (branch ? chunk.norm_v : chunk.norm_u)[pair] = norm;
   }
 }
 
@@ -199,15 +249,15 @@ struct Slabs {
 };
 
 // c to dC, and the gradients of w_s, b_c and (in one column more) b_s.
-template <class A>
+template <class A, int Beside>
 __global__ void __launch_bounds__(kGradientThreads)
     through_score_kernel(int combined, int count, bool add, const typename A::Real* w_s,
-                         const __grid_constant__ Chunk<typename A::Real> chunk,
+                         const __grid_constant__ Chunk<A> chunk,
                          const __grid_constant__ Slabs<typename A::Real> slabs) {
   using Real = typename A::Real;
   constexpr int kAtOnce = 8;
-  const int across = combined / kGradientThreads + 1, slab = int(blockIdx.x) / across;
-  const int column = int(blockIdx.x) % across * kGradientThreads + int(threadIdx.x);
+  const int across = combined / (kGradientThreads * Beside) + 1, slab = int(blockIdx.x) / across;
+  const int column = (int(blockIdx.x) % across * kGradientThreads + int(threadIdx.x)) * Beside;
   const int first = slab * kSlab, end = first + kSlab < count ? first + kSlab : count;
   const auto give = [&](Real* to, Real sum) { *to = add ? *to + sum : sum; };
   if (column > combined) return;
@@ -216,26 +266,35 @@ __global__ void __launch_bounds__(kGradientThreads)
     for (int pair = first; pair < end; ++pair) sum += __ldg(chunk.weight + pair);
     return give(slabs.b_s + slab, sum);
   }
-  const Real own = __ldg(w_s + column);
-  Real d_w_s = 0, d_b_c = 0;
-  for (int pair = first; pair < end; pair += kAtOnce) {
-    Real c[kAtOnce];
-    Real* const at = chunk.c + int64_t(pair) * combined + column;
+  Real own[Beside], d_w_s[Beside] = {}, d_b_c[Beside] = {};
 #pragma unroll
-    for (int p = 0; p < kAtOnce; ++p) c[p] = pair + p < end ? at[int64_t(p) * combined] : Real(0);
+  for (int q = 0; q < Beside; ++q) own[q] = __ldg(w_s + column + q);
+  for (int pair = first; pair < end; pair += kAtOnce) {
+    Real c[kAtOnce][Beside] = {};
+    Kept<A>* const at = chunk.c + int64_t(pair) * combined + column;
+#pragma unroll
+    for (int p = 0; p < kAtOnce; ++p)
+      if (pair + p < end) load(at + int64_t(p) * combined, c[p]);
 #pragma unroll
     for (int p = 0; p < kAtOnce; ++p) {
       if (pair + p >= end) break;
       const Real weight = __ldg(chunk.weight + pair + p);
-      // 0 for a pair without a gradient, whatever it holds.
-      if (weight != 0) d_w_s += weight * c[p];
-      const Real d_c = weight == 0 || c[p] <= 0 ? Real(0) : weight * own;
-      d_b_c += d_c;
-      at[int64_t(p) * combined] = as_operand<A>(d_c);
+      Real d_c[Beside];
+#pragma unroll
+      for (int q = 0; q < Beside; ++q) {
+        // 0 for a pair without a gradient, whatever it holds.
+        if (weight != 0) d_w_s[q] += weight * c[p][q];
+        d_c[q] = weight == 0 || c[p][q] <= 0 ? Real(0) : weight * own[q];
+        d_b_c[q] += d_c[q];
+      }
+      store_operands<A>(at + int64_t(p) * combined, d_c);
     }
   }
-  const int64_t to = int64_t(slab) * combined + column;
-  give(slabs.w_s + to, d_w_s), give(slabs.b_c + to, d_b_c);
+#pragma unroll
+  for (int q = 0; q < Beside; ++q) {
+    const int64_t to = int64_t(slab) * combined + column + q;
+    give(slabs.w_s + to, d_w_s[q]), give(slabs.b_c + to, d_b_c[q]);
+  }
 }
 
 // From the unit vectors back through their norms and relus, in place, and the gradients of b_u and b_v. A block has a
@@ -245,66 +304,136 @@ template <class Real>
 constexpr int64_t kNormBytes = 4 * kNormWarps * int64_t(sizeof(Real));
 template <class A>
 __global__ void __launch_bounds__(kNormThreads)
-    through_norms_kernel(int hidden, int count, bool add, const __grid_constant__ Chunk<typename A::Real> chunk,
+    through_norms_kernel(int hidden, int count, bool add, const __grid_constant__ Chunk<A> chunk,
                          const __grid_constant__ Slabs<typename A::Real> slabs) {
   using Real = typename A::Real;
-  Real* const dots = reinterpret_cast<Real*>(shared_memory());  // by half and warp
+  Real* const dots = reinterpret_cast<Real*>(shared_memory());  // by branch and warp
   Real* const over = dots + 2 * kNormWarps;                     // 1 / norm, 0 for a pair without a gradient
   const int warp = warp_index(), lane = lane_index(), first = int(blockIdx.x) * kSlab;
   for (int step = 0; step < kSlab && first + step < count; step += kNormWarps) {
     const int own = first + step + warp;
-    for (int half = 0; half < 2 && own < count; ++half) {
-      const int64_t at = (int64_t(own) * 2 + half) * hidden;
+    for (int branch = 0; branch < 2 && own < count; ++branch) {
+      const int64_t at = (int64_t(own) * 2 + branch) * hidden;
       Real dot = 0;
 #pragma unroll 8
-      for (int k = lane; k < hidden; k += kWarp) dot += chunk.x[at + k] * chunk.dx[at + k];
+      for (int k = lane; k < hidden; k += kWarp) dot += number(chunk.x[at + k]) * number(chunk.dx[at + k]);
       dot = lanes_sum(dot);
-      const Real norm = (half ? chunk.norm_v : chunk.norm_u)[own];
+      const Real norm = (branch ? chunk.norm_v : chunk.norm_u)[own];
       if (norm < Real(kNormFloor)) dot = 0;  // divided by a constant
       if (lane == 0) {
-        dots[half * kNormWarps + warp] = dot;
-        over[half * kNormWarps + warp] = chunk.i[own] < 0 ? Real(0) : 1 / floored(norm);
+        dots[branch * kNormWarps + warp] = dot;
+        over[branch * kNormWarps + warp] = chunk.i[own] < 0 ? Real(0) : 1 / floored(norm);
       }
     }
     __syncthreads();
-    const int left = count - first - step, pairs = left < kNormWarps ? left : kNormWarps;
+    const int remaining = count - first - step, pairs = remaining < kNormWarps ? remaining : kNormWarps;
     for (int column = int(threadIdx.x); column < 2 * hidden; column += kNormThreads) {
-      const int half = column >= hidden;
+      const int branch = column >= hidden;
       Real sum = 0;
 #pragma unroll 4
       for (int p = 0; p < pairs; ++p) {
         const int64_t at = int64_t(first + step + p) * 2 * hidden + column;
-        const Real x = chunk.x[at], d = chunk.dx[at], scale = over[half * kNormWarps + p];
-        const Real dz = scale == 0 || x <= 0 ? Real(0) : (d - x * dots[half * kNormWarps + p]) * scale;
+        const Real x = number(chunk.x[at]), d = number(chunk.dx[at]), scale = over[branch * kNormWarps + p];
+        const Real dz = scale == 0 || x <= 0 ? Real(0) : (d - x * dots[branch * kNormWarps + p]) * scale;
         sum += dz;
         chunk.dx[at] = as_operand<A>(dz);
       }
-      Real& to = (half ? slabs.b_v : slabs.b_u)[int64_t(blockIdx.x) * hidden + column - half * hidden];
+      Real& to = (branch ? slabs.b_v : slabs.b_u)[int64_t(blockIdx.x) * hidden + column - branch * hidden];
       to = add || step > 0 ? to + sum : sum;
     }
     __syncthreads();
   }
 }
 
+// The same for bfloat16, in rows of whole sixteens and at most Held · 256 numbers, which are read once: a block has one
+// branch of a slab, and of a warp's pairs, one after the other, the numbers stay in registers from x · dx to where they
+// are written, and the sums of the columns from pair to pair. In the end the warps' sums are added in order.
+template <int Held>
+constexpr int kHeldThreads = Held > 4 ? 256 : 512;
+template <int Held>
+constexpr int64_t kHeldBytes = int64_t(kHeldThreads<Held>) * 8 * sizeof(float);
+template <class A, int Held>
+__global__ void __launch_bounds__(kHeldThreads<Held>, Held == 2 ? 2 : 1)
+    through_held_norms_kernel(int hidden, int count, bool add, const __grid_constant__ Chunk<A> chunk,
+                              const __grid_constant__ Slabs<float> slabs) {
+  constexpr int kWarps = kHeldThreads<Held> / kWarp, kBeside = kMostBeside<A>, kAcross = kWarp * kBeside;
+  const int slab = int(blockIdx.x) / 2, branch = int(blockIdx.x) % 2, first = slab * kSlab;
+  const int end = first + kSlab < count ? first + kSlab : count, from = lane_index() * kBeside;
+  float sums[Held][kBeside] = {};
+  for (int pair = first + warp_index(); pair < end; pair += kWarps) {
+    const int64_t at = (int64_t(pair) * 2 + branch) * hidden + from;
+    uint4 x[Held] = {}, dx[Held] = {};
+#pragma unroll
+    for (int held = 0; held < Held; ++held) {
+      if (from + held * kAcross >= hidden) break;
+      x[held] = *reinterpret_cast<const uint4*>(chunk.x + at + held * kAcross);
+      dx[held] = *reinterpret_cast<const uint4*>(chunk.dx + at + held * kAcross);
+    }
+    const float norm = (branch ? chunk.norm_v : chunk.norm_u)[pair];
+    const bool there = chunk.i[pair] >= 0;
+    float dot = 0;
+#pragma unroll
+    for (int held = 0; held < Held; ++held) {
+      float own[kBeside], d[kBeside];
+      widen(x[held], own), widen(dx[held], d);
+#pragma unroll
+      for (int q = 0; q < kBeside; ++q) dot += own[q] * d[q];
+    }
+    dot = lanes_sum(dot);
+    if (norm < float(kNormFloor)) dot = 0;  // divided by a constant
+    const float over = there ? 1 / floored(norm) : 0;
+#pragma unroll
+    for (int held = 0; held < Held; ++held) {
+      if (from + held * kAcross >= hidden) break;
+      float own[kBeside], d[kBeside];
+      widen(x[held], own), widen(dx[held], d);
+#pragma unroll
+      for (int q = 0; q < kBeside; ++q) {
+        d[q] = !there || own[q] <= 0 ? 0 : (d[q] - own[q] * dot) * over;
+        sums[held][q] += d[q];
+      }
+      store(chunk.dx + at + held * kAcross, d);
+    }
+  }
+  auto* const by_warp = reinterpret_cast<float*>(shared_memory());
+  float* const to = (branch ? slabs.b_v : slabs.b_u) + int64_t(slab) * hidden;
+#pragma unroll
+  for (int held = 0; held < Held; ++held) {
+    if (held * kAcross >= hidden) break;
+#pragma unroll
+    for (int q = 0; q < kBeside; ++q) by_warp[warp_index() * kAcross + q * kWarp + lane_index()] = sums[held][q];
+    __syncthreads();
+    const int within = int(threadIdx.x), column = held * kAcross + within;
+    if (within < kAcross && column < hidden) {
+      float sum = 0;
+      for (int warp = 0; warp < kWarps; ++warp)
+        sum += by_warp[warp * kAcross + within % kBeside * kWarp + within / kBeside];
+      to[column] = add ? to[column] + sum : sum;
+    }
+    __syncthreads();
+  }
+}
+
 // From u/‖u‖ and v/‖v‖ back to u and v, in place.
-template <class Real>
+template <class A>
 __global__ void __launch_bounds__(kGradientThreads)
-    through_input_norms_kernel(const Real* f, int dim, int count, const __grid_constant__ Chunk<Real> chunk) {
+    through_input_norms_kernel(const typename A::Real* f, int dim, int count, const __grid_constant__ Chunk<A> chunk) {
+  using Real = typename A::Real;
   PDDM_PAIR_OF_WARP(count)
   const int64_t i = chunk.i[pair], j = chunk.j[pair];
   if (i < 0) return;
-  for (int half = 0; half < 2; ++half) {
+  for (int branch = 0; branch < 2; ++branch) {
     const auto made = [&](int k) {
       const Real a = f[i * dim + k], b = f[j * dim + k];
-      return half ? mean_of(a, b) : difference_of(a, b);
+      return branch ? mean_of(a, b) : difference_of(a, b);
     };
-    const Real over = (half ? chunk.over_v : chunk.over_u)[pair];
-    Real* d = (half ? chunk.dv : chunk.du) + int64_t(pair) * dim;
+    const Real over = (branch ? chunk.over_v : chunk.over_u)[pair];
+    Kept<A>* const d = (branch ? chunk.dv : chunk.du) + int64_t(pair) * dim;
     Real dot = 0;
-    for (int k = lane; k < dim; k += kWarp) dot += made(k) * over * d[k];
+    for (int k = lane; k < dim; k += kWarp) dot += made(k) * over * number(d[k]);
     dot = lanes_sum(dot);
     if (over >= Real(1 / kNormFloor)) dot = 0;  // divided by a constant
-    for (int k = lane; k < dim; k += kWarp) d[k] = (d[k] - made(k) * over * dot) * over;
+    for (int k = lane; k < dim; k += kWarp) put(d + k, (number(d[k]) - made(k) * over * dot) * over);
   }
 }
 
@@ -312,47 +441,52 @@ __global__ void __launch_bounds__(kGradientThreads)
 // that name one, and kGathered columns: of the row of f, or of that of A after these. The warps take turns at the ends,
 // and their parts are added in order. What a list's run of ends has beyond its first block waits in `rest` for
 // gather_rest_kernel.
-constexpr int kGatheredPerLane = 4, kGathered = kGatheredPerLane * kWarp, kRun = 64;
-template <class Real>
-constexpr int64_t kGatherBytes = int64_t(kGradientWarps) * kGathered * sizeof(Real);
-template <class Real>
+template <class A>
+constexpr int kGatheredPerLane = sizeof(Kept<A>) == 2 ? 8 : 4;
+template <class A>
+constexpr int kGathered = kGatheredPerLane<A> * kWarp;
+constexpr int kRun = 64;
+template <class A>
+constexpr int64_t kGatherBytes = int64_t(kGradientWarps) * kGathered<A> * sizeof(typename A::Real);
+template <class A>
 struct Gather {
+  using Real = typename A::Real;
   const Real* f;
   int dim, hidden;  // hidden is 0 where there is no A
   int run;
   Real *d_f, *d_a;
   Real* rest;  // dim + hidden for every `run` ends
 
-  __host__ __device__ static int blocks(int columns) { return (columns + kGathered - 1) / kGathered; }
+  __host__ __device__ static int blocks(int columns) { return (columns + kGathered<A> - 1) / kGathered<A>; }
   __host__ __device__ int across() const { return blocks(dim) + blocks(hidden); }
 };
 // What a block has of the columns.
+template <class A>
 struct Gathered {
+  using Real = typename A::Real;
   int own, first_column, width;
   bool of_a;
 
-  template <class Real>
-  __device__ explicit Gathered(const Gather<Real>& g) {
+  __device__ explicit Gathered(const Gather<A>& g) {
     const int across = g.across(), group = int(blockIdx.x) % across;
     own = int(blockIdx.x) / across, of_a = group >= g.blocks(g.dim);
-    first_column = (group - (of_a ? g.blocks(g.dim) : 0)) * kGathered, width = of_a ? g.hidden : g.dim;
+    first_column = (group - (of_a ? g.blocks(g.dim) : 0)) * kGathered<A>, width = of_a ? g.hidden : g.dim;
   }
-  template <class Real>
-  __device__ Real* gradient(const Gather<Real>& g, int row) const {
+  __device__ Real* gradient(const Gather<A>& g, int row) const {
     return (of_a ? g.d_a : g.d_f) + int64_t(row) * width + first_column;
   }
-  template <class Real>
-  __device__ Real* rest(const Gather<Real>& g, int which) const {
+  __device__ Real* rest(const Gather<A>& g, int which) const {
     return g.rest + int64_t(which - 1) * (g.dim + g.hidden) + (of_a ? g.dim : 0) + first_column;
   }
 };
 
-template <class Real>
+template <class A, int Beside>
 __global__ void __launch_bounds__(kGradientThreads, 4)
-    gather_kernel(const __grid_constant__ Gather<Real> g, const __grid_constant__ Part part,
-                  const __grid_constant__ Chunk<Real> chunk) {
+    gather_kernel(const __grid_constant__ Gather<A> g, const __grid_constant__ Part part,
+                  const __grid_constant__ Chunk<A> chunk) {
+  using Real = typename A::Real;
   Real* const parts = reinterpret_cast<Real*>(shared_memory());
-  const Gathered at(g);
+  const Gathered<A> at(g);
   const bool listed = part.rows == 0;
   const int own = at.own, lane = lane_index();
   // Ends: of a list those from `own` on in their order, of a matrix a row's and then a column's, where it is both.
@@ -373,13 +507,15 @@ __global__ void __launch_bounds__(kGradientThreads, 4)
     ends = in_row + (column >= 0 && column < part.columns ? part.rows : 0);
   }
 
+  // A lane's columns: runs of Beside.
+  constexpr int kRuns = kGatheredPerLane<A> / Beside;
+  const auto column_of = [&](int run) { return (lane + run * kWarp) * Beside; };
+  const auto has = [&](int run) { return at.first_column + column_of(run) < at.width; };
   const Real* const own_f = g.f + int64_t(row) * g.dim + at.first_column;
-  Real mine[kGatheredPerLane], sums[kGatheredPerLane] = {};
+  Real mine[kRuns][Beside] = {}, sums[kRuns][Beside] = {};
 #pragma unroll
-  for (int q = 0; q < kGatheredPerLane; ++q) {
-    const int k = lane + q * kWarp;
-    mine[q] = !at.of_a && at.first_column + k < at.width ? own_f[k] : Real(0);
-  }
+  for (int run = 0; run < kRuns; ++run)
+    if (!at.of_a && has(run)) load(own_f + column_of(run), mine[run]);
 #pragma unroll 2
   for (int e = warp_index(); e < ends; e += kGradientWarps) {
     int pair, other;
@@ -394,38 +530,52 @@ __global__ void __launch_bounds__(kGradientThreads, 4)
     if (other < 0) continue;
     // d|f_i − f_j| has the sign of own less other, whichever is i.
     const Real* const f = g.f + int64_t(other) * g.dim + at.first_column;
-    const Real* const u = at.of_a ? nullptr : chunk.du + int64_t(pair) * g.dim + at.first_column;
-    const Real* const v = at.of_a    ? chunk.dx + (int64_t(pair) * 2 + 1) * g.hidden + at.first_column
-                          : chunk.dv ? chunk.dv + int64_t(pair) * g.dim + at.first_column
-                                     : nullptr;
+    const Kept<A>* const u = at.of_a ? nullptr : chunk.du + int64_t(pair) * g.dim + at.first_column;
+    const Kept<A>* const v = at.of_a    ? chunk.dx + (int64_t(pair) * 2 + 1) * g.hidden + at.first_column
+                             : chunk.dv ? chunk.dv + int64_t(pair) * g.dim + at.first_column
+                                        : nullptr;
 #pragma unroll
-    for (int q = 0; q < kGatheredPerLane; ++q) {
-      const int k = lane + q * kWarp;
-      if (at.first_column + k >= at.width) break;
+    for (int run = 0; run < kRuns; ++run) {
+      if (!has(run)) break;
+      const int k = column_of(run);
       if (u) {
-        const Real theirs = f[k], d = u[k];
-        sums[q] += mine[q] > theirs ? d : mine[q] < theirs ? -d : Real(0);
+        Real theirs[Beside], d[Beside];
+        load(f + k, theirs), load(u + k, d);
+#pragma unroll
+        for (int q = 0; q < Beside; ++q) {
+          const Real up = mine[run][q] > theirs[q] ? d[q] : Real(0), down = mine[run][q] < theirs[q] ? d[q] : Real(0);
+          sums[run][q] += up - down;
+        }
       }
-      if (v) sums[q] += v[k] / 2;
+      if (v) {
+        Real d[Beside];
+        load(v + k, d);
+#pragma unroll
+        for (int q = 0; q < Beside; ++q) sums[run][q] += d[q] / 2;
+      }
     }
   }
 #pragma unroll
-  for (int q = 0; q < kGatheredPerLane; ++q) parts[warp_index() * kGathered + q * kWarp + lane] = sums[q];
+  for (int run = 0; run < kRuns; ++run)
+#pragma unroll
+    for (int q = 0; q < Beside; ++q)
+      parts[warp_index() * kGathered<A> + (run * Beside + q) * kWarp + lane] = sums[run][q];
   __syncthreads();
   const int k = int(threadIdx.x);
-  if (k >= kGathered || at.first_column + k >= at.width) return;
+  if (k >= kGathered<A> || at.first_column + k >= at.width) return;
+  const int place = (k / (kWarp * Beside) * Beside + k % Beside) * kWarp + k / Beside % kWarp;
   Real sum = 0;
-  for (int warp = 0; warp < kGradientWarps; ++warp) sum += parts[warp * kGathered + k];
+  for (int warp = 0; warp < kGradientWarps; ++warp) sum += parts[warp * kGathered<A> + place];
   if (goes_on)
     at.rest(g, own / g.run)[k] = sum;
   else
     at.gradient(g, row)[k] += sum;
 }
 
-template <class Real>
-__global__ void __launch_bounds__(kGathered)
-    gather_rest_kernel(const __grid_constant__ Gather<Real> g, int count, const __grid_constant__ Chunk<Real> chunk) {
-  const Gathered at(g);
+template <class A>
+__global__ void __launch_bounds__(kGathered<A>)
+    gather_rest_kernel(const __grid_constant__ Gather<A> g, int count, const __grid_constant__ Chunk<A> chunk) {
+  const Gathered<A> at(g);
   const int k = int(threadIdx.x), first = at.own + 1;
   const auto row_at = [&](int place) { return row_of_end(chunk, chunk.order[place]); };
   const int row = row_at(first * g.run);
@@ -433,7 +583,7 @@ __global__ void __launch_bounds__(kGathered)
   if (row == kNoRow || row_at(first * g.run - 1) != row) return;
   if (first > 1 && row_at((first - 1) * g.run - 1) == row) return;
   if (at.first_column + k >= at.width) return;
-  Real sum = at.gradient(g, row)[k];
+  typename A::Real sum = at.gradient(g, row)[k];
   for (int which = first; which * g.run < 2 * count && row_at(which * g.run) == row; ++which)
     sum += at.rest(g, which)[k];
   at.gradient(g, row)[k] = sum;
@@ -464,16 +614,16 @@ __global__ void __launch_bounds__(kGradientThreads) totals_kernel(const __grid_c
   }
 }
 
-// From the unit rows back to the rows as given, in place. Then f is an operand, where it has a part in d_a: a row
-// without a gradient has none, whatever it holds.
+// From the unit rows back to the rows as given, in place. Then f as an operand (which may take its place), where it has
+// a part in d_a: a row without a gradient has none, whatever it holds.
 template <class A>
 __global__ void __launch_bounds__(kGradientThreads)
-    through_row_norms_kernel(int64_t n, typename A::Real* f, const typename A::Real* norms, int dim,
-                             const typename A::Real* d_a, int hidden, typename A::Real* d_f) {
+    through_row_norms_kernel(int64_t n, const typename A::Real* f, const typename A::Real* norms, int dim,
+                             const Kept<A>* d_a, int hidden, typename A::Real* d_f, Kept<A>* operand) {
   using Real = typename A::Real;
   const int64_t row = int64_t(blockIdx.x) * kGradientWarps + warp_index();
   if (row >= n) return;
-  Real* const unit = f + row * dim;
+  const Real* const unit = f + row * dim;
   Real* const d = d_f + row * dim;
   const Real norm = norms[row];
   Real dot = 0;
@@ -486,9 +636,9 @@ __global__ void __launch_bounds__(kGradientThreads)
   }
   if (!d_a) return;
   any = false;
-  for (int k = lane_index(); k < hidden; k += kWarp) any |= d_a[row * hidden + k] != 0;
+  for (int k = lane_index(); k < hidden; k += kWarp) any |= number(d_a[row * hidden + k]) != 0;
   any = __ballot_sync(~0u, any) != 0;
-  for (int k = lane_index(); k < dim; k += kWarp) unit[k] = any ? as_operand<A>(unit[k]) : Real(0);
+  for (int k = lane_index(); k < dim; k += kWarp) operand[row * dim + k] = as_operand<A>(any ? unit[k] : Real(0));
 }
 
 template <class Real>
@@ -524,10 +674,29 @@ void each_part(const Source<Real>& source, int64_t most, const F& f) {
   }
 }
 
+// Arrays with an operand's rows, or its inputs, `pitch` apart.
+template <class Number>
+Operand<Number> along_inputs(const Number* data, int64_t rows, int64_t inputs, int64_t pitch) {
+  return {data, rows, inputs, pitch, 1};
+}
+template <class Number>
+Operand<Number> along_rows(const Number* data, int64_t rows, int64_t inputs, int64_t pitch) {
+  return {data, rows, inputs, 1, pitch};
+}
+
+// A layer's weights as the right operands of its product and of the way back. bfloat16s are copied for both, so that
+// they lie along the inputs either way.
+template <class A>
+struct Weights {
+  static constexpr bool kTurned = sizeof(Kept<A>) == 2;
+  Operand<Kept<A>> forward, back;
+};
+
 template <class A>
 void backward(const Context& context, const Rows& rows, Source<typename A::Real> source, const Unit& unit,
               typename A::Real* d_rows, const UnitGradient& gradient) {
   using Real = typename A::Real;
+  constexpr bool kNarrow = sizeof(Kept<A>) == 2;
   const int64_t n = rows.count, d = unit.dim, h = unit.hidden, m = unit.combined;
   const auto given = [](const void* p) { return static_cast<const Real*>(p); };
   const auto wanted = [](void* p) { return static_cast<Real*>(p); };
@@ -547,24 +716,32 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
   const bool listed = source.i != nullptr;
   const bool by_rows =
       !unit.normalize_input && source.count > n && (!listed || 2 * n * h * int64_t(sizeof(Real)) <= kByRowsBytes);
-  const int64_t per_pair = (4 * h + m + (by_rows ? 1 : 2) * d) * int64_t(sizeof(Real));
+  const int64_t per_pair = (4 * h + m + (by_rows ? 1 : 2) * d) * int64_t(sizeof(Kept<A>));
   const int64_t fit = std::max<int64_t>((listed ? kListBytes : kMatrixBytes) / per_pair, 1);
   const int64_t at_most = std::min(listed ? kListPairs : kMatrixPairs, fit);
   int64_t most = 0;
   each_part(source, at_most, [&](const Part& part) { most = std::max<int64_t>(most, part.count); });
 
-  // The weights as operands.
-  const auto operands = [&](const void* from, int64_t length) {
+  // Numbers as operands: those given where they are, and otherwise a copy, in `to` if that is there.
+  const auto operands = [&](const Real* from, int64_t length, int64_t columns, bool turned, Kept<A>* to) {
     if constexpr (!A::kTensor) {
-      return given(from);
+      return from;
     } else {
-      Real* const to = context.take<Real>(length);
-      context.launch(operands_kernel<A>, divided_up(length, kGradientThreads), kGradientThreads, 0, given(from), length,
-                     to);
-      return static_cast<const Real*>(to);
+      if (!to) to = context.take<Kept<A>>(length);
+      context.launch(operands_kernel<A>, divided_up(length, kGradientThreads), kGradientThreads, 0, from, length,
+                     columns, turned, to);
+      return static_cast<const Kept<A>*>(to);
     }
   };
-  const Real *w_u = operands(unit.w_u, h * d), *w_v = operands(unit.w_v, h * d), *w_c = operands(unit.w_c, m * 2 * h);
+  const auto weights = [&](const void* from, int64_t outputs, int64_t inputs) {
+    const auto* const w = operands(given(from), outputs * inputs, inputs, false, nullptr);
+    Weights<A> both{along_inputs(w, outputs, inputs, inputs), along_rows(w, inputs, outputs, inputs)};
+    if constexpr (Weights<A>::kTurned)
+      both.back =
+          along_inputs(operands(given(from), outputs * inputs, inputs, true, nullptr), inputs, outputs, outputs);
+    return both;
+  };
+  const Weights<A> w_u = weights(unit.w_u, h, d), w_v = weights(unit.w_v, h, d), w_c = weights(unit.w_c, m, 2 * h);
 
   Real *f = context.take<Real>(n * d), *norm = context.take<Real>(n);
   context.launch(unit_rows_kernel<Real>, divided_up(n, kGradientWarps), kGradientThreads, 0, given(rows.data), n,
@@ -579,14 +756,14 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
                     {a, h, given(unit.b_v)});
   }
 
-  Chunk<Real> c{};
+  Chunk<A> c{};
   c.i = context.take<int>(most), c.j = context.take<int>(most), c.weight = context.take<Real>(most);
   if (listed) c.order = context.take<int>(2 * most);
   if (unit.normalize_input) c.over_u = context.take<Real>(most), c.over_v = context.take<Real>(most);
   c.norm_u = context.take<Real>(most), c.norm_v = context.take<Real>(most);
-  c.x = context.take<Real>(most * 2 * h), c.c = context.take<Real>(most * m), c.dx = context.take<Real>(most * 2 * h);
-  c.du = context.take<Real>(most * d);
-  if (!by_rows) c.dv = context.take<Real>(most * d);
+  const auto take = [&](int64_t width) { return context.take<Kept<A>>(most * width); };
+  c.x = take(2 * h), c.c = take(m), c.dx = take(2 * h), c.du = take(d);
+  if (!by_rows) c.dv = take(d);
   const int64_t slab_count = divided_up(most, kSlab);
   const Slabs<Real> slabs{context.take<Real>(slab_count * m), context.take<Real>(slab_count),
                           context.take<Real>(slab_count * m), context.take<Real>(slab_count * h),
@@ -598,7 +775,8 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
     totals.each[summed++] = {parts, count, length, wanted(to)};
   };
   const auto weight_gradient = [&](void* to, int64_t outputs, int64_t inputs) {
-    const int64_t blocks = divided_up(outputs, 128) * divided_up(inputs, 128);
+    using L = LargeProduct<A>;
+    const int64_t blocks = divided_up(outputs, L::kPairs) * divided_up(inputs, L::kOutputs);
     const int64_t parts = listed ? 1 : std::max<int64_t>(std::min(kWeightBlocks / blocks, most / kPairsOfPart), 1);
     Output<Real> out{wanted(to), inputs};
     if (parts == 1) return out;
@@ -613,69 +791,94 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
   total(slabs.b_c, slab_count, m, gradient.b_c);
   total(slabs.b_u, slab_count, h, gradient.b_u), total(slabs.b_v, slab_count, h, gradient.b_v);
   const int a_columns = by_rows ? int(h) : 0;
-  const int run = int(std::max<int64_t>(kRun, divided_up(d + a_columns, h)));  // so that x has room for the rest
-  const Gather<Real> gather{f, int(d), a_columns, run, d_rows, d_a, c.x};
+  // A run of so many ends that x has room for the rest.
+  const int run = int(std::max<int64_t>(kRun, divided_up((d + a_columns) * sizeof(Real) / sizeof(Kept<A>), h)));
+  const Gather<A> gather{f, int(d), a_columns, run, d_rows, d_a, reinterpret_cast<Real*>(c.x)};
 
-  // Arrays with an operand's rows, or its inputs, `pitch` apart.
-  const auto along_inputs = [](const Real* data, int64_t rows, int64_t inputs, int64_t pitch) {
-    return Operand<Real>{data, rows, inputs, pitch, 1};
+  const auto forward = [&](const Operand<Kept<A>>& left, const Weights<A>& w, const void* bias, Kept<A>* to,
+                           int64_t pitch) {
+    multiply<A, true, true, Kept<A>>(context, left, w.forward, {to, pitch, given(bias), true});
   };
-  const auto along_rows = [](const Real* data, int64_t rows, int64_t inputs, int64_t pitch) {
-    return Operand<Real>{data, rows, inputs, 1, pitch};
+  const auto back = [&](const Operand<Kept<A>>& left, const Weights<A>& w, Kept<A>* to, int64_t pitch) {
+    multiply<A, true, Weights<A>::kTurned, Kept<A>>(context, left, w.back, {to, pitch});
   };
+  const bool sixteens = d % kMostBeside<A> == 0 && h % kMostBeside<A> == 0;
+  const auto pair_rows = sixteens ? pair_rows_kernel<A, kMostBeside<A>> : pair_rows_kernel<A, 1>;
+  const auto unit_norms = sixteens ? unit_norms_kernel<A, kMostBeside<A>> : unit_norms_kernel<A, 1>;
+  const auto gather_ends = sixteens ? gather_kernel<A, kMostBeside<A>> : gather_kernel<A, 1>;
+  constexpr int kScoreColumns = kNarrow ? 2 : 1;  // of a thread
+  const int score_columns = m % kScoreColumns == 0 ? kScoreColumns : 1;
+  const auto through_score =
+      score_columns == kScoreColumns ? through_score_kernel<A, kScoreColumns> : through_score_kernel<A, 1>;
   bool add = false;
+  const auto through_norms = [&](int count) {
+    const int64_t slabs_of_chunk = divided_up(count, kSlab);
+    if constexpr (kNarrow) {
+      const auto held = [&](auto kernel, int threads, int64_t bytes) {
+        context.launch(kernel, 2 * slabs_of_chunk, threads, bytes, int(h), count, add, c, slabs);
+      };
+      if (sixteens && h <= 512) return held(through_held_norms_kernel<A, 2>, kHeldThreads<2>, kHeldBytes<2>);
+      if (sixteens && h <= 1024) return held(through_held_norms_kernel<A, 4>, kHeldThreads<4>, kHeldBytes<4>);
+      if (sixteens && h <= 2048) return held(through_held_norms_kernel<A, 8>, kHeldThreads<8>, kHeldBytes<8>);
+    }
+    context.launch(through_norms_kernel<A>, slabs_of_chunk, kNormThreads, kNormBytes<Real>, int(h), count, add, c,
+                   slabs);
+  };
   each_part(source, at_most, [&](const Part& part) {
     const int count = part.count;
     const auto by_warps = [&](auto kernel, const auto&... arguments) {
       context.launch(kernel, divided_up(count, kGradientWarps), kGradientThreads, 0, arguments...);
     };
-    context.launch(list_kernel<Real>, divided_up(count, kGradientThreads), kGradientThreads, 0, source, part, c);
-    by_warps(pair_rows_kernel<A>, f, a, int(d), int(h), count, c);
+    context.launch(list_kernel<A>, divided_up(count, kGradientThreads), kGradientThreads, 0, source, part, c);
+    by_warps(pair_rows, f, a, int(d), int(h), count, c);
     // X, C
-    multiply<A>(context, along_inputs(c.du, count, d, d), along_inputs(w_u, h, d, d),
-                {c.x, 2 * h, given(unit.b_u), true});
-    if (!by_rows)
-      multiply<A>(context, along_inputs(c.dv, count, d, d), along_inputs(w_v, h, d, d),
-                  {c.x + h, 2 * h, given(unit.b_v), true});
-    by_warps(unit_norms_kernel<A>, int(h), by_rows ? 1 : 2, count, c);
-    multiply<A>(context, along_inputs(c.x, count, 2 * h, 2 * h), along_inputs(w_c, m, 2 * h, 2 * h),
-                {c.c, m, given(unit.b_c), true});
+    forward(along_inputs(c.du, count, d, d), w_u, unit.b_u, c.x, 2 * h);
+    if (!by_rows) forward(along_inputs(c.dv, count, d, d), w_v, unit.b_v, c.x + h, 2 * h);
+    by_warps(unit_norms, int(h), by_rows ? 1 : 2, count, c);
+    forward(along_inputs(c.x, count, 2 * h, 2 * h), w_c, unit.b_c, c.c, m);
     // dC, dX, dZ
-    context.launch(through_score_kernel<A>, divided_up(count, kSlab) * divided_up(m + 1, kGradientThreads),
+    context.launch(through_score,
+                   divided_up(count, kSlab) * divided_up(m + 1, int64_t(kGradientThreads) * score_columns),
                    kGradientThreads, 0, int(m), count, add, given(unit.w_s), c, slabs);
-    multiply<A, true, false>(context, along_inputs(c.c, count, m, m), along_rows(w_c, 2 * h, m, 2 * h), {c.dx, 2 * h});
-    context.launch(through_norms_kernel<A>, divided_up(count, kSlab), kNormThreads, kNormBytes<Real>, int(h), count,
-                   add, c, slabs);
+    back(along_inputs(c.c, count, m, m), w_c, c.dx, 2 * h);
+    through_norms(count);
     // dW_c, dW_u, du, and those of v
     d_w_u.add = d_w_c.add = d_w_v.add = add;
     multiply<A, false, false>(context, along_rows(c.c, m, count, m), along_rows(c.x, 2 * h, count, 2 * h), d_w_c);
     multiply<A, false, false>(context, along_rows(c.dx, h, count, 2 * h), along_rows(c.du, d, count, d), d_w_u);
-    multiply<A, true, false>(context, along_inputs(c.dx, count, h, 2 * h), along_rows(w_u, d, h, d), {c.du, d});
+    back(along_inputs(c.dx, count, h, 2 * h), w_u, c.du, d);
     if (!by_rows) {
       multiply<A, false, false>(context, along_rows(c.dx + h, h, count, 2 * h), along_rows(c.dv, d, count, d), d_w_v);
-      multiply<A, true, false>(context, along_inputs(c.dx + h, count, h, 2 * h), along_rows(w_v, d, h, d), {c.dv, d});
+      back(along_inputs(c.dx + h, count, h, 2 * h), w_v, c.dv, d);
     }
-    if (unit.normalize_input) by_warps(through_input_norms_kernel<Real>, f, int(d), count, c);
+    if (unit.normalize_input) by_warps(through_input_norms_kernel<A>, f, int(d), count, c);
     // To the rows
     if (listed)
-      context.launch(order_ends_kernel<Real>, divided_up(2 * count, kGradientWarps), kGradientThreads, 0, count, c);
-    context.launch(gather_kernel<Real>, (listed ? 2 * int64_t(count) : part.rows + part.columns) * gather.across(),
-                   kGradientThreads, kGatherBytes<Real>, gather, part, c);
+      context.launch(order_ends_kernel<A>, divided_up(2 * count, kGradientWarps), kGradientThreads, 0, count, c);
+    context.launch(gather_ends, (listed ? 2 * int64_t(count) : part.rows + part.columns) * gather.across(),
+                   kGradientThreads, kGatherBytes<A>, gather, part, c);
     if (listed)
-      context.launch(gather_rest_kernel<Real>, (2 * int64_t(count) - 1) / run * gather.across(), kGathered, 0, gather,
+      context.launch(gather_rest_kernel<A>, (2 * int64_t(count) - 1) / run * gather.across(), kGathered<A>, 0, gather,
                      count, c);
     add = true;
   });
 
+  const Kept<A>* d_a_operand = nullptr;
+  Kept<A>* f_operand = nullptr;
   if (by_rows) {
-    context.launch(operands_kernel<A>, divided_up(n * h, kGradientThreads), kGradientThreads, 0, d_a, n * h, d_a);
-    multiply<A, true, false>(context, along_inputs(d_a, n, h, h), along_rows(w_v, d, h, d),
-                             {d_rows, d, nullptr, false, true});
+    d_a_operand = operands(d_a, n * h, h, false, reinterpret_cast<Kept<A>*>(a));  // A has been used
+    if constexpr (kNarrow)
+      f_operand = context.take<Kept<A>>(n * d);
+    else
+      f_operand = f;
+    multiply<A, true, Weights<A>::kTurned>(context, along_inputs(d_a_operand, n, h, h), w_v.back,
+                                           {d_rows, d, nullptr, false, true});
   }
   context.launch(through_row_norms_kernel<A>, divided_up(n, kGradientWarps), kGradientThreads, 0, n, f, norm, int(d),
-                 d_a, int(h), d_rows);
+                 d_a_operand, int(h), d_rows, f_operand);
   if (by_rows)
-    multiply<A, false, false>(context, along_rows(d_a, h, n, h), along_rows(f, d, n, d), {wanted(gradient.w_v), d});
+    multiply<A, false, false>(context, along_rows(d_a_operand, h, n, h), along_rows(f_operand, d, n, d),
+                              {wanted(gradient.w_v), d});
   int64_t summed_length = 0;
   for (const Total<Real>& each : totals.each) summed_length += each.length;
   context.launch(totals_kernel<Real>, divided_up(summed_length, kGradientThreads), kGradientThreads, 0, totals);

@@ -118,9 +118,9 @@ __device__ __forceinline__ void stream_weights(const Workspace<float>& w, unsign
 
 // pair_at of a block's tiles, which come in order: nothing is divided, for a function that is called would stop the
 // matrix instructions of the whole kernel.
-class PairList {
+class TileWalk {
  public:
-  __device__ __forceinline__ PairList(const Job<float>& job, const ClusterPlan& plan) : job_(job), plan_(plan) {}
+  __device__ __forceinline__ TileWalk(const Job<float>& job, const ClusterPlan& plan) : job_(job), plan_(plan) {}
 
   // Pair `p` of the tile that has been reached.
   __device__ __forceinline__ Pair operator()(int p) const {
@@ -151,7 +151,7 @@ class PairList {
   }
 
  private:
-  static constexpr int kCuts = kColumns * kColumns / kTilePairs;
+  static constexpr int kCuts = kTileColumns * kTileColumns / kTilePairs;
 
   const Job<float>& job_;
   const ClusterPlan& plan_;
@@ -165,7 +165,7 @@ __device__ __forceinline__ void serve(const Job<float>& job, const float* b_s, u
                                       int consumer) {
   auto& small = *reinterpret_cast<typename ClusterLayout<S>::Small*>(shared);
   auto& desk = small.desks[consumer];
-  PairList list(job, small.plan);
+  TileWalk list(job, small.plan);
   list.advance(int64_t(blockIdx.x) * S::kConsumers + consumer);
   const auto write = [&](int which) {
 #pragma unroll
@@ -289,7 +289,7 @@ class Products {
   template <class Row>
   __device__ __forceinline__ void aim(const Row& row) {
 #pragma unroll
-    for (int which = 0; which < kRows; ++which) rows_[which] = row(which % 2, which / 2) + lane_index() % 4 * 4;
+    for (int which = 0; which < kRowsRead; ++which) rows_[which] = row(which % 2, which / 2) + lane_index() % 4 * 4;
   }
   __device__ __forceinline__ void go_on() {
 #pragma unroll
@@ -300,7 +300,7 @@ class Products {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-      for (int which = 0; which < kRows; ++which)
+      for (int which = 0; which < kRowsRead; ++which)
         load(rows_[which] + step * 16, numbers_[parity % kBuffers][step][which]);
   }
   // Fragments of them.
@@ -308,7 +308,7 @@ class Products {
   __device__ __forceinline__ void make(int parity) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const float (&numbers)[kRows][4] = numbers_[parity % kBuffers][step];
+      const float (&numbers)[kRowsRead][4] = numbers_[parity % kBuffers][step];
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const float (&x)[4] = numbers[Grid ? 2 : 2 + pair], (&y)[4] = numbers[pair];
@@ -334,9 +334,9 @@ class Products {
   Turn turn_;
   int free_ = 0;
   // Numbers of so many tiles are what there are registers for.
-  static constexpr int kRows = Grid ? 3 : 4, kBuffers = Grid && S::kConsumers == 2 ? 2 : 1;
-  const float* rows_[kRows];
-  float numbers_[kBuffers][kSteps][kRows][4];
+  static constexpr int kRowsRead = Grid ? 3 : 4, kBuffers = Grid && S::kConsumers == 2 ? 2 : 1;
+  const float* rows_[kRowsRead];
+  float numbers_[kBuffers][kSteps][kRowsRead][4];
   uint32_t left_[2][kSteps][4];
 };
 
@@ -459,8 +459,8 @@ __device__ __forceinline__ void score_tiles(const Workspace<float>& w, unsigned 
       score[pair] = lanes_sum<4>(score[pair]);
       if (lane % 4 == 0) desk.scores[list.stage][own + 8 * pair] = score[pair];
     }
-    __syncwarp();
-    if (lane == 0) arrive_at(&desk.scored[list.stage], rank);
+    // Each that has stored: of another's stores a thread may tell, but racecheck does not see it.
+    if (lane % 4 == 0) arrive_at(&desk.scored[list.stage], rank);
     list.next();
   });
 }
@@ -489,7 +489,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     for (auto& desk : small.desks) {
       for (uint64_t& listed : desk.listed) init_barrier(&listed, kWarp);
-      for (uint64_t& scored : desk.scored) init_barrier(&scored, kWarpgroup / kWarp);
+      for (uint64_t& scored : desk.scored) init_barrier(&scored, kWarpgroup / 4);
     }
     publish_barriers();
   }

@@ -2,6 +2,7 @@
 #include "dense.cuh"
 #include "gradient.cuh"
 #include "kernels.h"
+#include "loss.cuh"
 #include "mine.cuh"
 #include "topk.cuh"
 
@@ -12,8 +13,8 @@ namespace pddm::cuda {
 namespace {
 
 using Forward = PDDM_JOIN(Arithmetic, PDDM_ARITHMETIC);
-// Gradients have float32's range, and at least tf32's digits.
-using Backward = std::conditional_t<Forward::kTensor, ArithmeticTf32, Forward>;
+// Gradients have float32's range.
+using Backward = std::conditional_t<std::is_same<Forward, ArithmeticF16>::value, ArithmeticTf32, Forward>;
 using Real = Forward::Real;
 
 class CudaBackend final : public Backend {
@@ -47,6 +48,17 @@ class CudaBackend final : public Backend {
     const int64_t n = rows.count, pairs = split < 0 ? n * (n + 1) / 2 : split * (n - split);
     Source<Real> source{nullptr, nullptr, static_cast<const Real*>(weight), n, split, pairs};
     backward<Backward>(context_, rows, source, unit, static_cast<Real*>(rows_gradient), gradient);
+  }
+  void quadruplet_loss(const Rows& rows, int64_t dim, const Picked& quads, const Margins& margins, void* loss,
+                       uint8_t* open) const override {
+    cuda::quadruplet_loss(context_, rows, dim, quads, margins, static_cast<Real*>(loss), open);
+  }
+  void quadruplet_loss_backward(const Rows& rows, int64_t dim, const Picked& quads, double embedding_weight,
+                                const void* upstream, const uint8_t* open, void* d_rows, void* d_s_ij, void* d_s_ik,
+                                void* d_s_jl) const override {
+    const auto slopes = [](void* to) { return static_cast<Real*>(to); };
+    cuda::quadruplet_loss_backward(context_, rows, dim, quads, embedding_weight, static_cast<const Real*>(upstream),
+                                   open, slopes(d_rows), {slopes(d_s_ij), slopes(d_s_ik), slopes(d_s_jl)});
   }
 
  private:

@@ -89,8 +89,8 @@ void mine(const Context& context, const Rows& rows, const int64_t* labels, const
   constexpr int kPerRow = Bests<Real>::kWordsPerRow;
 
   // For `batch` the shape is chosen for the 2n pairs of the second walk: how many the first has is the data's secret.
-  Prepared<A> p(context, rows, unit, batch ? 2 * n : all, labels, mode != Mode::anchor,
-                (far_rows + near_rows) * kPerRow);
+  Prepared<A> p(context, n, unit, batch ? 2 * n : all, labels, mode != Mode::anchor, (far_rows + near_rows) * kPerRow);
+  p.prepare(rows, unit);
   Job<Real> job;
   job.n = n, job.labels = labels;
   const Bests<Real> far = Bests<Real>::at(p.words, far_rows);

@@ -4,9 +4,12 @@
 //
 //     along inputs, a tile:  kDepth inputs of a row | of another row | …      swizzled as in tile.cuh
 //     along rows:            input 0 of kPairs rows, 32 bytes, input 1 | …    every line starts 8 banks on
+//     along rows, bfloat16:  input 0 of kPairs rows | input 1 | …             8 rows are a piece, at its number xor
+//                                                                             input % 8
 //
-// Either way lanes find what they multiply without a conflict, and where a lane has several rows, these are neighbours:
-// its numbers along rows, or its outputs, lie side by side.
+// All ways lanes find what they multiply without a conflict; bfloat16 along rows is transposed as it is loaded. Where a
+// lane has several rows, these are neighbours as far as that can be had: its numbers along rows, or its outputs, lie
+// side by side.
 #pragma once
 
 #include <algorithm>
@@ -16,19 +19,65 @@
 
 namespace pddm::cuda {
 
+// A bfloat16 in memory.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// What numbers that are operands of products are kept as.
+template <class A>
+struct KeptAs {
+  using Number = typename A::Real;
+};
+template <>
+struct KeptAs<ArithmeticBf16> {
+  using Number = Bfloat16;
+};
+template <class A>
+using Kept = typename KeptAs<A>::Number;
+
+__device__ __forceinline__ float number(float x) { return x; }
+__device__ __forceinline__ double number(double x) { return x; }
+__device__ __forceinline__ float number(Bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+
 // A number as an operand of a product: tensor cores do not look at the digits beyond.
 template <class A>
-__device__ __forceinline__ typename A::Real as_operand(typename A::Real x) {
-  if constexpr (A::kTensor)
+__device__ __forceinline__ Kept<A> as_operand(typename A::Real x) {
+  if constexpr (sizeof(Kept<A>) == sizeof(Bfloat16))
+    return {uint16_t(pack(Bf16{}, x, 0))};
+  else if constexpr (A::kTensor)
     return __uint_as_float(round_tf32(x));
   else
     return x;
 }
 
-// Numbers side by side, in memory aligned to all of them.
+// Numbers side by side, in memory aligned to all of them, or to 16 bytes.
 __device__ __forceinline__ void load(const float* from, float (&x)[2]) {
   const float2 two = *reinterpret_cast<const float2*>(from);
   x[0] = two.x, x[1] = two.y;
+}
+__device__ __forceinline__ void load(const float* from, float (&x)[8]) {
+  float low[4], high[4];
+  load(from, low), load(from + 4, high);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) x[k] = low[k], x[k + 4] = high[k];
+}
+__device__ __forceinline__ void widen_pair(uint32_t pair, float& low, float& high) {
+  low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
+}
+__device__ __forceinline__ void load(const Bfloat16* from, float (&x)[2]) {
+  widen_pair(*reinterpret_cast<const uint32_t*>(from), x[0], x[1]);
+}
+__device__ __forceinline__ void widen(uint4 eight, float (&x)[8]) {
+  widen_pair(eight.x, x[0], x[1]), widen_pair(eight.y, x[2], x[3]);
+  widen_pair(eight.z, x[4], x[5]), widen_pair(eight.w, x[6], x[7]);
+}
+__device__ __forceinline__ void load(const Bfloat16* from, float (&x)[8]) {
+  widen(*reinterpret_cast<const uint4*>(from), x);
+}
+template <class Number, class Real>
+__device__ __forceinline__ void load(const Number* from, Real (&x)[1]) {
+  x[0] = number(*from);
 }
 __device__ __forceinline__ void store(float* to, const float (&x)[2]) { *reinterpret_cast<float2*>(to) = {x[0], x[1]}; }
 __device__ __forceinline__ void store(float* to, const float (&x)[4]) {
@@ -37,19 +86,35 @@ __device__ __forceinline__ void store(float* to, const float (&x)[4]) {
 __device__ __forceinline__ void store(double* to, const double (&x)[2]) {
   *reinterpret_cast<double2*>(to) = {x[0], x[1]};
 }
+__device__ __forceinline__ void store(Bfloat16* to, const float (&x)[2]) {
+  *reinterpret_cast<uint32_t*>(to) = pack(Bf16{}, x[0], x[1]);
+}
+__device__ __forceinline__ void store(Bfloat16* to, const float (&x)[8]) {
+  *reinterpret_cast<uint4*>(to) = ArithmeticBf16::piece(x);
+}
+__device__ __forceinline__ void put(float* to, float x) { *to = x; }
+__device__ __forceinline__ void put(double* to, double x) { *to = x; }
+__device__ __forceinline__ void put(Bfloat16* to, float x) { *to = as_operand<ArithmeticBf16>(x); }
+template <class A, int Count>
+__device__ __forceinline__ void store_operands(Kept<A>* to, const typename A::Real (&x)[Count]) {
+  if constexpr (Count == 1)
+    *to = as_operand<A>(x[0]);
+  else
+    store(to, x);
+}
 
 // Element (row, input) is data[row * row_pitch + input * input_pitch]; one of the pitches is 1. For tensor cores every
 // element is one `as_operand`.
-template <class Real>
+template <class Number>
 struct Operand {
-  const Real* data;
+  const Number* data;
   int64_t rows, inputs, row_pitch, input_pitch;
   int64_t given_rows = rows;  // those from here on are zeros
 };
 
-template <class Real>
+template <class Real, class Number = Real>
 struct Output {
-  Real* to;
+  Number* to;
   int64_t pitch;
   const Real* bias = nullptr;  // by column
   bool relu = false, add = false;
@@ -58,32 +123,45 @@ struct Output {
   int64_t parts = 1, part_pitch = 0;
 };
 
-// Large blocks read the operands less often; small ones are more where outputs are few.
+// Large blocks read the operands less often; small ones are more where outputs are few. bfloat16 is multiplied so fast
+// that it takes larger ones not to wait for the second-level cache.
 template <class A>
-using LargeProduct = Shape<128, 128, 2, 2, 4, 2>;
+struct LargeProductOf {
+  using Block = Shape<128, 128, 2, 2, 4, 2>;
+};
+template <>
+struct LargeProductOf<ArithmeticBf16> {
+  using Block = Shape<128, 256, 2, 4, 4, 1>;
+};
+template <class A>
+using LargeProduct = typename LargeProductOf<A>::Block;
 template <class A>
 using SmallProduct = Shape<64, 64, 2, 2, 4,
                            A::kTensor                      ? 4
                            : sizeof(typename A::Real) == 8 ? 2
                                                            : 3>;
 
-// A block's rows of one operand. Of 8 · Neighbours rows, lane g of eight has those from Neighbours · g on.
-template <class A, int Rows, int Threads, int Neighbours, bool AlongInputs>
+// A block's rows of one operand. Eight lanes share 8 · Neighbours rows, which they take in turn, Together at a time:
+// lanes Together · g on have those from Together · Neighbours · g on.
+template <class A, int Rows, int Threads, int Neighbours, int Together, bool AlongInputs>
 class Side {
  public:
-  using Real = typename A::Real;
-  static_assert(sizeof(typename A::Element) == sizeof(Real), "operands are as wide as numbers");
-  static constexpr int kLength = kPieceLength<A>, kGroup = 8 * Neighbours, kNumber = int(sizeof(Real));
-  static constexpr int kPitch = Rows * kNumber + 32;
+  using Number = Kept<A>;
+  static_assert(sizeof(typename A::Element) == sizeof(Number), "operands are as wide as they are kept");
+  static constexpr bool kTransposed = sizeof(Number) == 2 && !AlongInputs;
+  static constexpr int kLength = kPieceLength<A>, kGroup = 8 * Neighbours, kNumber = int(sizeof(Number));
+  static constexpr int kPitch = Rows * kNumber + (kTransposed ? 0 : 32);
   static constexpr int kBytes = AlongInputs ? Rows * kRowBytes : kDepth<A> * kPitch;
 
-  __device__ Side(const Operand<Real>& x, int64_t first_row, int64_t first_input) {
+  __device__ Side(const Operand<Number>& x, int64_t first_row, int64_t first_input) {
     constexpr int kPerLine = AlongInputs ? kPieces : Rows / kLength;
     const int thread = int(threadIdx.x), line = thread / kPerLine, piece = thread % kPerLine;
     // The rows of eight lanes stand together.
-    across_ = AlongInputs ? line / kGroup * kGroup + line % 8 * Neighbours + line / 8 % Neighbours : line;
+    across_ = AlongInputs ? line / kGroup * kGroup + line % 8 / Together * (Together * Neighbours) +
+                                line / 8 % Neighbours * Together + line % Together
+                          : line;
     along_ = piece * kLength;
-    to_ = AlongInputs ? piece_offset(line, piece) : line * kPitch + piece * kPieceBytes;
+    to_ = AlongInputs ? piece_offset(line, piece) : line_offset(line, piece);
     const int64_t row = first_row + (AlongInputs ? across_ : along_);
     const int64_t input = first_input + (AlongInputs ? along_ : across_);
     from_ = x.data + row * x.row_pitch + input * x.input_pitch;
@@ -98,34 +176,37 @@ class Side {
   // The next stage, zeros where there is nothing.
   __device__ __forceinline__ void copy(unsigned char* stage) {
     unsigned char* const to = stage + to_;
-    const Real* from = from_;
+    const Number* from = from_;
     if (sixteens_ && rows_ == Rows && inputs_ >= kDepth<A>) {
 #pragma unroll
       for (int fill = 0; fill < kFills; ++fill, from += apart_) copy_async(to + fill * kFillBytes, from);
     } else {
-      const int across_left = (AlongInputs ? rows_ : inputs_) - across_;
-      const int along_left = (AlongInputs ? inputs_ : rows_) - along_;
+      const int remaining_across = (AlongInputs ? rows_ : inputs_) - across_;
+      const int remaining_along = (AlongInputs ? inputs_ : rows_) - along_;
 #pragma unroll 1
       for (int fill = 0; fill < kFills; ++fill, from += apart_) {
-        const bool there = across_left > fill * kApart;
-        auto* const x = reinterpret_cast<Real*>(to + fill * kFillBytes);
-        if (sixteens_ && there && along_left > 0) {
+        const bool there = remaining_across > fill * kApart;
+        auto* const x = reinterpret_cast<Number*>(to + fill * kFillBytes);
+        if (sixteens_ && there && remaining_along > 0) {
           copy_async(x, from);
         } else {
 #pragma unroll
-          for (int k = 0; k < kLength; ++k) x[k] = there && along_left > k ? from[k] : Real(0);
+          for (int k = 0; k < kLength; ++k) x[k] = there && remaining_along > k ? from[k] : Number{};
         }
       }
     }
     from_ += deeper_, inputs_ -= kDepth<A>;
   }
 
-  // Operands of the matrix instruction, 8 inputs of 16 rows from `row` on: as left ones, with two neighbours,
+  // Operands of the matrix instruction, 32 bytes of inputs of 16 rows from `row` on: as left ones,
   __device__ static __forceinline__ void load_left(const unsigned char* stage, int row, int step, uint32_t (&x)[4]) {
-    static_assert(Neighbours == 2, "a lane has two rows of 16");
+    static_assert(Neighbours == (kNumber == 2 ? 1 : 2), "a lane has two rows of 16");
     const int lane = lane_index();
     if constexpr (AlongInputs) {
       load_matrices(x, stage + row * kRowBytes + (piece_offset(lane % 16, lane / 16) ^ (32 * step)));
+    } else if constexpr (kTransposed) {
+      const int line = 16 * step + lane / 16 * 8 + lane % 8;
+      load_matrices_transposed(x, stage + line_offset(line, row / kLength + lane / 8 % 2));
     } else {
       const unsigned char* const from = stage + (8 * step + lane % 4) * kPitch + (row + lane / 4 * 2) * kNumber;
       const auto near = *reinterpret_cast<const uint2*>(from), far = *reinterpret_cast<const uint2*>(from + 4 * kPitch);
@@ -134,10 +215,13 @@ class Side {
   }
   // and as right ones, of 8 rows and of the 8 after these.
   __device__ static __forceinline__ void load_right(const unsigned char* stage, int row, int step, uint32_t (&x)[4]) {
-    static_assert(Neighbours == 1, "a lane has one row of 8");
+    static_assert(Neighbours == 1 || AlongInputs, "a lane has one row of 8");
     const int lane = lane_index();
     if constexpr (AlongInputs) {
       load_matrices(x, stage + row * kRowBytes + (piece_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2) ^ (32 * step)));
+    } else if constexpr (kTransposed) {
+      const int line = 16 * step + lane % 16;
+      load_matrices_transposed(x, stage + line_offset(line, row / kLength + lane / 16));
     } else {
       const unsigned char* const from = stage + (8 * step + lane % 4) * kPitch + (row + lane / 4) * kNumber;
 #pragma unroll
@@ -148,16 +232,16 @@ class Side {
 
   // Otherwise: kLength neighbours from `row` on, by as many inputs.
   __device__ static __forceinline__ void load(const unsigned char* stage, int row, int piece,
-                                              Real (&x)[kLength][kLength]) {
-    static_assert(Neighbours == kLength || A::kTensor, "a lane has 16 bytes of rows");
+                                              Number (&x)[kLength][kLength]) {
+    static_assert(Neighbours == kLength && Together == 1, "a lane has 16 bytes of rows");
 #pragma unroll
     for (int q = 0; q < kLength; ++q) {
       if constexpr (AlongInputs) {
         const int place = row / kGroup * kGroup + row % kGroup / Neighbours + 8 * q;
-        cuda::load(reinterpret_cast<const Real*>(stage + piece_offset(place, piece)), x[q]);
+        cuda::load(reinterpret_cast<const Number*>(stage + piece_offset(place, piece)), x[q]);
       } else {
-        Real line[kLength];
-        cuda::load(reinterpret_cast<const Real*>(stage + (piece * kLength + q) * kPitch) + row, line);
+        Number line[kLength];
+        cuda::load(reinterpret_cast<const Number*>(stage + (piece * kLength + q) * kPitch) + row, line);
 #pragma unroll
         for (int r = 0; r < kLength; ++r) x[r][q] = line[r];
       }
@@ -169,33 +253,44 @@ class Side {
   // Between a thread's pieces: rows or inputs, and bytes.
   static constexpr int kApart = AlongInputs ? Threads / kPieces : Threads * kLength / Rows;
   static constexpr int kFillBytes = kApart * (AlongInputs ? kRowBytes : kPitch);
-  static_assert(kFills * Threads == Rows * kPieces && Rows % kGroup == 0 && kApart % (AlongInputs ? kGroup : 1) == 0,
+  static constexpr int kPeriod = AlongInputs ? kGroup : kTransposed ? 8 : 1;  // of lines, in where their pieces stand
+  static_assert(kFills * Threads == Rows * kPieces && Rows % kGroup == 0 && kApart % kPeriod == 0,
                 "every thread copies as many pieces");
 
-  const Real* from_;
+  __device__ static __forceinline__ int line_offset(int line, int piece) {
+    return line * kPitch + (kTransposed ? piece ^ line % 8 : piece) * kPieceBytes;
+  }
+
+  const Number* from_;
   int64_t apart_, deeper_;
   int across_, along_, to_, rows_, inputs_;
   bool sixteens_;
 };
 
-// The sums of a block. `each(f)` calls f(row, column, sums) for kBeside sums side by side.
-template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs, bool Tensor = A::kTensor>
+// The sums of a block. `each(f)` calls f(row, column, sums) for kBeside sums side by side from `column` on, and as many
+// again every kAcross columns, kRuns in all.
+template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs, class Number, bool Tensor = A::kTensor>
 class ProductSums;
 
-template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs>
-class ProductSums<A, S, LeftAlongInputs, RightAlongInputs, true> {
-  static constexpr int kRows = S::kPairs / S::kRows, kColumns = S::kOutputs / S::kColumns;  // of a warp
-  static_assert(kRows % 16 == 0 && kColumns % 16 == 0, "a warp has 16 rows and 16 columns at least");
+template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs, class Number>
+class ProductSums<A, S, LeftAlongInputs, RightAlongInputs, Number, true> {
+  static constexpr int kWarpRows = S::kPairs / S::kWarpsM, kWarpColumns = S::kOutputs / S::kWarpsN;
+  static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0, "a warp has 16 rows and 16 columns at least");
+  // Of two bytes, rows of left operands that are transposed cannot be chosen; those of right ones that are not fill 16
+  // bytes of the output.
+  static constexpr bool kNarrow = sizeof(Kept<A>) == 2;
+  static constexpr int kLeftNeighbours = kNarrow ? 1 : 2;
+  static constexpr int kRightNeighbours = kNarrow && RightAlongInputs ? 8 / int(sizeof(Number)) : 1;
 
  public:
-  static constexpr int kBeside = 2;
-  using Left = Side<A, S::kPairs, S::kThreads, 2, LeftAlongInputs>;
-  using Right = Side<A, S::kOutputs, S::kThreads, 1, RightAlongInputs>;
+  static constexpr int kBeside = 2 * kRightNeighbours, kAcross = 4 * kBeside, kRuns = kWarpColumns / kAcross;
+  using Left = Side<A, S::kPairs, S::kThreads, kLeftNeighbours, 1, LeftAlongInputs>;
+  using Right = Side<A, S::kOutputs, S::kThreads, kRightNeighbours, 2, RightAlongInputs>;
 
   // A stage, in two steps. The second one's products wait for the next stage, where there is work then while its first
   // operands are loaded; after the last one `finish` has them.
   __device__ __forceinline__ void multiply(const unsigned char* left, const unsigned char* right) {
-    static_assert(kDepth<A> == 16, "a stage has two steps");
+    static_assert(kRowBytes == 64, "a stage has two steps");
     Step first;
     load(left, right, 0, first);
     multiply(second_);
@@ -207,76 +302,79 @@ class ProductSums<A, S, LeftAlongInputs, RightAlongInputs, true> {
   template <class F>
   __device__ __forceinline__ void each(const F& f) {
     const int thread = fresh_thread_index(), lane = thread % kWarp, warp = thread / kWarp;
-    const int row = warp / S::kColumns * kRows + lane / 4 * 2, column = warp % S::kColumns * kColumns + lane % 4 * 2;
+    const int row = warp / S::kWarpsN * kWarpRows + lane / 4 * kLeftNeighbours;
+    const int column = warp % S::kWarpsN * kWarpColumns + lane % 4 * kBeside;
+    constexpr int kApart = kLeftNeighbours == 2 ? 1 : 8;  // a lane's rows of 16
 #pragma unroll
-    for (int r = 0; r < kRows / 8; ++r)
+    for (int r = 0; r < kWarpRows / 8; ++r) {
+      float runs[kRuns][kBeside];
 #pragma unroll
-      for (int c = 0; c < kColumns / 8; ++c) {
-        float (&four)[4] = sum_[r / 2][c];
-        float two[kBeside] = {four[r % 2 * 2], four[r % 2 * 2 + 1]};
-        f(row + r / 2 * 16 + r % 2, column + 8 * c, two);
-      }
+      for (int c = 0; c < kWarpColumns / 4; ++c) runs[c / kBeside][c % kBeside] = sum_[r / 2][c / 2][r % 2 * 2 + c % 2];
+      f(row + r / 2 * 16 + r % 2 * kApart, column, runs);
+    }
   }
 
  private:
   struct Step {
-    uint32_t left[kRows / 16][4], right[kColumns / 16][4];
+    uint32_t left[kWarpRows / 16][4], right[kWarpColumns / 16][4];
   };
   __device__ static __forceinline__ void load(const unsigned char* left, const unsigned char* right, int step,
                                               Step& to) {
-    const int row = warp_index() / S::kColumns * kRows, column = warp_index() % S::kColumns * kColumns;
+    const int row = warp_index() / S::kWarpsN * kWarpRows, column = warp_index() % S::kWarpsN * kWarpColumns;
 #pragma unroll
-    for (int r = 0; r < kRows / 16; ++r) Left::load_left(left, row + 16 * r, step, to.left[r]);
+    for (int r = 0; r < kWarpRows / 16; ++r) Left::load_left(left, row + 16 * r, step, to.left[r]);
 #pragma unroll
-    for (int c = 0; c < kColumns / 16; ++c) Right::load_right(right, column + 16 * c, step, to.right[c]);
+    for (int c = 0; c < kWarpColumns / 16; ++c) Right::load_right(right, column + 16 * c, step, to.right[c]);
   }
   __device__ __forceinline__ void multiply(const Step& step) {
 #pragma unroll
-    for (int r = 0; r < kRows / 16; ++r)
+    for (int r = 0; r < kWarpRows / 16; ++r)
 #pragma unroll
-      for (int c = 0; c < kColumns / 16; ++c) {
+      for (int c = 0; c < kWarpColumns / 16; ++c) {
         const uint32_t (&y)[4] = step.right[c];
         multiply_add(typename A::Operand{}, sum_[r][2 * c], step.left[r], y[0], y[1]);
         multiply_add(typename A::Operand{}, sum_[r][2 * c + 1], step.left[r], y[2], y[3]);
       }
   }
 
-  float sum_[kRows / 16][kColumns / 8][4] = {};
+  float sum_[kWarpRows / 16][kWarpColumns / 8][4] = {};
   Step second_ = {};
 };
 
-template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs>
-class ProductSums<A, S, LeftAlongInputs, RightAlongInputs, false> {
+template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs, class Number>
+class ProductSums<A, S, LeftAlongInputs, RightAlongInputs, Number, false> {
   using Real = typename A::Real;
   static constexpr int kLength = kPieceLength<A>;
-  static constexpr int kRows = S::kPairs / S::kRows, kColumns = S::kOutputs / S::kColumns;  // of a warp
+  static constexpr int kWarpRows = S::kPairs / S::kWarpsM, kWarpColumns = S::kOutputs / S::kWarpsN;
   // A warp's 4 × 8 lanes have squares of kLength × kLength.
-  static constexpr int kDown = kRows / (4 * kLength), kAcross = kColumns / (8 * kLength);
-  Real sum_[kDown][kAcross][kLength][kLength] = {};
+  static constexpr int kSquaresM = kWarpRows / (4 * kLength), kSquaresN = kWarpColumns / (8 * kLength);
+  Real sum_[kSquaresM][kSquaresN][kLength][kLength] = {};
 
-  __device__ static int row(int thread) { return thread / kWarp / S::kColumns * kRows + thread % kWarp / 8 * kLength; }
-  __device__ static int column(int thread) { return thread / kWarp % S::kColumns * kColumns + thread % 8 * kLength; }
+  __device__ static int row(int thread) {
+    return thread / kWarp / S::kWarpsN * kWarpRows + thread % kWarp / 8 * kLength;
+  }
+  __device__ static int column(int thread) { return thread / kWarp % S::kWarpsN * kWarpColumns + thread % 8 * kLength; }
 
  public:
-  static constexpr int kBeside = kLength;
-  using Left = Side<A, S::kPairs, S::kThreads, kLength, LeftAlongInputs>;
-  using Right = Side<A, S::kOutputs, S::kThreads, kLength, RightAlongInputs>;
+  static constexpr int kBeside = kLength, kAcross = 8 * kLength, kRuns = kSquaresN;
+  using Left = Side<A, S::kPairs, S::kThreads, kLength, 1, LeftAlongInputs>;
+  using Right = Side<A, S::kOutputs, S::kThreads, kLength, 1, RightAlongInputs>;
 
   __device__ __forceinline__ void multiply(const unsigned char* left, const unsigned char* right) {
     const int first_row = row(int(threadIdx.x)), first_column = column(int(threadIdx.x));
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      Real y[kAcross][kLength][kLength];
+      Real y[kSquaresN][kLength][kLength];
 #pragma unroll
-      for (int c = 0; c < kAcross; ++c) Right::load(right, first_column + c * 8 * kLength, piece, y[c]);
+      for (int c = 0; c < kSquaresN; ++c) Right::load(right, first_column + c * kAcross, piece, y[c]);
 #pragma unroll
-      for (int r = 0; r < kDown; ++r) {
+      for (int r = 0; r < kSquaresM; ++r) {
         Real x[kLength][kLength];
         Left::load(left, first_row + r * 4 * kLength, piece, x);
 #pragma unroll
         for (int k = 0; k < kLength; ++k)
 #pragma unroll
-          for (int c = 0; c < kAcross; ++c)
+          for (int c = 0; c < kSquaresN; ++c)
 #pragma unroll
             for (int p = 0; p < kLength; ++p)
 #pragma unroll
@@ -291,32 +389,35 @@ class ProductSums<A, S, LeftAlongInputs, RightAlongInputs, false> {
   __device__ __forceinline__ void each(const F& f) {
     const int thread = fresh_thread_index();
 #pragma unroll
-    for (int r = 0; r < kDown; ++r)
+    for (int r = 0; r < kSquaresM; ++r)
 #pragma unroll
-      for (int p = 0; p < kLength; ++p)
+      for (int p = 0; p < kLength; ++p) {
+        Real runs[kRuns][kBeside];
 #pragma unroll
-        for (int c = 0; c < kAcross; ++c)
-          f(row(thread) + r * 4 * kLength + p, column(thread) + c * 8 * kLength, sum_[r][c][p]);
+        for (int c = 0; c < kSquaresN; ++c)
+#pragma unroll
+          for (int q = 0; q < kLength; ++q) runs[c][q] = sum_[r][c][p][q];
+        f(row(thread) + r * 4 * kLength + p, column(thread), runs);
+      }
   }
 };
 
 template <class Sums>
 constexpr int kStageBytes = Sums::Left::kBytes + Sums::Right::kBytes;
 
-template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs>
+template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs, class Number>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    multiply_kernel(const __grid_constant__ Operand<typename A::Real> left,
-                    const __grid_constant__ Operand<typename A::Real> right,
-                    const __grid_constant__ Output<typename A::Real> out) {
+    multiply_kernel(const __grid_constant__ Operand<Kept<A>> left, const __grid_constant__ Operand<Kept<A>> right,
+                    const __grid_constant__ Output<typename A::Real, Number> out) {
   using Real = typename A::Real;
-  using Sums = ProductSums<A, S, LeftAlongInputs, RightAlongInputs>;
+  using Sums = ProductSums<A, S, LeftAlongInputs, RightAlongInputs, Number>;
   unsigned char* const shared = shared_memory();
   const int64_t across = (right.rows + S::kOutputs - 1) / S::kOutputs, down = (left.rows + S::kPairs - 1) / S::kPairs;
   const int64_t part = blockIdx.x / (across * down), block = blockIdx.x % (across * down);
   const int64_t first_row = block / across * S::kPairs, first_column = block % across * S::kOutputs;
   const int64_t all = (left.inputs + kDepth<A> - 1) / kDepth<A>, most = (all + out.parts - 1) / out.parts;
-  const int64_t first = part * most, left_over = all - first;
-  const int tiles = int(left_over < 0 ? 0 : left_over < most ? left_over : most);
+  const int64_t first = part * most, remaining = all - first;
+  const int tiles = int(remaining < 0 ? 0 : remaining < most ? remaining : most);
 
   typename Sums::Left from_left(left, first_row, first * kDepth<A>);
   typename Sums::Right from_right(right, first_column, first * kDepth<A>);
@@ -341,33 +442,57 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   }
   sums.finish();
 
-  Real* const to = out.to + part * out.part_pitch;
-  constexpr int kLength = Sums::kBeside;
-  const bool aligned = out.pitch % kLength == 0 && reinterpret_cast<uintptr_t>(to) % (kLength * sizeof(Real)) == 0;
-  sums.each([&](int row, int column, Real(&sum)[kLength]) {
-    const int64_t r = first_row + row, c = first_column + column;
-    if (r >= left.rows || c >= right.rows) return;
-    Real* const at = to + r * out.pitch + c;
-    const bool whole = aligned && c + kLength <= right.rows;
-    Real before[kLength] = {};
-    if (out.add && whole) load(at, before);
+  Number* const to = out.to + part * out.part_pitch;
+  constexpr int kBeside = Sums::kBeside, kAcross = Sums::kAcross, kRuns = Sums::kRuns;
+  const bool aligned = out.pitch % kBeside == 0 && reinterpret_cast<uintptr_t>(to) % (kBeside * sizeof(Number)) == 0;
+  const auto write = [&](auto full) {
+    sums.each([&](int row, int column, Real(&sums_of_row)[kRuns][kBeside]) {
+      const int64_t r = first_row + row, c = first_column + column;
+      if (r >= left.rows) return;
+      Number* const at = to + r * out.pitch + c;
+      const Real* const bias = out.bias ? out.bias + c : nullptr;
+      const auto has = [&](int run, int k) { return full.value || c + run * kAcross + k < right.rows; };
+      const auto whole = [&](int run) { return full.value || (aligned && has(run, kBeside - 1)); };
+      // All are asked for before the first is waited for.
+      Real before[kRuns][kBeside] = {};
+      if (out.add) {
 #pragma unroll
-    for (int k = 0; k < kLength; ++k) {
-      if (c + k >= right.rows) break;
-      sum[k] = sum[k] * out.scale + (out.bias ? __ldg(out.bias + c + k) : Real(0));
-      if (out.relu) sum[k] = relu(sum[k]);
-      if (out.add) sum[k] += whole ? before[k] : at[k];
-      if (!whole) at[k] = sum[k];
-    }
-    if (whole) store(at, sum);
-  });
+        for (int run = 0; run < kRuns; ++run) {
+          if (whole(run)) {
+            load(at + run * kAcross, before[run]);
+          } else {
+#pragma unroll
+            for (int k = 0; k < kBeside; ++k)
+              if (has(run, k)) before[run][k] = number(at[run * kAcross + k]);
+          }
+        }
+      }
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run) {
+        Real(&sum)[kBeside] = sums_of_row[run];
+#pragma unroll
+        for (int k = 0; k < kBeside; ++k) {
+          if (!has(run, k)) break;
+          sum[k] = sum[k] * out.scale + (bias ? __ldg(bias + run * kAcross + k) : Real(0));
+          if (out.relu) sum[k] = relu(sum[k]);
+          if (out.add) sum[k] += before[run][k];
+          if (!whole(run)) put(at + run * kAcross + k, sum[k]);
+        }
+        if (whole(run)) store(at + run * kAcross, sum);
+      }
+    });
+  };
+  if (aligned && first_column + S::kOutputs <= right.rows)
+    write(std::true_type{});
+  else
+    write(std::false_type{});
 }
 
-template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs>
-void multiply_by(const Context& context, const Operand<typename A::Real>& left, const Operand<typename A::Real>& right,
-                 const Output<typename A::Real>& out) {
-  constexpr int kBytes = S::kStages * kStageBytes<ProductSums<A, S, LeftAlongInputs, RightAlongInputs>>;
-  const auto kernel = multiply_kernel<A, S, LeftAlongInputs, RightAlongInputs>;
+template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs, class Number>
+void multiply_by(const Context& context, const Operand<Kept<A>>& left, const Operand<Kept<A>>& right,
+                 const Output<typename A::Real, Number>& out) {
+  constexpr int kBytes = S::kStages * kStageBytes<ProductSums<A, S, LeftAlongInputs, RightAlongInputs, Number>>;
+  const auto kernel = multiply_kernel<A, S, LeftAlongInputs, RightAlongInputs, Number>;
   if (kBytes > 48 << 10)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "shared memory was refused");
@@ -376,9 +501,9 @@ void multiply_by(const Context& context, const Operand<typename A::Real>& left, 
 }
 
 // In one order of sums whatever the blocks.
-template <class A, bool LeftAlongInputs = true, bool RightAlongInputs = true>
-void multiply(const Context& context, const Operand<typename A::Real>& left, const Operand<typename A::Real>& right,
-              const Output<typename A::Real>& out) {
+template <class A, bool LeftAlongInputs = true, bool RightAlongInputs = true, class Number = typename A::Real>
+void multiply(const Context& context, const Operand<Kept<A>>& left, const Operand<Kept<A>>& right,
+              const Output<typename A::Real, Number>& out) {
   if constexpr (A::kTensor) {
     using L = LargeProduct<A>;
     const int64_t large = out.parts * divided_up(left.rows, L::kPairs) * divided_up(right.rows, L::kOutputs);

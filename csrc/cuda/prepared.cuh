@@ -55,17 +55,17 @@ class Prepared {
   using Real = typename A::Real;
   Workspace<Real> w{};
   Ranks ranks{};
-  Word* words = nullptr;  // zeroed
+  Word* words = nullptr;
 
-  // `pairs` is how many will be walked at once, as far as the host knows; `labels` are ranked if `ranked`; `listed` are
-  // those of Walk::pairs.
-  Prepared(const Context& context, const Rows& rows, const Unit& unit, int64_t pairs, const int64_t* labels = nullptr,
-           bool ranked = false, int64_t word_count = 0, const Pairs& listed = {})
-      : context_(context) {
-    if (rows.count > 0x7fffffff) throw std::runtime_error("pddm: more than 2^31 rows");
+  // Plans and takes memory. `pairs` is how many will be walked at once, as far as the host knows; `labels` are to be
+  // ranked if `ranked`.
+  Prepared(const Context& context, int64_t n, const Unit& unit, int64_t pairs, const int64_t* labels = nullptr,
+           bool ranked = false, int64_t word_count = 0)
+      : context_(context), word_count_(word_count) {
+    if (n > 0x7fffffff) throw std::runtime_error("pddm: more than 2^31 rows");
     for (int64_t size : {unit.dim, unit.hidden, unit.combined})
       if (size > 1 << 24) throw std::runtime_error("pddm: a unit's dimension is above 2^24");
-    w.n = rows.count, w.dim = int(unit.dim), w.hidden = int(unit.hidden), w.combined = int(unit.combined);
+    w.n = n, w.dim = int(unit.dim), w.hidden = int(unit.hidden), w.combined = int(unit.combined);
     w.normalize_input = unit.normalize_input;
     multiprocessors_ = context.attribute(cudaDevAttrMultiProcessorCount);
     shared_ = context_.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -78,23 +78,25 @@ class Prepared {
     w.hidden_blocks = int(divided_up(w.hidden, outputs_)), w.combined_blocks = int(divided_up(w.combined, outputs_));
     w.f = context.take<Real>(w.n * w.f_stride), w.norm = context.take<Real>(w.n);
     w.a = context.take<Real>(w.n * w.a_stride);
-    const int64_t weight_pieces = int64_t(w.weight_tiles()) * outputs_ * kPieces;
-    w.weights = context.take<unsigned char>(weight_pieces * kPieceBytes);
-    const int64_t hidden = int64_t(w.hidden_blocks) * outputs_, combined = int64_t(w.combined_blocks) * outputs_;
-    w.b_u = context.take<Real>(hidden), w.b_v = context.take<Real>(w.a_stride);
-    w.b_c = context.take<Real>(combined), w.w_s = context.take<Real>(combined);
+    w.weights = context.take<unsigned char>(weight_pieces() * kPieceBytes);
+    w.b_u = context.take<Real>(padded_hidden()), w.b_v = context.take<Real>(w.a_stride);
+    w.b_c = context.take<Real>(padded_combined()), w.w_s = context.take<Real>(padded_combined());
     w.b_s = static_cast<const Real*>(unit.b_s);
     words = context.take<Word>(word_count);
     if (ranked) {
       ranks = {labels, context.take<int>(w.n), context.take<int>(w.n), context.take<int>(w.n), context.take<int>(w.n)};
     }
+  }
+
+  // Fills it all, and clears the words. `listed` are the pairs of Walk::pairs, which are looked at here.
+  void prepare(const Rows& rows, const Unit& unit, const Pairs& listed = {}) const {
     const auto given = [](const void* p) { return static_cast<const Real*>(p); };
     const Given<Real> parameters{given(rows.data), given(unit.w_u), given(unit.b_u), given(unit.b_v),
                                  given(unit.w_c),  given(unit.b_c), given(unit.w_s)};
-    const int64_t small = hidden + w.a_stride + 2 * combined + word_count + listed.count;
-    context.launch(prepare_kernel<A>,
-                   divided_up(w.n, kPrepareWarps) + divided_up(weight_pieces + small, kPrepareThreads), kPrepareThreads,
-                   0, w, parameters, ranks, outputs_, words, word_count, listed);
+    const int64_t small = padded_hidden() + w.a_stride + 2 * padded_combined() + word_count_ + listed.count;
+    context_.launch(prepare_kernel<A>,
+                    divided_up(w.n, kPrepareWarps) + divided_up(weight_pieces() + small, kPrepareThreads),
+                    kPrepareThreads, 0, w, parameters, ranks, outputs_, words, word_count_, listed);
     project(unit);
   }
 
@@ -110,11 +112,15 @@ class Prepared {
 
   // `pairs` bounds the pairs of a walk whose number only the device knows.
   void score(Job<Real> job, int64_t positives = 0) {
-    for (job.pass = 0; job.pass < (job.far.best || job.near.best ? Bests<Real>::kWalks : 1); ++job.pass)
+    for (job.pass = 0; job.pass < (job.far.best || job.near.best ? Bests<Real>::kPasses : 1); ++job.pass)
       run(typename ShapesOf<A>::List{}, typename ClusterShapesOf<A>::List{}, job, positives);
   }
 
  private:
+  int64_t padded_hidden() const { return int64_t(w.hidden_blocks) * outputs_; }
+  int64_t padded_combined() const { return int64_t(w.combined_blocks) * outputs_; }
+  int64_t weight_pieces() const { return int64_t(w.weight_tiles()) * outputs_ * kPieces; }
+
   // The shape that should take the least time for so many pairs: in waves of as many tiles as there are blocks at once,
   // of every tile all outputs, those too that only fill it up. With u' in shared memory if that costs no block.
   template <class... S, class... C>
@@ -210,7 +216,7 @@ class Prepared {
   }
 
   // a, in the arithmetic of everything that is no product of pairs.
-  void project(const Unit& unit) {
+  void project(const Unit& unit) const {
     using Exact = std::conditional_t<sizeof(Real) == 8, ArithmeticF64, ArithmeticF32>;
     const Operand<Real> rows{w.f, w.n, w.dim, w.f_stride, 1};
     // As many outputs as a row of `a` is long: those past the last are zeros.
@@ -222,6 +228,7 @@ class Prepared {
   }
 
   const Context& context_;
+  const int64_t word_count_;
   int shape_ = -1, outputs_ = 0, multiprocessors_ = 0;
   bool resident_ = true;
   int64_t shared_ = 0, used_ = 0, blocks_ = 0;  // shared memory that may be and is used; blocks at once

@@ -9,6 +9,17 @@
 //     | weights: kStages tiles | left: 2 tiles | sums over outputs, norms, rows | u': hidden_tiles tiles |
 //        kOutputs × 64 bytes      kPairs × 64                                      kPairs × 64
 //
+//     what           written by               read by                     from; until the barriers of
+//     weights        copies of all threads    matrix products             their step's barrier; the next step
+//     left tile      all threads, in turn     matrix products             likewise
+//     u'             epilogues of its blocks  matrix products             a step's barrier; the next tile's
+//     rows           a thread for each pair   LeftMaker                   a barrier; the last steps
+//     row parts      lanes, by row and warp   a thread for each pair      a barrier; the next steps
+//     1/‖u‖, 1/‖v‖   LeftMaker, at first      LeftMaker, epilogues        the first step's barrier; ‖u'‖
+//     ‖u'‖           a thread for each pair   epilogues                   a step's barrier; the last one
+//     ‖v'‖           LeftMaker                the first block's epilogue  a barrier; the next tile's
+//     plan           thread 0, once           all                         a barrier
+//
 // The weights come as one endless stream of tiles that lie in memory in the order of their use, kStages − 1 copies
 // ahead of the multiplication. The left tile (|f_i − f_j|, then v' = σ(a_i + a_j)) is made on its way from global
 // memory through registers, one step ahead. One barrier per step: it ends the use of what the step before has read.
@@ -37,7 +48,7 @@ template <class A, class S>
 struct Layout {
   using Real = typename A::Real;
   static constexpr int kLeft = S::kPairs * kRowBytes, kWeights = S::kOutputs * kRowBytes;
-  static constexpr int kSums = S::kColumns * S::kPairs;  // per quantity
+  static constexpr int kSums = S::kWarpsN * S::kPairs;  // per quantity
 
   // Where everything starts. What has a fixed place comes first.
   static constexpr int kLeftAt = S::kStages * kWeights;
@@ -213,7 +224,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
                  const __grid_constant__ Job<typename A::Real> job) {
   using Real = typename A::Real;
   using L = Layout<A, S>;
-  using Block = Sums<A, S::kPairs, S::kOutputs, S::kRows, S::kColumns>;
+  using Block = Sums<A, S::kPairs, S::kOutputs, S::kWarpsM, S::kWarpsN>;
   constexpr int kPairs = S::kPairs;
 
   const int thread = int(threadIdx.x), lane = lane_index();
@@ -242,7 +253,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
   __syncthreads();
   for (int64_t tile = blockIdx.x; tile < plan->tiles; tile += gridDim.x) {
-    __syncthreads();
     if (thread < kPairs) {  // whole warps
       const Pair at = pair_at<kPairs>(job, tile, thread, plan->partner);
       const bool there = at.i >= 0;
@@ -256,14 +266,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     const auto add_row_sums = [&](const Real(&row_sums)[Block::kSlots], bool first) {
       Block::each_row([&](int slot, int row) {
         const Real sum = lanes_sum<Block::kLanesPerRow>(row_sums[slot]);
-        Real& part = row_parts[warp_index() % S::kColumns * kPairs + row];
+        Real& part = row_parts[warp_index() % S::kWarpsN * kPairs + row];
         if (lane % Block::kLanesPerRow == 0) part = first ? sum : part + sum;
       });
     };
     const auto add_up = [&](int row) {
       Real sum = row_parts[row];
 #pragma unroll
-      for (int part = 1; part < S::kColumns; ++part) sum += row_parts[part * kPairs + row];
+      for (int part = 1; part < S::kWarpsN; ++part) sum += row_parts[part * kPairs + row];
       return sum;
     };
 
@@ -275,7 +285,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     // multiplied, and what the next step makes a tile of between the two. No stage waits for the one right before it.
     const auto step = [&](const unsigned char* by, const auto& and_copy, const auto& make, const auto& ask) {
       const unsigned char* const right = weights.begin();
-      typename Block::Half first, second;
+      typename Block::Step first, second;
       first.load(by, right, 0);
       weights.copy(and_copy);
       make();

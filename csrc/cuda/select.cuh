@@ -45,7 +45,7 @@ template <>
 struct Bests<float> {
   Word* best = nullptr;
 
-  static constexpr int kWalks = 1, kWordsPerRow = 1;
+  static constexpr int kPasses = 1, kWordsPerRow = 1;
   __host__ static Bests at(Word* words, int64_t) { return {words}; }
 
   __device__ static Word word(float score, int index) {
@@ -65,7 +65,7 @@ template <>
 struct Bests<double> {
   Word *best = nullptr, *where = nullptr;
 
-  static constexpr int kWalks = 2, kWordsPerRow = 2;
+  static constexpr int kPasses = 2, kWordsPerRow = 2;
   __host__ static Bests at(Word* words, int64_t rows) { return {words, words + rows}; }
 
   __device__ void offer(int64_t row, double score, int index, int walk) const {
@@ -81,12 +81,12 @@ struct Bests<double> {
 
 enum class Walk { pairs, triangle, rectangle, positives, partners };
 
-constexpr int kColumns = 16;  // of a tile of the triangle or rectangle
+constexpr int kTileColumns = 16;  // of a tile of the triangle or rectangle
 
 template <class Real>
 struct Job {
   Walk walk;
-  int pass = 0;   // of Bests::kWalks
+  int pass = 0;   // of Bests::kPasses
   int64_t n = 0;  // rows that a pair may name; triangle, partners: rows walked
 
   // pairs
@@ -112,40 +112,40 @@ struct Pair {
   int i, j;  // −1: there is none
 };
 
-template <int Pairs>
+template <int TilePairs>
 __host__ __device__ constexpr int64_t tiles_of(int64_t pairs) {
-  return (pairs + Pairs - 1) / Pairs;
+  return (pairs + TilePairs - 1) / TilePairs;
 }
 
 // Of a tile of a rectangle: few rows leave none of it empty.
-template <int Pairs>
+template <int TilePairs>
 __host__ __device__ constexpr int rectangle_rows(int64_t rows) {
   int most = 1;
-  while (most < rows && most < Pairs / kColumns) most *= 2;
+  while (most < rows && most < TilePairs / kTileColumns) most *= 2;
   return most;
 }
 
 // How many tiles of a rectangle are side by side.
-template <int Pairs, class Real>
+template <int TilePairs, class Real>
 __host__ __device__ int64_t rectangle_across(const Job<Real>& job) {
-  const int64_t columns = Pairs / rectangle_rows<Pairs>(job.rows);
+  const int64_t columns = TilePairs / rectangle_rows<TilePairs>(job.rows);
   return (job.columns + columns - 1) / columns;
 }
 
 // `positives` is the number of positive pairs, which only the device knows; at most n (n − 1) / 2.
-template <int Pairs, class Real>
+template <int TilePairs, class Real>
 __host__ __device__ int64_t count_tiles(const Job<Real>& job, int64_t positives) {
-  constexpr int kRows = Pairs / kColumns;
-  const int64_t blocks = (job.n + kColumns - 1) / kColumns;
+  constexpr int kTileRows = TilePairs / kTileColumns;
+  const int64_t blocks = (job.n + kTileColumns - 1) / kTileColumns;
   switch (job.walk) {
-    case Walk::pairs: return tiles_of<Pairs>(job.count);
-    case Walk::triangle: return blocks * (blocks + 1) / 2 * (kColumns / kRows);
+    case Walk::pairs: return tiles_of<TilePairs>(job.count);
+    case Walk::triangle: return blocks * (blocks + 1) / 2 * (kTileColumns / kTileRows);
     case Walk::rectangle: {
-      const int64_t rows = rectangle_rows<Pairs>(job.rows);
-      return (job.rows + rows - 1) / rows * rectangle_across<Pairs>(job);
+      const int64_t rows = rectangle_rows<TilePairs>(job.rows);
+      return (job.rows + rows - 1) / rows * rectangle_across<TilePairs>(job);
     }
-    case Walk::positives: return tiles_of<Pairs>(positives);
-    case Walk::partners: return tiles_of<Pairs>(2 * job.n);
+    case Walk::positives: return tiles_of<TilePairs>(positives);
+    case Walk::partners: return tiles_of<TilePairs>(2 * job.n);
   }
   return 0;
 }
@@ -178,26 +178,26 @@ __device__ inline void refuse_pair(int64_t at, int64_t i, int64_t j, int64_t row
 }
 
 // Pair `p` of a tile of the triangle: cut `cut` of 16 × 16 block (g, c).
-template <int Pairs, class Real>
+template <int TilePairs, class Real>
 __device__ __forceinline__ Pair triangle_pair(const Job<Real>& job, int64_t g, int64_t c, int cut, int p) {
-  constexpr int kRows = Pairs / kColumns;
-  const int64_t i = g * kColumns + cut * kRows + p / kColumns, j = c * kColumns + p % kColumns;
+  constexpr int kTileRows = TilePairs / kTileColumns;
+  const int64_t i = g * kTileColumns + cut * kTileRows + p / kTileColumns, j = c * kTileColumns + p % kTileColumns;
   return j < job.n && (i < j || (job.diagonal && i == j)) ? Pair{int(i), int(j)} : Pair{-1, -1};
 }
 
 // Of tile (down, across) of a rectangle.
-template <int Pairs, class Real>
+template <int TilePairs, class Real>
 __device__ __forceinline__ Pair rectangle_pair(const Job<Real>& job, int64_t down, int64_t across, int p) {
-  const int rows = rectangle_rows<Pairs>(job.rows), columns = Pairs / rows;
+  const int rows = rectangle_rows<TilePairs>(job.rows), columns = TilePairs / rows;
   const int64_t r = down * rows + p / columns, c = across * columns + p % columns;
   return r < job.rows && c < job.columns ? Pair{int(job.first_row + r), int(job.first_column + c)} : Pair{-1, -1};
 }
 
 // Pair `p` of tile `tile`. `partner` is the hardest positive pair, for Walk::partners.
-template <int Pairs, class Real>
+template <int TilePairs, class Real>
 __device__ Pair pair_at(const Job<Real>& job, int64_t tile, int p, const Pair& partner) {
-  constexpr int kCuts = kColumns * kColumns / Pairs;
-  const int64_t at = tile * Pairs + p;
+  constexpr int kCuts = kTileColumns * kTileColumns / TilePairs;
+  const int64_t at = tile * TilePairs + p;
   switch (job.walk) {
     case Walk::pairs: {
       if (at >= job.count) return {-1, -1};
@@ -205,11 +205,11 @@ __device__ Pair pair_at(const Job<Real>& job, int64_t tile, int p, const Pair& p
     }
     case Walk::triangle: {
       const int64_t block = tile / kCuts, c = triangle_column(block), g = block - c * (c + 1) / 2;
-      return triangle_pair<Pairs>(job, g, c, int(tile % kCuts), p);
+      return triangle_pair<TilePairs>(job, g, c, int(tile % kCuts), p);
     }
     case Walk::rectangle: {
-      const int64_t across = rectangle_across<Pairs>(job);
-      return rectangle_pair<Pairs>(job, tile / across, tile % across, p);
+      const int64_t across = rectangle_across<TilePairs>(job);
+      return rectangle_pair<TilePairs>(job, tile / across, tile % across, p);
     }
     case Walk::positives: {
       if (at >= job.before[job.n]) return {-1, -1};
@@ -268,11 +268,11 @@ __device__ void offer_both(const Job<Real>& job, const Pair& at, Real score) {
     // Lanes of a row, and those of a column, settle it among themselves first.
     const auto settle = [&](const Bests<Real>& bests, bool offered, Real value) {
       Word row = offered ? bests.word(value, at.j) : 0, column = offered ? bests.word(value, at.i) : 0;
-      for (int apart = kColumns / 2; apart > 0; apart /= 2) {
+      for (int apart = kTileColumns / 2; apart > 0; apart /= 2) {
         const Word other = __shfl_xor_sync(~0u, row, apart);
         row = other > row ? other : row;
       }
-      const Word other = __shfl_xor_sync(~0u, column, kColumns);
+      const Word other = __shfl_xor_sync(~0u, column, kTileColumns);
       column = other > column ? other : column;
       // Whichever lane of the row or column has the winning pair knows the row's number.
       if (offered && row == bests.word(value, at.j)) bests.offer(at.i, row, 0);
@@ -294,12 +294,12 @@ __device__ void offer_both(const Job<Real>& job, const Pair& at, Real score) {
 }
 
 // By all lanes of the warp, those without a pair too.
-template <int Pairs, class Real>
+template <int TilePairs, class Real>
 __device__ void take_score(const Job<Real>& job, int64_t tile, int p, const Pair& at, Real score) {
   if (job.walk == Walk::triangle && !job.mirrored) return offer_both(job, at, score);
   if (at.i < 0) return;
   switch (job.walk) {
-    case Walk::pairs: job.scores[tile * Pairs + p] = score; break;
+    case Walk::pairs: job.scores[tile * TilePairs + p] = score; break;
     case Walk::triangle:
       job.scores[at.i * job.pitch + at.j] = score;
       job.scores[at.j * job.pitch + at.i] = score;
@@ -308,7 +308,8 @@ __device__ void take_score(const Job<Real>& job, int64_t tile, int p, const Pair
     case Walk::positives: job.far.offer(at.i, -score, at.j, job.pass); break;
     case Walk::partners:
       // Row 0 of `near` is for i, row 1 for j.
-      if (job.labels[at.i] != job.labels[at.j]) job.near.offer(tile * Pairs + p < job.n ? 0 : 1, score, at.j, job.pass);
+      if (job.labels[at.i] != job.labels[at.j])
+        job.near.offer(tile * TilePairs + p < job.n ? 0 : 1, score, at.j, job.pass);
       break;
   }
 }

@@ -105,46 +105,46 @@ class Sums;
 
 template <class A, int TM, int TN, int WM, int WN>
 class Sums<A, TM, TN, WM, WN, true> {
-  static constexpr int kRows = TM / WM / 16, kColumns = TN / WN / 8;
-  static_assert(kRows > 0 && kColumns > 0 && kColumns % 2 == 0, "a warp has 16 rows and 16 columns at least");
-  float sum_[kRows][kColumns][4];
+  static constexpr int kMmaM = TM / WM / 16, kMmaN = TN / WN / 8;
+  static_assert(kMmaM > 0 && kMmaN > 0 && kMmaN % 2 == 0, "a warp has 16 rows and 16 columns at least");
+  float sum_[kMmaM][kMmaN][4];
 
  public:
-  static constexpr int kSlots = 2 * kRows, kLanesPerRow = 4;
+  static constexpr int kSlots = 2 * kMmaM, kLanesPerRow = 4;
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kMmaM; ++r)
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c)
+      for (int c = 0; c < kMmaN; ++c)
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum_[r][c][e] = 0;
   }
 
-  // 32 of the 64 bytes of both operands, in registers.
-  struct Half {
-    uint32_t left[kRows][4], right[kColumns / 2][4];
+  // The operands of one step: 32 of a tile's 64 bytes, in registers.
+  struct Step {
+    uint32_t left[kMmaM][4], right[kMmaN / 2][4];
 
-    __device__ __forceinline__ void load(const unsigned char* a, const unsigned char* b, int half) {
+    __device__ __forceinline__ void load(const unsigned char* a, const unsigned char* b, int step) {
       const int lane = lane_index(), warp = warp_index();
       // Of four matrices, rows first for A (rows 0-7, 8-15, then the next 16 bytes) and bytes first for B.
       const int a_row = warp / WN * (TM / WM) + lane % 16, a_piece = lane / 16;
       const int b_row = warp % WN * (TN / WN) + lane % 8 + lane / 16 * 8, b_piece = lane / 8 % 2;
-      a += piece_offset(a_row, a_piece) ^ (32 * half), b += piece_offset(b_row, b_piece) ^ (32 * half);
+      a += piece_offset(a_row, a_piece) ^ (32 * step), b += piece_offset(b_row, b_piece) ^ (32 * step);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) load_matrices(left[r], a + 16 * r * kRowBytes);
+      for (int r = 0; r < kMmaM; ++r) load_matrices(left[r], a + 16 * r * kRowBytes);
 #pragma unroll
-      for (int c = 0; c < kColumns / 2; ++c) load_matrices(right[c], b + 16 * c * kRowBytes);
+      for (int c = 0; c < kMmaN / 2; ++c) load_matrices(right[c], b + 16 * c * kRowBytes);
     }
   };
-  __device__ __forceinline__ void multiply(const Half& half) {
+  __device__ __forceinline__ void multiply(const Step& step) {
 #pragma unroll
-    for (int c = 0; c < kColumns / 2; ++c) {
+    for (int c = 0; c < kMmaN / 2; ++c) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const uint32_t (&right)[4] = half.right[c];
-        multiply_add(typename A::Operand{}, sum_[r][2 * c], half.left[r], right[0], right[1]);
-        multiply_add(typename A::Operand{}, sum_[r][2 * c + 1], half.left[r], right[2], right[3]);
+      for (int r = 0; r < kMmaM; ++r) {
+        const uint32_t (&right)[4] = step.right[c];
+        multiply_add(typename A::Operand{}, sum_[r][2 * c], step.left[r], right[0], right[1]);
+        multiply_add(typename A::Operand{}, sum_[r][2 * c + 1], step.left[r], right[2], right[3]);
       }
     }
   }
@@ -154,9 +154,9 @@ class Sums<A, TM, TN, WM, WN, true> {
     const int thread = fresh_thread_index(), lane = thread % kWarp, warp = thread / kWarp;
     const int row = warp / WN * (TM / WM) + lane / 4, column = warp % WN * (TN / WN) + 2 * (lane % 4);
 #pragma unroll
-    for (int c = 0; c < 2 * kColumns; ++c)
+    for (int c = 0; c < 2 * kMmaN; ++c)
 #pragma unroll
-      for (int r = 0; r < 2 * kRows; ++r)
+      for (int r = 0; r < 2 * kMmaM; ++r)
         f(r, row + 8 * r, column + c / 2 * 8 + c % 2, sum_[r / 2][c / 2][r % 2 * 2 + c % 2]);
   }
   // Stores the sums as operands: column k goes to tile (first + k) / kDepth of those that start at `to`, up to `tiles`.
@@ -166,13 +166,13 @@ class Sums<A, TM, TN, WM, WN, true> {
     const int thread = fresh_thread_index(), lane = thread % kWarp, warp = thread / kWarp;
     const int row = warp / WN * (TM / WM) + lane / 4, tile = (first + warp % WN * (TN / WN)) / kDepth<A>;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
+    for (int c = 0; c < kMmaN; ++c) {
       if (tile + c / kPerTile >= tiles) break;
       // Rows of this thread are 8 apart, which leaves a piece's place in its row the same.
       unsigned char* const at =
           to + (tile + c / kPerTile) * TM * kRowBytes + element_offset<A>(row, c % kPerTile * 8 + 2 * (lane % 4));
 #pragma unroll
-      for (int r = 0; r < 2 * kRows; ++r) {
+      for (int r = 0; r < 2 * kMmaM; ++r) {
         const float low = sum_[r / 2][c][r % 2 * 2], high = sum_[r / 2][c][r % 2 * 2 + 1];
         if constexpr (kElement == 2)
           *reinterpret_cast<uint32_t*>(at + r * 8 * kRowBytes) = pack(typename A::Operand{}, low, high);
@@ -185,55 +185,55 @@ class Sums<A, TM, TN, WM, WN, true> {
   __device__ static __forceinline__ void each_row(const F& f) {
     const int thread = fresh_thread_index(), row = thread / kWarp / WN * (TM / WM) + thread % kWarp / 4;
 #pragma unroll
-    for (int r = 0; r < 2 * kRows; ++r) f(r, row + 8 * r);
+    for (int r = 0; r < 2 * kMmaM; ++r) f(r, row + 8 * r);
   }
 };
 
 template <class A, int TM, int TN, int WM, int WN>
 class Sums<A, TM, TN, WM, WN, false> {
   using Real = typename A::Real;
-  static constexpr int kRows = TM / WM / 4, kColumns = TN / WN / 8, kLength = kPieceLength<A>;
-  static_assert(kRows > 0 && kColumns > 0, "a warp has 4 rows and 8 columns at least");
-  Real sum_[kRows][kColumns];
+  static constexpr int kDown = TM / WM / 4, kAcross = TN / WN / 8, kLength = kPieceLength<A>;
+  static_assert(kDown > 0 && kAcross > 0, "a warp has 4 rows and 8 columns at least");
+  Real sum_[kDown][kAcross];
 
  public:
-  static constexpr int kSlots = kRows, kLanesPerRow = 8;
+  static constexpr int kSlots = kDown, kLanesPerRow = 8;
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kDown; ++r)
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) sum_[r][c] = 0;
+      for (int c = 0; c < kAcross; ++c) sum_[r][c] = 0;
   }
 
-  // 32 of the 64 bytes of both operands, left where they are.
-  struct Half {
+  // The operands of one step, left where they are.
+  struct Step {
     const unsigned char *a, *b;
-    int half;
+    int step;
 
     __device__ __forceinline__ void load(const unsigned char* from_a, const unsigned char* from_b, int which) {
-      a = from_a, b = from_b, half = which;
+      a = from_a, b = from_b, step = which;
     }
   };
-  __device__ __forceinline__ void multiply(const Half& from) {
+  __device__ __forceinline__ void multiply(const Step& from) {
     const int lane = lane_index(), warp = warp_index();
     const int row = warp / WN * (TM / WM) + lane / 8, column = warp % WN * (TN / WN) + lane % 8;
     struct alignas(kPieceBytes) Piece {
       Real x[kLength];
     };
 #pragma unroll
-    for (int piece = 2 * from.half; piece < 2 * from.half + 2; ++piece) {
-      Piece right[kColumns];
+    for (int piece = 2 * from.step; piece < 2 * from.step + 2; ++piece) {
+      Piece right[kAcross];
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c)
+      for (int c = 0; c < kAcross; ++c)
         right[c] = *reinterpret_cast<const Piece*>(from.b + piece_offset(column, piece) + 8 * c * kRowBytes);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kDown; ++r) {
         const Piece left = *reinterpret_cast<const Piece*>(from.a + piece_offset(row + 4 * r, piece));
 #pragma unroll
         for (int k = 0; k < kLength; ++k)
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) sum_[r][c] += left.x[k] * right[c].x[k];
+          for (int c = 0; c < kAcross; ++c) sum_[r][c] += left.x[k] * right[c].x[k];
       }
     }
   }
@@ -243,9 +243,9 @@ class Sums<A, TM, TN, WM, WN, false> {
     const int thread = fresh_thread_index(), lane = thread % kWarp, warp = thread / kWarp;
     const int row = warp / WN * (TM / WM) + lane / 8, column = warp % WN * (TN / WN) + lane % 8;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c)
+    for (int c = 0; c < kAcross; ++c)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) f(r, row + 4 * r, column + 8 * c, sum_[r][c]);
+      for (int r = 0; r < kDown; ++r) f(r, row + 4 * r, column + 8 * c, sum_[r][c]);
   }
   __device__ __forceinline__ void put(unsigned char* to, int first, int tiles) {
     each([&](int, int row, int column, Real& sum) {
@@ -259,7 +259,7 @@ class Sums<A, TM, TN, WM, WN, false> {
   __device__ static __forceinline__ void each_row(const F& f) {
     const int thread = fresh_thread_index(), row = thread / kWarp / WN * (TM / WM) + thread % kWarp / 8;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) f(r, row + 4 * r);
+    for (int r = 0; r < kDown; ++r) f(r, row + 4 * r);
   }
 };
 

@@ -141,7 +141,7 @@ void topk(const Context& context, const Rows& queries, const Rows& gallery, int6
   // All queries' chunks together are no longer than what is computed of the rows, or than the answer; but for whole
   // segments, or a tile's columns.
   const int64_t room = std::min((q + g) * (unit.hidden + unit.combined), kTopkScores) / q;
-  int64_t length = std::max({room, k, int64_t(kColumns)});
+  int64_t length = std::max({room, k, int64_t(kTileColumns)});
   if (length > kSegment) length = std::max(length / kSegment, divided_up(k, kSegment)) * kSegment;
   length = std::min(g, length);
   int segment = 2;
@@ -155,7 +155,8 @@ void topk(const Context& context, const Rows& queries, const Rows& gallery, int6
     lists = divided_up(lists, kFan), each = std::min(kFan * each, k);
   }
 
-  Prepared<A> p(context, {rows, q + g}, unit, q * length);
+  Prepared<A> p(context, q + g, unit, q * length);
+  p.prepare({rows, q + g}, unit);
   Real* chunk = context.take<Real>(q * length);
   const auto take = [&](int64_t count) { return Ranked{context.take<Word>(count), context.take<int>(count)}; };
   const Ranked best = take(q * k);

@@ -14,13 +14,13 @@ __device__ __forceinline__ Real floored(Real norm) {
   return norm > Real(kNormFloor) ? norm : Real(kNormFloor);
 }
 
-// How the scoring kernel cuts its work: kPairs pairs of rows by kOutputs outputs, by Rows × Columns warps, with weights
-// kStages tiles deep in shared memory. kBlocks share the registers of a multiprocessor. kWorth is for comparison with
-// other shapes.
-template <int Pairs, int Outputs, int Rows, int Columns, int Stages, int Blocks, int Worth = 100>
+// How the scoring kernel cuts its work: kPairs pairs of rows by kOutputs outputs, by WarpsM × WarpsN warps, with
+// weights kStages tiles deep in shared memory. kBlocks share the registers of a multiprocessor. kWorth is for
+// comparison with other shapes.
+template <int Pairs, int Outputs, int WarpsM, int WarpsN, int Stages, int Blocks, int Worth = 100>
 struct Shape {
-  static constexpr int kPairs = Pairs, kOutputs = Outputs, kRows = Rows, kColumns = Columns, kStages = Stages;
-  static constexpr int kBlocks = Blocks, kThreads = Rows * Columns * kWarp, kWorth = Worth;
+  static constexpr int kPairs = Pairs, kOutputs = Outputs, kWarpsM = WarpsM, kWarpsN = WarpsN, kStages = Stages;
+  static constexpr int kBlocks = Blocks, kThreads = WarpsM * WarpsN * kWarp, kWorth = Worth;
 };
 
 // All counts of tiles are in units of kDepth inputs or kOutputs outputs. Rows of `f` and `a` are filled up with zeros

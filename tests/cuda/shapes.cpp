@@ -9,7 +9,7 @@ std::atomic<int64_t> launches, allocations, bytes_alive, bytes_peak;
 template <class A, class S>
 void print_shape(const char* arithmetic) {
   std::printf("score_kernel<%s, Shape<%d, %d, %d, %d, %d, %d, %d>>\t%lld\n", arithmetic, S::kPairs, S::kOutputs,
-              S::kRows, S::kColumns, S::kStages, S::kBlocks, S::kWorth,
+              S::kWarpsM, S::kWarpsN, S::kStages, S::kBlocks, S::kWorth,
               static_cast<long long>(Layout<A, S>::resident(512 / kDepth<A>)));
 }
 template <class A, class S>
@@ -20,17 +20,19 @@ void print_cluster(const char* arithmetic) {
     std::printf("hopper_score_kernel<%s, ClusterShape<%d, %d, %d>, %s>\t%lld\n", arithmetic, S::kOutputs, S::kConsumers,
                 S::kWorth, grid, static_cast<long long>(stages ? ClusterLayout<S>::bytes(stages, 512 / kDepth<A>) : 0));
 }
-template <class A, class S, bool Left, bool Right>
-void print_product(const char* arithmetic) {
-  std::printf("multiply_kernel<%s, Shape<%d, %d, %d, %d, %d, %d, %d>, %s, %s>\t%d\n", arithmetic, S::kPairs,
-              S::kOutputs, S::kRows, S::kColumns, S::kStages, S::kBlocks, S::kWorth, Left ? "true" : "false",
-              Right ? "true" : "false", S::kStages * kStageBytes<ProductSums<A, S, Left, Right>>);
+template <class A, class S, bool Left, bool Right, class Number>
+void print_product(const char* arithmetic, const char* number) {
+  std::printf("multiply_kernel<%s, Shape<%d, %d, %d, %d, %d, %d, %d>, %s, %s, %s>\t%d\n", arithmetic, S::kPairs,
+              S::kOutputs, S::kWarpsM, S::kWarpsN, S::kStages, S::kBlocks, S::kWorth, Left ? "true" : "false",
+              Right ? "true" : "false", number, S::kStages * kStageBytes<ProductSums<A, S, Left, Right, Number>>);
 }
 template <class A, class S>
 void print_products(const char* arithmetic) {
-  print_product<A, S, true, true>(arithmetic);
-  print_product<A, S, true, false>(arithmetic);
-  print_product<A, S, false, false>(arithmetic);
+  const char* const real = sizeof(typename A::Real) == 8 ? "double" : "float";
+  print_product<A, S, true, true, typename A::Real>(arithmetic, real);
+  print_product<A, S, true, false, typename A::Real>(arithmetic, real);
+  print_product<A, S, false, false, typename A::Real>(arithmetic, real);
+  if constexpr (sizeof(Kept<A>) == 2) print_product<A, S, true, true, Kept<A>>(arithmetic, "Bfloat16");
 }
 template <class A, class... S>
 void print_all(const char* arithmetic, Shapes<S...>) {
@@ -55,4 +57,6 @@ int main() {
   print_products<ArithmeticF64, SmallProduct<ArithmeticF64>>("F64");
   print_products<ArithmeticTf32, SmallProduct<ArithmeticTf32>>("Tf32");
   print_products<ArithmeticTf32, LargeProduct<ArithmeticTf32>>("Tf32");
+  print_products<ArithmeticBf16, SmallProduct<ArithmeticBf16>>("Bf16");
+  print_products<ArithmeticBf16, LargeProduct<ArithmeticBf16>>("Bf16");
 }

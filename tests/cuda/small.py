@@ -22,6 +22,13 @@ for dtype, dim, hidden, combined in [
         pddm_ext.score_matrix(feats[:20], unit).sum().backward()
         pddm_ext.topk(feats[:5], feats, 12, unit)
 with torch.no_grad():
+    # Every shape of Hopper's tiles: 64, 128, 192 and 256 outputs.
+    for width in (50, 120, 190, 250):
+        unit = pddm_ext.PDDM(40, width, width).cuda()
+        feats, labels = torch.randn(150, 40, device="cuda").bfloat16(), torch.arange(150, device="cuda") // 3
+        for mode in ("batch", "anchor", "pair"):
+            unit.mine(feats, labels, mode=mode)
+        pddm_ext.score_matrix(feats, unit, feats[:70])
     torch.set_float32_matmul_precision("high")
     pddm_ext.score_matrix(torch.randn(40, 9, device="cuda"), pddm_ext.PDDM(9).cuda())
 torch.cuda.synchronize()

@@ -42,6 +42,7 @@ template <class T>
 struct Answers {
   std::vector<int64_t> mined[3], ranked;
   std::vector<T> scores, listed, gradient;  // of the matrix, of the list, of everything through both
+  std::vector<T> sloped;                    // what the loss's gradients are
 };
 
 template <class T>
@@ -105,6 +106,26 @@ Answers<T> ask(const Backend& backend, const Sizes& z) {
     a.gradient.insert(a.gradient.end(), d_rows.begin(), d_rows.end());
     for (const auto& v : d) a.gradient.insert(a.gradient.end(), v.begin(), v.end());
   }
+
+  // The loss of quadruplets of other rows than the odd ones. Some are not valid, and one row is in many.
+  const int64_t slots = z.n + 40, usual = std::max<int64_t>(z.n - 2 * z.odd, 1);
+  std::vector<int64_t> rows_of[4];
+  for (int of = 0; of < 4; ++of)
+    for (int64_t q = 0; q < slots; ++q)
+      rows_of[of].push_back(z.odd + (of == 2 && q % 3 ? 0 : q * (2 * of + 1) + of) % usual);
+  const std::unique_ptr<bool[]> valid(new bool[static_cast<size_t>(slots)]);
+  for (int64_t q = 0; q < slots; ++q) valid[q] = q % 5 != 1;
+  const std::vector<T> s_ij = filled(slots), s_ik = filled(slots), s_jl = filled(slots), upstream = filled(1);
+  const Picked picked{slots,       rows_of[0].data(), rows_of[1].data(), rows_of[2].data(), rows_of[3].data(),
+                      s_ij.data(), s_ik.data(),       s_jl.data(),       valid.get()};
+  std::vector<uint8_t> open(static_cast<size_t>(slots));
+  T loss = 0;
+  backend.quadruplet_loss(given, z.dim, picked, {0.5, 1.0, 0.5}, &loss, open.data());
+  a.scores.push_back(loss);
+  std::vector<T> d_x(rows.size()), d_ij(s_ij.size()), d_ik(s_ij.size()), d_jl(s_ij.size());
+  backend.quadruplet_loss_backward(given, z.dim, picked, 0.5, upstream.data(), open.data(), d_x.data(), d_ij.data(),
+                                   d_ik.data(), d_jl.data());
+  for (const auto& v : {d_x, d_ij, d_ik, d_jl}) a.sloped.insert(a.sloped.end(), v.begin(), v.end());
   return a;
 }
 

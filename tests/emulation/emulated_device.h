@@ -90,7 +90,10 @@ inline uint32_t round_tf32(float x) {
   return (bits & 0x7fffffff) > emulated::kInfinity ? 0x7fffe000 : (bits + 0x1000) & ~0x1fffu;
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
+namespace emulated {
+
+template <bool Transposed>
+void load_matrices(uint32_t (&r)[4], const void* row) {
   struct Lane {
     uint32_t* r;
     const unsigned char* row;
@@ -99,11 +102,25 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   if (!emulation::is_shared(row, 16)) emulation::fail("ldmatrix of a row outside of shared memory");
   const auto work = [](void* const* lanes, unsigned) {
     for (int l = 0; l < 32; ++l)
-      for (int q = 0; q < 4; ++q)
-        std::memcpy(static_cast<Lane*>(lanes[l])->r + q, static_cast<Lane*>(lanes[8 * q + l / 4])->row + l % 4 * 4, 4);
+      for (int q = 0; q < 4; ++q) {
+        uint32_t& to = static_cast<Lane*>(lanes[l])->r[q];
+        if constexpr (Transposed) {
+          uint16_t both[2];
+          for (int e = 0; e < 2; ++e)
+            std::memcpy(both + e, static_cast<Lane*>(lanes[8 * q + l % 4 * 2 + e])->row + l / 4 * 2, 2);
+          std::memcpy(&to, both, 4);
+        } else {
+          std::memcpy(&to, static_cast<Lane*>(lanes[8 * q + l / 4])->row + l % 4 * 4, 4);
+        }
+      }
   };
-  emulation::meet("ldmatrix", ~0u, work, &lane);
+  emulation::meet(Transposed ? "ldmatrix.trans" : "ldmatrix", ~0u, work, &lane);
 }
+
+}  // namespace emulated
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) { emulated::load_matrices<false>(r, row); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulated::load_matrices<true>(r, row); }
 
 namespace emulated {
 

@@ -75,17 +75,21 @@ void test_load_matrices() {
   // Row `row` of matrix q stands at place[8 q + row]; the element with number e is the 16-bit number e.
   int place[32];
   for (int i = 0; i < 32; ++i) place[i] = (i * 13 + 5) % 40;
-  uint32_t got[32][4];
+  uint32_t got[32][4], transposed[32][4];
   launch(1, 32, 40 * 16, [&] {
     auto* const elements = reinterpret_cast<uint16_t*>(shared_memory());
     for (int e = int(threadIdx.x); e < 40 * 8; e += 32) elements[e] = uint16_t(e);
     __syncwarp();
     load_matrices(got[threadIdx.x], elements + place[threadIdx.x] * 8);
+    load_matrices_transposed(transposed[threadIdx.x], elements + place[threadIdx.x] * 8);
   });
   for (int t = 0; t < 32; ++t)
     for (int q = 0; q < 4; ++q) {
       const uint32_t element = uint32_t(place[8 * q + t / 4] * 8 + 2 * (t % 4));
       CHECK(got[t][q] == (element | (element + 1) << 16), "lane %d, matrix %d: %08x", t, q, got[t][q]);
+      const int row = 8 * q + 2 * (t % 4);
+      const uint32_t low = uint32_t(place[row] * 8 + t / 4), high = uint32_t(place[row + 1] * 8 + t / 4);
+      CHECK(transposed[t][q] == (low | high << 16), "lane %d, matrix %d transposed: %08x", t, q, transposed[t][q]);
     }
   CHECK(has(complaint(32, 1024,
                       [] {

@@ -40,6 +40,8 @@ void compare(Precision precision, const char* name, double tolerance, const std:
           apart(got.scores, expected.scores));
     CHECK(apart(got.gradient, expected.gradient) <= 20 * tolerance, "%s n=%ld: %g", name, long(z.n),
           apart(got.gradient, expected.gradient));
+    CHECK(apart(got.sloped, expected.sloped) <= 20 * tolerance, "%s n=%ld: %g", name, long(z.n),
+          apart(got.sloped, expected.sloped));
     // Rounding this coarse may choose another pair.
     if (tolerance > 1e-4) continue;
     CHECK(apart(got.listed, expected.listed) <= tolerance, "%s n=%ld", name, long(z.n));

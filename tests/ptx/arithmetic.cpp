@@ -26,10 +26,11 @@ void apply(Thread& thread, const Instruction& i, R (*)(A...), std::index_sequenc
 }
 template <auto F, class R, class... A>
 Form form(R (*)(A...)) {
-  const Handler run = [](Thread& thread, const Instruction& i) {
-    apply<F>(thread, i, F, std::index_sequence_for<A...>{});
+  const Handler run = [](Thread& thread, const Instruction& first) {
+    for (const Instruction* i = &first; i < &first + first.alike; ++i)
+      thread.here = i, apply<F>(thread, *i, F, std::index_sequence_for<A...>{});
   };
-  return {run, {kLetter<R>, kLetter<A>...}};
+  return {run, {kLetter<R>, kLetter<A>...}, 0, Flow::on, true};
 }
 template <auto F>
 Form form() {
@@ -271,6 +272,8 @@ bool or_nan(T a, T b) {
 
 // --- Conversions with a rule of their own ----------------------------------------------------------------------------
 
+float narrowed(double a) { return one_nan(float(a)); }
+
 // Towards zero; past the ends to the ends.
 int64_t truncate(double a) {
   if (a != a) return std::numeric_limits<int64_t>::min();
@@ -321,8 +324,6 @@ uint32_t to_tf32(float x) {
 }
 
 // --- The table -------------------------------------------------------------------------------------------------------
-
-using Forms = std::map<std::string, Form>;
 
 template <class T>
 void add_integer(Forms& f, const std::string& type) {
@@ -422,9 +423,15 @@ void add_arithmetic(Forms& f) {
   f["cvt.u64.u32"] = form<convert<uint64_t, uint32_t>>();
   f["cvt.u32.u64"] = form<convert<uint32_t, uint64_t>>();
   f["cvt.u16.u32"] = form<convert<uint16_t, uint32_t>>();
+  f["cvt.u32.u16"] = form<convert<uint32_t, uint16_t>>();
   f["cvt.rn.f32.s16"] = form<convert<float, int16_t>>();
+  f["cvt.rn.f32.s32"] = form<convert<float, int32_t>>();
+  f["cvt.rn.f32.s64"] = form<convert<float, int64_t>>();
   f["cvt.rn.f64.s16"] = form<convert<double, int16_t>>();
+  f["cvt.rn.f64.s32"] = form<convert<double, int32_t>>();
   f["cvt.rn.f64.s64"] = form<convert<double, int64_t>>();
+  f["cvt.f64.f32"] = form<convert<double, float>>();
+  f["cvt.rn.f32.f64"] = form<narrowed>();
   f["cvt.rzi.s64.f64"] = form<truncate>();
   f["cvt.rn.bf16x2.f32"] = form<pair<to_bf16>>();
   f["cvt.rn.f16x2.f32"] = form<pair<to_f16>>();

@@ -3,7 +3,9 @@
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <random>
+#include <tuple>
 #include <type_traits>
 
 #include "../../csrc/cpu/backend.h"
@@ -93,15 +95,32 @@ void run_here(int64_t count, void (*body)(void*, int64_t), void* context) {
 }
 
 template <class T>
+struct Others {
+  Asked<T> emulated;
+  Answers<T> exact;  // the CPU's
+};
+
+// Remembered: they are the same for every module.
+template <class T>
+const Others<T>& ask_others(const Arithmetic& arithmetic, const Case& c) {
+  static std::map<std::tuple<const Arithmetic*, const Case*, std::string>, Others<T>> known;
+  const char* const order = std::getenv("PDDM_EMULATION_ORDER");
+  const auto [at, first_time] = known.try_emplace({&arithmetic, &c, order ? order : ""});
+  if (first_time) {
+    const Parallel alone{1, run_here};
+    const auto cpu = cpu::make_backend(std::is_same_v<T, double> ? Precision::float64 : Precision::float32, alone);
+    at->second = {ask_kernels<T>(arithmetic, c, nullptr), ask_for<T>(*cpu, c)};
+  }
+  return at->second;
+}
+
+template <class T>
 std::string difference_as(const Arithmetic& arithmetic, const Module& ptx, const Case& c) {
   setenv("PDDM_EMULATION_DEVICE", c.device, 1), setenv("PDDM_EMULATION_MULTIPROCESSORS", c.multiprocessors, 1);
   setenv("PDDM_WARPGROUPS", ptx.target == "sm_90a" ? "on" : "off", 1);
   const Asked<T> asked = ask_kernels<T>(arithmetic, c, &ptx);
-  const Asked<T> emulated_asked = ask_kernels<T>(arithmetic, c, nullptr);
-  const Answers<T>&got = asked.answers, &emulated = emulated_asked.answers;
-  const Parallel alone{1, run_here};
-  const auto cpu = cpu::make_backend(std::is_same_v<T, double> ? Precision::float64 : Precision::float32, alone);
-  const Answers<T> exact = ask_for<T>(*cpu, c);
+  const Others<T>& others_asked = ask_others<T>(arithmetic, c);
+  const Answers<T>&got = asked.answers, &emulated = others_asked.emulated.answers, &exact = others_asked.exact;
 
   // Only where sums round is between the emulation and the kernels; but of two numbers that differ in their last digit
   // one may be rounded up to an operand of the matrix instruction, and the other one down.
@@ -112,6 +131,7 @@ std::string difference_as(const Arithmetic& arithmetic, const Module& ptx, const
   };
   expect("scores differ from the CPU's", apart_or_nan(got.scores, exact.scores), tolerance);
   expect("scores differ from the emulation's", apart_or_nan(got.scores, emulated.scores), close);
+  expect("the loss's gradients differ from the CPU's", apart_or_nan(got.sloped, exact.sloped), 20 * tolerance);
   expect("gradients differ from the CPU's", apart_or_nan(got.gradient, exact.gradient), 20 * tolerance);
   expect("gradients differ from the emulation's", apart_or_nan(got.gradient, emulated.gradient), 20 * close);
   expect("listed scores differ from the emulation's", apart_or_nan(got.listed, emulated.listed), close);
@@ -121,23 +141,23 @@ std::string difference_as(const Arithmetic& arithmetic, const Module& ptx, const
   size_t others = 0;
   for (size_t e = 0; e < got.ranked.size(); ++e) others += got.ranked[e] != emulated.ranked[e];
   if (others > 1 + got.ranked.size() / 20) found += "other rows are the best; ";
-  if (asked.pairs_scored != emulated_asked.pairs_scored)
+  if (asked.pairs_scored != others_asked.emulated.pairs_scored)
     found += std::to_string(asked.pairs_scored) + " pairs are counted instead of " +
-             std::to_string(emulated_asked.pairs_scored) + "; ";
+             std::to_string(others_asked.emulated.pairs_scored) + "; ";
   return found;
 }
 
 // Sizes that fill no tile and those that fill them. On one multiprocessor large tiles are chosen where they are full,
 // u' of many outputs finds no room in shared memory, and the gallery of many rows comes in several chunks.
 const std::vector<Case> kPortable = {
-    {{1, 1, 1, 1, false}, "sm_80", "3"},          {{5, 3, 2, 4, true}, "sm_80", "3"},
-    {{33, 17, 40, 9, false}, "sm_80", "3"},       {{40, 33, 70, 67, true}, "sm_80", "3"},
-    {{9, 20, 12, 8, true, true}, "sm_80", "3"},   {{12, 8, 600, 8, false}, "sm_86", "1"},
-    {{20, 64, 128, 64, false}, "sm_90", "1"},     {{6, 140, 36, 150, true}, "sm_80", "132"},
-    {{16, 8, 250, 250, false}, "sm_80", "1"},     {{16, 20, 250, 250, true}, "sm_80", "1"},
-    {{16, 8, 450, 250, false}, "sm_80", "1"},     {{16, 36, 450, 250, true}, "sm_80", "1"},
-    {{30, 12, 120, 128, false}, "sm_80", "1"},    {{100, 8, 12, 8, false}, "sm_80", "1"},
-    {{1100, 8, 12, 8, false}, "sm_80", "1", true}};
+    {{1, 1, 1, 1, false}, "sm_80", "3"},        {{5, 3, 2, 4, true}, "sm_80", "3"},
+    {{33, 17, 40, 9, false}, "sm_80", "3"},     {{40, 33, 70, 67, true}, "sm_80", "3"},
+    {{9, 20, 12, 8, true, true}, "sm_80", "3"}, {{12, 8, 600, 8, false}, "sm_86", "1"},
+    {{20, 64, 128, 64, false}, "sm_90", "1"},   {{6, 140, 36, 150, true}, "sm_80", "132"},
+    {{16, 8, 250, 250, false}, "sm_80", "1"},   {{16, 20, 250, 250, true}, "sm_80", "1"},
+    {{16, 8, 450, 250, false}, "sm_80", "1"},   {{16, 36, 450, 250, true}, "sm_80", "1"},
+    {{30, 12, 120, 128, false}, "sm_80", "1"},  {{100, 72, 12, 8, false}, "sm_80", "1"},
+    {{2, 8, 1032, 8, false}, "sm_80", "1"},     {{1100, 8, 12, 8, false}, "sm_80", "1", true}};
 
 // On few multiprocessors, so that a cluster has several tiles one after the other.
 const std::vector<Case> kWarpgroups = {

@@ -23,7 +23,7 @@ std::string contents(const std::string& path);
 // Of an arithmetic: F32, F64, Tf32, Bf16 or F16.
 Module read_kernels(const std::string& arithmetic, const std::string& text);
 
-// What differs; empty: nothing does. Throws what the kernels throw.
+// What differs; empty: nothing does. Throws what the kernels throw. The case is one of `cases_for`.
 std::string difference(const std::string& arithmetic, const Module& module, const Case& c);
 
 }  // namespace pddm::ptx

@@ -10,8 +10,6 @@
 namespace pddm::ptx {
 namespace {
 
-void branch(Thread& thread, const Instruction& i) { thread.next = thread.kernel->code.data() + i.operands[0]; }
-void end(Thread& thread, const Instruction&) { thread.next = nullptr; }
 void trap(Thread& thread, const Instruction&) {
   throw Fault("the thread gives up" + (thread.printed.empty() ? "" : ", and prints: " + thread.printed));
 }
@@ -39,6 +37,9 @@ void print(Thread& thread, const Instruction& i) {
   }
 }
 
+// Of a thread; the tests' kernels end after some thousands.
+constexpr int kMostJumps = 1'000'000;
+
 uint32_t value_of(Special special) {
   switch (special) {
     case Special::tid_x: return threadIdx.x;
@@ -59,6 +60,7 @@ uint32_t value_of(Special special) {
 // What threads have is kept here, and not on their stacks: where one fails, the others never return from theirs.
 struct Call {
   const Kernel* kernel;
+  size_t shared_bytes;
   std::vector<unsigned char> parameters;
   std::vector<Thread> threads;
 };
@@ -67,7 +69,7 @@ struct Call {
 struct sigaction previous_action;
 void on_fault(int, siginfo_t*, void*) {
   if (Thread::at_memory) {
-    const std::string message = Thread::at_memory->text(*(Thread::at_memory->next - 1)) + std::string("\n");
+    const std::string message = Thread::at_memory->text(*Thread::at_memory->here) + std::string("\n");
     if (write(STDERR_FILENO, message.data(), message.size()) < 0) {
     }
   }
@@ -80,34 +82,43 @@ void run_thread(void* context) {
   Thread& thread =
       call.threads[threadIdx.x +
                    blockDim.x * (threadIdx.y + blockDim.y * (threadIdx.z + blockDim.z * emulation::cluster_rank()))];
-  const Instruction* const first = kernel.code.data();
-  thread.kernel = &kernel, thread.next = first;
+  thread.kernel = &kernel;
   thread.slots = kernel.initial, thread.parameters = call.parameters, thread.printed.clear();
+  thread.shared = emulation::shared_memory(), thread.shared_bytes = call.shared_bytes;
   thread.stored.clear(), thread.fenced.clear(), thread.products.clear(), thread.busy.clear();
-  thread.groups = 0;
+  thread.jumps = thread.groups = 0;
   thread.local.assign(kernel.local_bytes, 0xFF);
   for (const auto& [slot, special] : kernel.specials) thread.slots[slot] = value_of(special);
-  const Instruction* here = first;
   try {
-    while (thread.next) {
-      here = thread.next++;
+    for (const Instruction* here = kernel.code.data();; ++here) {
       if (here->guard != kNoGuard && thread.get<bool>(here->guard) == here->unless) continue;
-      if (!thread.products.empty()) thread.refuse_busy(*here);
-      kernel.executed[size_t(here - first)] = 1;
-      here->run(thread, *here);
+      const Instruction* const last = here + here->alike - 1;
+      if (!thread.products.empty())
+        for (thread.here = here; thread.here <= last; ++thread.here) thread.refuse_busy(*thread.here);
+      thread.here = here;
+      if (!here->executed)  // only then, so that the instructions stay clean in the processor's cache
+        for (const Instruction* i = here; i <= last; ++i) i->executed = true;
+      if (here->flow == Flow::end) return;
+      if (here->flow == Flow::jump) {
+        if (++thread.jumps > kMostJumps) throw Fault("the thread does not end");
+        here = kernel.code.data() + here->operands[0] - 1;
+      } else {
+        here->run(thread, *here);
+        here = last;
+      }
     }
   } catch (const Fault& fault) {
-    emulation::fail(std::string(thread.text(*here)) + ": " + fault.what());
+    emulation::fail(std::string(thread.text(*thread.here)) + ": " + fault.what());
   }
 }
 
 }  // namespace
 
-thread_local const Thread* Thread::at_memory = nullptr;
+__thread const Thread* Thread::at_memory = nullptr;
 
 const Form* find_form(const std::string& opcode) {
-  static const std::map<std::string, Form> all = [] {
-    std::map<std::string, Form> forms;
+  static const Forms all = [] {
+    Forms forms;
     add_arithmetic(forms), add_memory(forms), add_warp(forms), add_warpgroup(forms);
     add_control(forms);
     return forms;
@@ -116,9 +127,9 @@ const Form* find_form(const std::string& opcode) {
   return found == all.end() ? nullptr : &found->second;
 }
 
-void add_control(std::map<std::string, Form>& forms) {
-  forms["bra"] = forms["bra.uni"] = {branch, "L"};
-  forms["ret"] = {end, ""};
+void add_control(Forms& forms) {
+  forms["bra"] = forms["bra.uni"] = {nullptr, "L", 0, Flow::jump};
+  forms["ret"] = {nullptr, "", 0, Flow::end};
   forms["trap"] = {trap, ""};
   forms["call.uni"] = {print, ""};
 }
@@ -132,7 +143,7 @@ void launch(const Kernel& kernel, const emulation::Launch& where, const emulatio
   if (kernel.cluster && kernel.cluster != where.cluster)
     refuse("is for clusters of " + std::to_string(kernel.cluster) + " blocks");
   if (threads > kernel.max_threads) refuse("is for blocks of up to " + std::to_string(kernel.max_threads) + " threads");
-  Call call{&kernel, std::vector<unsigned char>(kernel.with_calls_bytes, 0xFF),
+  Call call{&kernel, where.shared_bytes, std::vector<unsigned char>(kernel.with_calls_bytes, 0xFF),
             std::vector<Thread>(size_t(threads) * std::max(where.cluster, 1u))};
   for (size_t p = 0; p < parameters.size(); ++p) {
     const Kernel::Parameter& declared = kernel.parameters[p];

@@ -11,43 +11,11 @@ std::string hexadecimal(uint64_t x) {
   return buffer;
 }
 
-unsigned char* Thread::memory(Space space, uint64_t address, size_t bytes, bool writes) {
-  if (address % bytes != 0)
-    throw Fault("the address " + hexadecimal(address) + " is not aligned to " + std::to_string(bytes) + " bytes");
-  if (space == Space::generic) {
-    space = address >> 60 == kSharedWindow >> 60  ? Space::shared
-            : address >> 60 == kLocalWindow >> 60 ? Space::local
-                                                  : Space::global;
-    if (space != Space::global) address &= (uint64_t(1) << 60) - 1;
-  }
-  const auto outside = [&](const char* of) {
-    return Fault("the address " + hexadecimal(address) + " is not in " + of);
-  };
-  switch (space) {
-    case Space::shared: {
-      unsigned char* const at = emulation::shared_memory() + (address - kSharedFirst);
-      if (address < kSharedFirst || address >= kLocalFirst || !emulation::is_shared(at, bytes))
-        throw outside("the block's shared memory");
-      if (writes && kernel->shows_stores) stored.emplace_back(uint32_t(address - kSharedFirst), uint32_t(bytes));
-      return at;
-    }
-    case Space::local:
-      if (address < kLocalFirst || address + bytes > kLocalFirst + kernel->local_bytes)
-        throw outside("the thread's local memory");
-      return local.data() + (address - kLocalFirst);
-    case Space::parameter:
-      if (address < kParameterFirst || address + bytes > kParameterFirst + kernel->with_calls_bytes)
-        throw outside("the kernel's parameters");
-      if (writes && address < kParameterFirst + kernel->parameter_bytes) throw Fault("the kernel's own parameters");
-      return parameters.data() + (address - kParameterFirst);
-    default: {
-      auto* const at = reinterpret_cast<unsigned char*>(address);
-      if (address < kGlobalFirst || address >= kGlobalEnd || emulation::is_shared(at, bytes))
-        throw outside("global memory");
-      at_memory = this;
-      return at;
-    }
-  }
+void Thread::refuse_alignment(uint64_t address, size_t bytes) {
+  throw Fault("the address " + hexadecimal(address) + " is not aligned to " + std::to_string(bytes) + " bytes");
+}
+void Thread::refuse_address(uint64_t address, const char* memory) {
+  throw Fault("the address " + hexadecimal(address) + " is not in " + memory);
 }
 
 namespace {
@@ -83,33 +51,32 @@ void store(Thread& thread, const Instruction& i) {
   }
 }
 
-using Forms = std::map<std::string, Form>;
-
-template <Space space, class T, int Count>
-void add_accesses(Forms& f, const std::string& where, const std::string& type) {
-  const char letter = std::is_same_v<T, float> ? 'f' : std::is_same_v<T, double> ? 'd' : 'x';
-  const std::string vector = Count == 1 ? "" : ".v" + std::to_string(Count);
-  const std::string registers = Count == 1 ? std::string(1, letter) : "{" + std::string(Count, letter) + "}";
-  f["ld" + where + vector + type] = {load<space, T, Count>, registers + "m", sizeof(T)};
-  if (space == Space::global) f["ld" + where + ".nc" + vector + type] = f["ld" + where + vector + type];
-  f["st" + where + vector + type] = {store<space, T, Count>, "m" + registers, sizeof(T)};
+void add_access(Forms& f, const char* space, const std::string& type, int count, char letter, size_t bytes,
+                Handler load, Handler store) {
+  const std::string vector = count == 1 ? "" : ".v" + std::to_string(count), where = space;
+  const std::string registers = count == 1 ? std::string(1, letter) : "{" + std::string(size_t(count), letter) + "}";
+  f["ld" + where + vector + type] = {load, registers + "m", bytes};
+  if (where == ".global") f["ld.global.nc" + vector + type] = {load, registers + "m", bytes};
+  f["st" + where + vector + type] = {store, "m" + registers, bytes};
 }
 template <Space space, class T>
-void add_vectors(Forms& f, const std::string& where, const std::string& type) {
-  add_accesses<space, T, 1>(f, where, type), add_accesses<space, T, 2>(f, where, type);
-  if constexpr (sizeof(T) <= 4) add_accesses<space, T, 4>(f, where, type);
+void add_accesses(Forms& f, const char* where, const char* type) {
+  const char letter = std::is_same_v<T, float> ? 'f' : std::is_same_v<T, double> ? 'd' : 'x';
+  const auto add = [&](int count, Handler load, Handler store) {
+    add_access(f, where, type, count, letter, sizeof(T), load, store);
+  };
+  add(1, load<space, T, 1>, store<space, T, 1>), add(2, load<space, T, 2>, store<space, T, 2>);
+  if constexpr (sizeof(T) <= 4) add(4, load<space, T, 4>, store<space, T, 4>);
 }
 template <Space space>
-void add_space(Forms& f, const std::string& where) {
-  add_vectors<space, uint8_t>(f, where, ".u8"), add_vectors<space, uint8_t>(f, where, ".b8");
-  add_vectors<space, int8_t>(f, where, ".s8");
-  add_vectors<space, uint16_t>(f, where, ".u16"), add_vectors<space, uint16_t>(f, where, ".b16");
-  add_vectors<space, int16_t>(f, where, ".s16");
-  add_vectors<space, uint32_t>(f, where, ".u32"), add_vectors<space, uint32_t>(f, where, ".b32");
-  add_vectors<space, int32_t>(f, where, ".s32");
-  add_vectors<space, uint64_t>(f, where, ".u64"), add_vectors<space, uint64_t>(f, where, ".b64");
-  add_vectors<space, int64_t>(f, where, ".s64");
-  add_vectors<space, float>(f, where, ".f32"), add_vectors<space, double>(f, where, ".f64");
+void add_space(Forms& f, const char* where) {
+  for (const char* type : {".u8", ".b8"}) add_accesses<space, uint8_t>(f, where, type);
+  for (const char* type : {".u16", ".b16"}) add_accesses<space, uint16_t>(f, where, type);
+  for (const char* type : {".u32", ".b32"}) add_accesses<space, uint32_t>(f, where, type);
+  for (const char* type : {".u64", ".b64"}) add_accesses<space, uint64_t>(f, where, type);
+  add_accesses<space, int8_t>(f, where, ".s8"), add_accesses<space, int16_t>(f, where, ".s16");
+  add_accesses<space, int32_t>(f, where, ".s32"), add_accesses<space, int64_t>(f, where, ".s64");
+  add_accesses<space, float>(f, where, ".f32"), add_accesses<space, double>(f, where, ".f64");
 }
 
 uint64_t* atomic(Thread& thread, const Instruction& i) {

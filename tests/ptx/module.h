@@ -1,11 +1,13 @@
 // What nvcc makes of a kernel, as text, decoded so that the emulation's threads (tests/emulation) can run it.
 //
 //   parse        text → Module: of each kernel its instructions, with operands as slots and labels as places
+//   share_slots  one slot for several registers, each of which is needed at other times than the others
 //   find_form    opcode, all of it → what runs it and which operands it takes; none: the instruction is refused
 //   launch       each thread interprets the kernel over slots of its own
 //
 // A slot holds 8 bytes: a register, a constant, a special register or a variable's address; so every operand is one.
-// Registers hold ones only, a NaN, before a thread writes to them.
+// Registers hold ones only, a NaN, before a thread writes to them. (nvcc writes to nearly every register once and has
+// thousands of them. With a slot for each a warp's would be megabytes, and fetching them most of what a test takes.)
 //
 // Shared, local and parameter memory have addresses of their own, which no host address equals; global memory has the
 // host's. An access in a state space that is not its address's is refused, and so is one that is not aligned.
@@ -18,6 +20,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "../emulation/emulation.h"
@@ -41,13 +44,20 @@ struct Thread;
 struct Instruction;
 using Handler = void (*)(Thread& thread, const Instruction& instruction);
 
+// Where a thread goes on: at the next instruction, at the place that the operand is, or nowhere.
+enum class Flow : uint8_t { on, jump, end };
+
 struct Instruction {
   Handler run;
   const uint32_t* operands;
   uint32_t guard;  // a slot; kNoGuard: always
   bool unless;     // the guard holds
-  // Slots that it reads or writes; none of a matrix instruction, which looks after its own.
-  const uint32_t *touched = nullptr, *touched_end = nullptr;
+  Flow flow;
+  uint8_t alike = 1;              // so many instructions are run by one call: this one and those after it
+  mutable bool executed = false;  // by whichever thread
+  // Slots that it reads or writes, from kernel.touched[touched] on; none of a matrix instruction of Hopper's, which
+  // looks after its own.
+  uint32_t touched = 0, touched_count = 0;
 };
 constexpr uint32_t kNoGuard = ~0u;
 
@@ -63,14 +73,16 @@ struct Form {
   Handler run;
   std::string operands;
   size_t bytes = 0;
+  Flow flow = Flow::on;
+  bool many = false;  // it runs all that are `alike`
 };
 const Form* find_form(const std::string& opcode);
-void add_arithmetic(std::map<std::string, Form>& forms);
-void add_memory(std::map<std::string, Form>& forms);
-void add_warp(std::map<std::string, Form>& forms);
-void add_control(std::map<std::string, Form>& forms);
-
-void add_warpgroup(std::map<std::string, Form>& forms);
+using Forms = std::unordered_map<std::string, Form>;
+void add_arithmetic(Forms& forms);
+void add_memory(Forms& forms);
+void add_warp(Forms& forms);
+void add_warpgroup(Forms& forms);
+void add_control(Forms& forms);
 
 enum class Special {
   tid_x,
@@ -101,8 +113,17 @@ struct Kernel {
   std::vector<uint32_t> operands, touched;
   std::vector<uint64_t> initial;  // slots
   std::vector<std::pair<uint32_t, Special>> specials;
-  mutable std::vector<uint8_t> executed;  // by whichever thread
 };
+
+// A slot among an instruction's operands. Kept: in use for longer than the instruction runs, and watched by itself.
+enum class Access : uint8_t { read, written, kept };
+struct Use {
+  uint32_t operand;
+  Access access;
+};
+// Of instruction i the uses first_use[i] to first_use[i + 1] − 1; `registers`: which of the slots are.
+void share_slots(Kernel& kernel, const std::vector<Use>& uses, const std::vector<size_t>& first_use,
+                 std::vector<bool> registers);
 
 struct Module {
   std::string target;  // the device's, as in sm_80
@@ -124,10 +145,13 @@ void launch(const Kernel& kernel, const emulation::Launch& where, const emulatio
 
 struct Thread {
   const Kernel* kernel;
-  const Instruction* next;  // null: it has ended
+  const Instruction* here;  // what it runs
   std::vector<uint64_t> slots;
   std::vector<unsigned char> parameters, local;
+  unsigned char* shared;  // of its block
+  size_t shared_bytes;
   std::string printed;
+  int jumps;
 
   // For Hopper: stores to shared memory that were not shown yet, as offsets and sizes; registers as they were at the
   // last wgmma.fence; and matrix instructions that were not waited for, with the registers that they have.
@@ -139,10 +163,11 @@ struct Thread {
   std::vector<uint64_t> fenced;
   std::vector<Product> products;
   std::vector<uint8_t> busy;  // slots, while there are products: kSum, kLeft
-  int groups = 0;
+  int groups;
   static constexpr uint8_t kSum = 1, kLeft = 2;
   void refuse_busy(const Instruction& instruction) const;
 
+  // Nobody reads more bytes of a slot than were written to it: the parser sees to that.
   template <class T>
   T get(uint32_t slot) const {
     T x;
@@ -152,7 +177,6 @@ struct Thread {
   template <class T>
   void put(uint32_t slot, T x) {
     static_assert(sizeof x <= 8, "a slot's");
-    slots[slot] = 0;
     std::memcpy(slots.data() + slot, &x, sizeof x);
   }
   // Where the memory is that an operand m names.
@@ -160,8 +184,11 @@ struct Thread {
     const int64_t offset = int32_t(operand[1]);
     return operand[2] ? uint32_t(get<uint32_t>(operand[0]) + offset) : get<uint64_t>(operand[0]) + uint64_t(offset);
   }
+  // Of a power of two of bytes.
   unsigned char* memory(Space space, uint64_t address, size_t bytes, bool writes);
-  static thread_local const Thread* at_memory;  // the last one that was at global memory
+  [[noreturn]] static void refuse_alignment(uint64_t address, size_t bytes);
+  [[noreturn]] static void refuse_address(uint64_t address, const char* memory);
+  static __thread const Thread* at_memory;  // the last one that was at global memory
   // For messages, and for the emulation to tell waiting lanes apart.
   const char* text(const Instruction& instruction) const {
     return kernel->text[size_t(&instruction - kernel->code.data())].c_str();
@@ -169,5 +196,54 @@ struct Thread {
 };
 
 std::string hexadecimal(uint64_t x);
+
+// Here so that of the space and the bytes, which every caller knows beforehand, nothing is left to look at.
+inline unsigned char* Thread::memory(Space space, uint64_t address, size_t bytes, bool writes) {
+  if (address & (bytes - 1)) refuse_alignment(address, bytes);
+  if (space == Space::generic) {
+    space = address >> 60 == kSharedWindow >> 60  ? Space::shared
+            : address >> 60 == kLocalWindow >> 60 ? Space::local
+                                                  : Space::global;
+    if (space != Space::global) address &= (uint64_t(1) << 60) - 1;
+  }
+  // Below `first` an offset is a very large one.
+  const auto within = [&](uint64_t first, size_t size) {
+    return address - first < size && size - (address - first) >= bytes;
+  };
+  switch (space) {
+    case Space::shared: {
+      if (!within(kSharedFirst, shared_bytes)) refuse_address(address, "the block's shared memory");
+      const uint64_t offset = address - kSharedFirst;
+      if (writes && kernel->shows_stores) stored.emplace_back(uint32_t(offset), uint32_t(bytes));
+      return shared + offset;
+    }
+    case Space::local:
+      if (!within(kLocalFirst, local.size())) refuse_address(address, "the thread's local memory");
+      return local.data() + (address - kLocalFirst);
+    case Space::parameter:
+      if (!within(kParameterFirst, parameters.size())) refuse_address(address, "the kernel's parameters");
+      if (writes && address < kParameterFirst + kernel->parameter_bytes) throw Fault("the kernel's own parameters");
+      return parameters.data() + (address - kParameterFirst);
+    default:
+      if (address - kGlobalFirst >= kGlobalEnd - kGlobalFirst ||
+          within(reinterpret_cast<uint64_t>(shared), shared_bytes))
+        refuse_address(address, "global memory");
+      at_memory = this;
+      return reinterpret_cast<unsigned char*>(address);
+  }
+}
+
+// Of f16, exactly. Its exponents are 112 less than a float's.
+inline float number_of_f16(uint32_t bits) {
+  const uint32_t size = (bits & 0x7fff) << 13, special = (bits & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+  float x;
+  std::memcpy(&x, &size, sizeof x);
+  x *= 0x1p112f;
+  uint32_t all;
+  std::memcpy(&all, &x, sizeof all);
+  all = (special ? special | size : all) | (bits & 0x8000) << 16;
+  std::memcpy(&x, &all, sizeof x);
+  return x;
+}
 
 }  // namespace pddm::ptx

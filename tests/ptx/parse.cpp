@@ -67,7 +67,7 @@ struct Name {
   Type type;  // of a register; kind v: a variable
   uint32_t slot;
 };
-using Names = std::map<std::string, Name>;
+using Names = std::unordered_map<std::string, Name>;
 
 constexpr struct {
   const char* name;
@@ -257,20 +257,20 @@ class Parser {
       if (found == labels_.end()) refuse(label.line, "the label '" + label.text + "' is nowhere");
       k.operands[operand] = found->second;
     }
-    first_touched_.push_back(k.touched.size());
-    for (size_t i = 0; i < k.code.size(); ++i) {
-      k.code[i].operands = k.operands.data() + firsts_[i];
-      k.code[i].touched = k.touched.data() + first_touched_[i];
-      k.code[i].touched_end = k.touched.data() + first_touched_[i + 1];
+    first_use_.push_back(uses_.size());
+    for (size_t i = k.code.size(); i-- > 0;) {
+      Instruction &here = k.code[i], *const next = &here + 1;
+      here.operands = k.operands.data() + firsts_[i];
+      if (many_[i] && many_[i + 1] && here.run == next->run) here.alike = uint8_t(std::min(next->alike + 1, 255));
     }
-    firsts_.clear(), first_touched_.clear();
-    k.executed.assign(k.code.size(), 0);
+    share_slots(k, uses_, first_use_, registers_);
+    firsts_.clear(), uses_.clear(), first_use_.clear(), many_.clear(), registers_.clear();
     const std::string name = k.name;
     if (!module_.kernels.emplace(name, std::move(k)).second) refuse(peek().line, "a second kernel '" + name + "'");
   }
 
-  uint32_t slot(uint64_t value) {
-    kernel_->initial.push_back(value);
+  uint32_t slot(uint64_t value, bool of_register = false) {
+    kernel_->initial.push_back(value), registers_.push_back(of_register);
     return uint32_t(kernel_->initial.size() - 1);
   }
   uint32_t constant(uint64_t value) {
@@ -320,7 +320,7 @@ class Parser {
       const bool numbered = accept("<");
       if (numbered) count = natural(), expect(">");
       for (size_t r = 0; r < count; ++r)
-        name(numbered ? called + std::to_string(r) : called, {of, slot(of.kind == 'p' ? 1 : ~uint64_t(0))});
+        name(numbered ? called + std::to_string(r) : called, {of, slot(of.kind == 'p' ? 1 : ~uint64_t(0), true)});
     } while (accept(","));
     expect(";");
   }
@@ -338,9 +338,9 @@ class Parser {
   void emit(const std::string& opcode, int line, uint32_t guard, bool unless) {
     const Form* const form = find_form(opcode);
     if (!form) refuse(line, "the instruction '" + text_ + "': '" + opcode + "' is not among those that are known");
-    firsts_.push_back(kernel_->operands.size()), first_touched_.push_back(kernel_->touched.size());
-    kernel_->code.push_back({form->run, nullptr, guard, unless});
-    if (guard != kNoGuard) kernel_->touched.push_back(guard);
+    firsts_.push_back(kernel_->operands.size()), first_use_.push_back(uses_.size());
+    kernel_->code.push_back({form->run, nullptr, guard, unless, form->flow});
+    many_.push_back(form->many && guard == kNoGuard);
     if (opcode.rfind("fence.proxy.async", 0) == 0) kernel_->shows_stores = true;
     kernel_->text.push_back("ptx, line " + std::to_string(line) + ": " + text_);
     form_ = form, opcode_ = opcode;
@@ -395,6 +395,7 @@ class Parser {
       const Token& token = next();
       const Name* const found = find(token.text);
       if (!found || found->type.kind != 'v') wrong(token.line, "'" + token.text + "' is no parameter");
+      uses_.push_back({uint32_t(kernel_->operands.size()), Access::read});
       kernel_->operands.push_back(found->slot);
     };
     expect("("), parameter(), expect(")"), expect(","), expect("vprintf"), expect(",");
@@ -426,11 +427,11 @@ class Parser {
   }
 
   void operand(char wanted, int line, bool written) {
-    std::vector<uint32_t>& out = kernel_->operands;
-    const size_t first = out.size();
+    const uint32_t first = uint32_t(kernel_->operands.size());
     push_operand(wanted, line, written);
-    if (std::strchr("phwlfdxm", wanted) && opcode_.rfind("wgmma.mma_async", 0) != 0)
-      kernel_->touched.push_back(out[first]);
+    if (!std::strchr("phwlfdxm", wanted)) return;
+    const bool products = opcode_.rfind("wgmma.mma_async", 0) == 0;
+    uses_.push_back({first, products ? Access::kept : written && wanted != 'm' ? Access::written : Access::read});
   }
   void push_operand(char wanted, int line, bool written) {
     std::vector<uint32_t>& out = kernel_->operands;
@@ -473,15 +474,15 @@ class Parser {
   }
 
   uint32_t of_name(const Token& token, Type wanted) {
-    for (const auto& s : kSpecials) {
-      if (token.text != s.name) continue;
-      if (wanted.bytes != 4) wrong(token.line, token.text + " has 4 bytes");
-      const uint32_t at = slot(0);
-      kernel_->specials.emplace_back(at, s.special);
-      return at;
-    }
     const Name* const found = find(token.text);
     if (!found) {
+      for (const auto& s : kSpecials) {
+        if (token.text != s.name) continue;
+        if (wanted.bytes != 4) wrong(token.line, token.text + " has 4 bytes");
+        const uint32_t at = slot(0);
+        kernel_->specials.emplace_back(at, s.special);
+        return at;
+      }
       const auto outside = variables_.find(token.text);
       if (outside == variables_.end()) wrong(token.line, "'" + token.text + "' is unknown");
       return address_of(token, outside->second, wanted);
@@ -557,15 +558,18 @@ class Parser {
   size_t at_ = 0;
   const HostVariable& host_variable_;
   Module module_;
-  std::map<std::string, uint64_t> variables_;  // of the module
+  std::unordered_map<std::string, uint64_t> variables_;  // of the module
 
   // Of the kernel that is being read.
   Kernel* kernel_ = nullptr;
   std::vector<Names> scopes_;
-  std::map<uint64_t, uint32_t> constants_;
-  std::map<std::string, uint32_t> labels_;
+  std::unordered_map<uint64_t, uint32_t> constants_;
+  std::unordered_map<std::string, uint32_t> labels_;
   std::vector<std::pair<size_t, Token>> jumps_;
-  std::vector<size_t> firsts_, first_touched_;  // operands and slots, of the instructions
+  std::vector<size_t> firsts_, first_use_;  // operands and uses, of the instructions
+  std::vector<Use> uses_;
+  std::vector<bool> many_;       // which instructions may be run with others
+  std::vector<bool> registers_;  // which slots are registers'
 
   // Of the instruction.
   std::string text_, opcode_;

@@ -190,6 +190,7 @@ void check_integers() {
       {"cvt.u64.u32", "lw", bits(-5), kNo, kNo, 0xfffffffb},
       {"cvt.u32.u64", "wl", 0x123456789a, kNo, kNo, 0x3456789a},
       {"cvt.u16.u32", "hw", 0x12345678, kNo, kNo, 0x5678},
+      {"cvt.u32.u16", "wh", 0x8765, kNo, kNo, 0x8765},
   };
   for (const Row& row : rows) check_row(row);
 
@@ -265,9 +266,16 @@ void check_floating() {
       {"mov.f32", "ff", bits(-0.0f), kNo, kNo, bits(-0.0f)},
       {"mov.f64", "dd", bits(-0.0), kNo, kNo, bits(-0.0)},
       {"cvt.rn.f32.s16", "fh", 0xfffe, kNo, kNo, bits(-2.0f)},
+      {"cvt.rn.f32.s32", "fw", bits(-0x1000001), kNo, kNo, bits(-0x1p24f)},
+      {"cvt.rn.f32.s64", "fl", bits(0x1000003L), kNo, kNo, bits(0x1p24f + 4)},
       {"cvt.rn.f64.s16", "dh", 0xfffe, kNo, kNo, bits(-2.0)},
+      {"cvt.rn.f64.s32", "dw", bits(-7), kNo, kNo, bits(-7.0)},
       {"cvt.rn.f64.s64", "dl", (uint64_t(1) << 53) + 1, kNo, kNo, bits(0x1p53)},
       {"cvt.rn.f64.s64", "dl", bits(-7L), kNo, kNo, bits(-7.0)},
+      {"cvt.f64.f32", "df", bits(-0x1p-149f), kNo, kNo, bits(-0x1p-149)},
+      {"cvt.rn.f32.f64", "fd", bits(1 + 0x1p-24), kNo, kNo, bits(1.0f)},
+      {"cvt.rn.f32.f64", "fd", bits(1 + 3 * 0x1p-24), kNo, kNo, bits(1 + 0x1p-22f)},
+      {"cvt.rn.f32.f64", "fd", bits(kWideNaN), kNo, kNo, kCanonical},
       {"cvt.rzi.s64.f64", "ld", bits(-2.9), kNo, kNo, bits(-2L)},
       {"cvt.rzi.s64.f64", "ld", bits(2.9), kNo, kNo, 2},
       {"cvt.rzi.s64.f64", "ld", bits(1e30), kNo, kNo, 0x7fffffffffffffff},
@@ -321,6 +329,19 @@ void check_floating() {
 }
 
 // --- Memory ----------------------------------------------------------------------------------------------------------
+
+// Registers that share a slot find nothing of each other's, and one that nobody has written to holds ones.
+void check_registers() {
+  const Ran ran =
+      run("mov.u32 %r1, 7;\nst.global.u32 [%to], %r1;\nmov.u32 %r2, 8;\nst.global.u32 [%to+4], %r2;\n"
+          "setp.ne.s32 %p1, %r2, 8;\n@%p1 mov.u32 %r3, 9;\nst.global.u32 [%to+8], %r3;\n"
+          "mov.u32 %r5, 0;\nmov.u32 %r6, 0;\n"
+          "again:\nadd.s32 %r7, %r6, 1;\nmov.u32 %r6, %r7;\nadd.s32 %r8, %r5, %r7;\nmov.u32 %r5, %r8;\n"
+          "setp.lt.s32 %p2, %r6, 4;\n@!%p2 bra done;\nbra again;\ndone:\nst.global.u32 [%to+12], %r5;");
+  CHECK(ran.error.empty() && ran.words[0] == 0x800000007 && ran.words[1] == 0xaffffffff, "registers: %s, %s, %s",
+        ran.error.c_str(), ptx::hexadecimal(ran.words[0]).c_str(), ptx::hexadecimal(ran.words[1]).c_str());
+  expect_refused("a loop without an end", run("again:\nbra again;"), "the thread does not end");
+}
 
 void check_memory() {
   Ran ran =
@@ -732,6 +753,7 @@ void check_text() {
 int main() {
   check_integers();
   check_floating();
+  check_registers();
   check_memory();
   check_accesses();
   check_copies();

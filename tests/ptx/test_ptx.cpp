@@ -20,7 +20,8 @@ int main(int count, char** arguments) {
     CHECK(found.empty(), "%s", found.c_str());
   }
   for (const auto& [name, kernel] : module.kernels) {
-    const auto executed = std::count(kernel.executed.begin(), kernel.executed.end(), 1);
+    const auto executed =
+        std::count_if(kernel.code.begin(), kernel.code.end(), [](const auto& i) { return i.executed; });
     std::printf("%5zd of %5zu instructions: %s\n", size_t(executed), kernel.code.size(), name.c_str());
     // Of a module with warpgroups those that are without are another test's.
     if (module.target == "sm_90a" && name.find("hopper") == std::string::npos) continue;

@@ -51,13 +51,7 @@ float float_of(uint32_t bits) {
   return x;
 }
 double number_of_bf16(uint32_t bits) { return float_of(bits << 16); }
-double number_of_f16(uint32_t bits) {
-  const int exponent = int(bits >> 10 & 31), digits = int(bits & 0x3ff);
-  const double size = exponent == 31 ? (digits ? NAN : INFINITY)
-                      : exponent     ? std::ldexp(1024 + digits, exponent - 25)
-                                     : std::ldexp(digits, -24);
-  return bits >> 15 & 1 ? -size : size;
-}
+double number_of_half(uint32_t bits) { return number_of_f16(bits); }
 // Numbers that were never rounded to tf32 are none.
 double number_of_tf32(uint32_t bits) {
   const float x = float_of(bits);
@@ -68,42 +62,46 @@ double number_of_tf32(uint32_t bits) {
 // d[4], a[4], b[2], c[4]: d (16 × 8) = a (16 × Depth) · b (Depth × 8) + c. Products are exact and so, but for the last
 // digits of a double, are sums before they are rounded once: the manual leaves order and precision of sums open.
 template <int Depth, double (*number)(uint32_t)>
-void multiply(Thread& thread, const Instruction& i) {
+void multiply_warp(void* const* lanes, unsigned which) {
   constexpr int kPerRegister = Depth / 8, kBits = 32 / kPerRegister;
-  meet_all(thread, i, [](void* const* lanes, unsigned) {
-    double a[16][Depth], b[Depth][8];
-    for (unsigned l = 0; l < kLanes; ++l) {
-      const Lane& from = lane(lanes, l);
-      const uint32_t* const operands = from.instruction->operands;
-      const int group = int(l / 4), in_group = int(l % 4);
-      const auto element = [&](uint32_t slot, int e) {
-        return number(from.thread->get<uint32_t>(slot) >> (e % kPerRegister * kBits) & (~0u >> (32 - kBits)));
-      };
-      for (int e = 0; e < 4 * kPerRegister; ++e) {
-        const int r = e / kPerRegister, within = e % kPerRegister;
-        const int row = r % 2 == 0 ? group : group + 8;
-        const int column = in_group * kPerRegister + within + (r < 2 ? 0 : Depth / 2);
-        a[row][column] = element(operands[4 + r], e);
-      }
-      for (int e = 0; e < 2 * kPerRegister; ++e) {
-        const int r = e / kPerRegister, within = e % kPerRegister;
-        b[in_group * kPerRegister + within + (r == 0 ? 0 : Depth / 2)][group] = element(operands[8 + r], e);
-      }
+  double a[16][Depth], b[Depth][8];
+  for (unsigned l = 0; l < kLanes; ++l) {
+    Thread& from = *lane(lanes, l).thread;
+    from.here = lane(lanes, l).instruction + which;
+    const int group = int(l / 4), column = int(l % 4) * kPerRegister;
+    const auto numbers = [&](int operand, const auto& put) {
+      const uint32_t bits = from.get<uint32_t>(from.here->operands[operand]);
+      for (int e = 0; e < kPerRegister; ++e) put(e, number(bits >> e * kBits & (~0u >> (32 - kBits))));
+    };
+    for (int r = 0; r < 4; ++r)
+      numbers(4 + r, [&](int e, double x) { a[group + r % 2 * 8][column + e + r / 2 * (Depth / 2)] = x; });
+    for (int r = 0; r < 2; ++r) numbers(8 + r, [&](int e, double x) { b[column + e + r * (Depth / 2)][group] = x; });
+  }
+  double sums[16][8] = {};
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < Depth; ++k)
+      for (int column = 0; column < 8; ++column) sums[row][column] += a[row][k] * b[k][column];
+  for (unsigned l = 0; l < kLanes; ++l) {
+    Thread& to = *lane(lanes, l).thread;
+    const uint32_t* const operands = to.here->operands;
+    for (int e = 0; e < 4; ++e) {
+      const double sum = sums[l / 4 + (e < 2 ? 0 : 8)][l % 4 * 2 + e % 2];
+      const float x = float(sum + double(to.get<float>(operands[10 + e])));
+      to.put<float>(operands[e], x == x ? x : float_of(0x7fffffff));
     }
-    double sums[16][8] = {};
-    for (int row = 0; row < 16; ++row)
-      for (int k = 0; k < Depth; ++k)
-        for (int column = 0; column < 8; ++column) sums[row][column] += a[row][k] * b[k][column];
-    for (unsigned l = 0; l < kLanes; ++l) {
-      const Lane& to = lane(lanes, l);
-      const uint32_t* const operands = to.instruction->operands;
-      for (int e = 0; e < 4; ++e) {
-        const double sum = sums[l / 4 + (e < 2 ? 0 : 8)][l % 4 * 2 + e % 2];
-        const float x = float(sum + double(to.thread->get<float>(operands[10 + e])));
-        to.thread->put<float>(operands[e], x == x ? x : float_of(0x7fffffff));
-      }
-    }
-  });
+  }
+}
+
+// Those that follow each other at one meeting: nothing but the registers is theirs, and a meeting takes longer.
+template <int Depth, double (*number)(uint32_t)>
+Form multiply() {
+  const Handler run = [](Thread& thread, const Instruction& i) {
+    meet_all(thread, i, [](void* const* lanes, unsigned) {
+      const unsigned count = lane(lanes, 0).instruction->alike;
+      for (unsigned which = 0; which < count; ++which) multiply_warp<Depth, number>(lanes, which);
+    });
+  };
+  return {run, "{ffff}{wwww}{ww}{ffff}", 0, Flow::on, true};
 }
 
 // --- Registers of other lanes ----------------------------------------------------------------------------------------
@@ -183,17 +181,16 @@ void barrier(Thread& thread, const Instruction& i) {
 
 }  // namespace
 
-void add_warp(std::map<std::string, Form>& f) {
+void add_warp(Forms& f) {
   f["ldmatrix.sync.aligned.m8n8.x1.shared.b16"] = {load_matrices<1, false>, "{w}m"};
   f["ldmatrix.sync.aligned.m8n8.x2.shared.b16"] = {load_matrices<2, false>, "{ww}m"};
   f["ldmatrix.sync.aligned.m8n8.x4.shared.b16"] = {load_matrices<4, false>, "{wwww}m"};
   f["ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16"] = {load_matrices<1, true>, "{w}m"};
   f["ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16"] = {load_matrices<2, true>, "{ww}m"};
   f["ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"] = {load_matrices<4, true>, "{wwww}m"};
-  const char* const fragments = "{ffff}{wwww}{ww}{ffff}";
-  f["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] = {multiply<16, number_of_bf16>, fragments};
-  f["mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"] = {multiply<16, number_of_f16>, fragments};
-  f["mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"] = {multiply<8, number_of_tf32>, fragments};
+  f["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] = multiply<16, number_of_bf16>();
+  f["mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"] = multiply<16, number_of_half>();
+  f["mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"] = multiply<8, number_of_tf32>();
   f["shfl.sync.up.b32"] = {shuffle<Shuffle::up>, "w|pwwww"};
   f["shfl.sync.down.b32"] = {shuffle<Shuffle::down>, "w|pwwww"};
   f["shfl.sync.bfly.b32"] = {shuffle<Shuffle::butterfly>, "w|pwwww"};

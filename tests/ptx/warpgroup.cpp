@@ -98,38 +98,26 @@ void show(Thread& thread, const Instruction&) {
 
 // --- The matrix instruction ------------------------------------------------------------------------------------------
 
-double number_of(bool half, uint32_t bits) {
-  if (!half) {
+// Products are exact and so, but for the last digits of a double, are their sums, rounded once.
+template <bool half>
+void multiply(float* product, const uint16_t* a, const uint16_t* b, unsigned columns) {
+  const auto number = [](uint32_t bits) -> double {
+    if (half) return number_of_f16(bits);
     float x;
     bits <<= 16;
     std::memcpy(&x, &bits, sizeof x);
     return x;
-  }
-  const int exponent = int(bits >> 10 & 31), digits = int(bits & 0x3ff);
-  const double size = exponent == 31 ? (digits ? NAN : INFINITY)
-                      : exponent     ? std::ldexp(1024 + digits, exponent - 25)
-                                     : std::ldexp(digits, -24);
-  return bits >> 15 ? -size : size;
-}
-
-// Products are exact and so, but for the last digits of a double, are their sums, rounded once.
-template <bool half>
-void multiply(float* product, const uint16_t* a, const uint16_t* b, unsigned columns) {
-  static const std::vector<double> numbers = [] {
-    std::vector<double> all(1 << 16);
-    for (uint32_t bits = 0; bits < all.size(); ++bits) all[bits] = number_of(half, bits);
-    return all;
-  }();
-  std::vector<double> right(columns * 16);
-  for (size_t e = 0; e < right.size(); ++e) right[e] = numbers[b[e]];
+  };
+  double right[16][256], sums[256];
+  for (unsigned column = 0; column < columns; ++column)
+    for (unsigned k = 0; k < 16; ++k) right[k][column] = number(b[column * 16 + k]);
   for (unsigned row = 0; row < 16; ++row) {
-    double left[16];
-    for (unsigned k = 0; k < 16; ++k) left[k] = numbers[a[row * 16 + k]];
-    for (unsigned column = 0; column < columns; ++column) {
-      double sum = 0;
-      for (unsigned k = 0; k < 16; ++k) sum += left[k] * right[column * 16 + k];
-      product[row * columns + column] = float(sum);
+    std::fill(sums, sums + columns, 0);
+    for (unsigned k = 0; k < 16; ++k) {
+      const double left = number(a[row * 16 + k]);
+      for (unsigned column = 0; column < columns; ++column) sums[column] += left * right[k][column];
     }
+    for (unsigned column = 0; column < columns; ++column) product[row * columns + column] = float(sums[column]);
   }
 }
 
@@ -194,8 +182,6 @@ void wait(Thread& thread, const Instruction& i) {
   for (const Thread::Product& product : thread.products) mark_busy(thread, product);
 }
 
-using Forms = std::map<std::string, Form>;
-
 template <bool half, int Columns>
 void add_multiply(Forms& f) {
   const std::string type = half ? ".f16" : ".bf16", sums = "{" + std::string(Columns / 2, 'f') + "}";
@@ -207,7 +193,8 @@ void add_multiply(Forms& f) {
 }  // namespace
 
 void Thread::refuse_busy(const Instruction& instruction) const {
-  for (const uint32_t* slot = instruction.touched; slot != instruction.touched_end; ++slot)
+  const uint32_t* const first = kernel->touched.data() + instruction.touched;
+  for (const uint32_t* slot = first; slot < first + instruction.touched_count; ++slot)
     if (busy[*slot]) throw Fault("a register of a product on its way: " + std::string(text(*products[0].instruction)));
 }
 
