@@ -1,4 +1,4 @@
-"""What mining should cost on a GPU, by the instructions of its main loops: the table of predictions in docs/gpu.md.
+"""What mining and the way back should cost on a GPU, by instructions and bytes: the predictions in docs/gpu.md.
 
 python bench/predict.py --sass build/cuda    read what make cuda has built, keep the counts, and write the page
 python bench/predict.py                      write the page from what is kept
@@ -32,6 +32,7 @@ class Gpu:
         matrix: multiply-adds a cycle of a multiprocessor, bfloat16 with float32 sums.
         reached: the share of them that instructions of a warp reach; those of four warps reach all.
         second: bytes a cycle that the second-level cache gives to each multiprocessor.
+        memory: bytes a second.
     """
 
     arch: str
@@ -41,6 +42,7 @@ class Gpu:
     matrix: int
     reached: float
     second: float
+    memory: float
 
     @property
     def flops(self) -> float:
@@ -48,12 +50,12 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("sm_80", "A100 SXM", 108, 1.41, 1024, 1.0, 5120 / 108),
+    Gpu("sm_80", "A100 SXM", 108, 1.41, 1024, 1.0, 5120 / 108, 2.039e12),
     # The second-level cache's rate is not in the paper: taken to be an A100's, for each multiprocessor.
-    Gpu("sm_86", "RTX A6000", 84, 1.80, 512, 1.0, 5120 / 108),
+    Gpu("sm_86", "RTX A6000", 84, 1.80, 512, 1.0, 5120 / 108, 0.768e12),
     # mma.sync stops near 0.62 of wgmma's rate (Luo et al., arXiv 2402.13499); the cache is taken to give as many bytes
     # a cycle as an A100's.
-    Gpu("sm_90a", "H100 SXM", 132, 1.83, 2048, 0.62, 5120 / 132),
+    Gpu("sm_90a", "H100 SXM", 132, 1.83, 2048, 0.62, 5120 / 132, 3.35e12),
 )
 #: Bytes a cycle of shared memory; schedulers; instructions of an epilogue for each output.
 SHARED, SCHEDULERS, EPILOGUE = 128, 4, 6
@@ -61,6 +63,10 @@ SHARED, SCHEDULERS, EPILOGUE = 128, 4, 6
 DEEP, ROW = 32, 64
 #: Rows and widths, as bench/test_cuda.py has them.
 CASES = ((4096, 512), (4096, 384), (4096, 256), (8192, 128), (8192, 64))
+BACKWARD = (2048, 512)
+#: Rows of d numbers that the kernels between the products read or write for each pair: u and v' made 2, u' to unit norm
+#: 2, dC 2, through the norms 6, added to the rows 4.
+BETWEEN = 16
 
 
 @dataclass(frozen=True)
@@ -136,13 +142,16 @@ def counts(build: Path) -> dict[str, dict[str, list[list[float]]]]:
     return found
 
 
-def share(gpu: Gpu, loops: dict[str, Any], cluster: bool, n: int, dim: int) -> float | None:
-    """Of the paper's rate, by the best shape."""
+def forward(gpu: Gpu, loops: dict[str, Any], cluster: bool, n: int, dim: int) -> float | None:
+    """Seconds, by the best shape."""
     there = [s for s in SHAPES if s.cluster == cluster and gpu.arch in loops.get(s.key, {})]
-    if not there:
-        return None
-    least = min(shape.seconds(gpu, loops[shape.key][gpu.arch], n, dim) for shape in there)
-    return operations(n, dim) / least / gpu.flops
+    return min((shape.seconds(gpu, loops[shape.key][gpu.arch], n, dim) for shape in there), default=None)
+
+
+def backward(gpu: Gpu, n: int, dim: int) -> float:
+    """Seconds, of all pairs: products recomputed, of the inputs and of the weights, and the bytes between them."""
+    products = 3 * operations(n, dim) / (gpu.flops * gpu.reached)
+    return products + n * (n + 1) / 2 * BETWEEN * dim * 2 / gpu.memory
 
 
 def operations(n: int, dim: int) -> float:
@@ -160,8 +169,11 @@ def table() -> str:
         "|---" * (len(columns) + 3) + "|",
     ]
     for n, dim in CASES:
-        shares = [share(gpu, loops, cluster, n, dim) for gpu, cluster in columns]
-        cells = ["-" if of is None else f"{of:.0%}" for of in shares]
+        took_of = [forward(gpu, loops, cluster, n, dim) for gpu, cluster in columns]
+        cells = [
+            "-" if of is None else f"{operations(n, dim) / of / gpu.flops:.0%}"
+            for of, (gpu, _) in zip(took_of, columns, strict=True)
+        ]
         row = next((r for what, r in run.items() if f"n={n}, d=h=m={dim}," in what), None)
         if row is None:
             cells += ["", ""]
@@ -169,6 +181,20 @@ def table() -> str:
             took = row["milliseconds"]
             cells += [f"{operations(n, dim) / took[k] * 1e3 / GPUS[-1].flops:.0%}" for k in ("portable", "ours")]
         lines.append(f"| {n}, {dim} | {' | '.join(cells)} |")
+    n, dim = BACKWARD
+    lines += [
+        "",
+        f"| backward of `score_matrix`, n={n}, d=h=m={dim} | ms | over the portable forward | over Hopper's |",
+        "|---|---|---|---|",
+    ]
+    for gpu in GPUS:
+        back = backward(gpu, n, dim)
+        over = [forward(gpu, loops, cluster, n, dim) for cluster in (False, True)]
+        cells = ["-" if of is None else f"{back / of:.1f}" for of in over]
+        lines.append(f"| {gpu.name} | {back * 1e3:.0f} | {' | '.join(cells)} |")
+    row = next((row["milliseconds"] for row in cuda["rows"] if "`score_matrix` backward" in row["what"]), None)
+    if row is not None:
+        lines.append(f"| measured | {row['ours']:.0f} |  | {row['ours'] / row['forward']:.1f} |")
     return "\n".join([*lines, "", f"Measured on an {cuda['processor']}, {cuda['date']}; all others are predicted."])
 
 

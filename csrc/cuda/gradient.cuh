@@ -27,7 +27,7 @@ namespace pddm::cuda {
 
 // Bytes of a chunk's buffers and pairs in it, at most: of a list; and of a matrix, beside whose scores more memory is
 // little, and whose chunks give every product as many blocks as fill a device.
-constexpr int64_t kListBytes = 20 << 20, kListPairs = 2048, kMatrixBytes = 96 << 20, kMatrixPairs = 8192;
+constexpr int64_t kListBytes = 20 << 20, kListPairs = 2048, kMatrixBytes = 96 << 20, kMatrixPairs = 16384;
 // Bytes of A and dA beside a list, at most.
 constexpr int64_t kByRowsBytes = 16 << 20;
 // Of a product with few outputs: blocks that fill the device, and the least inputs that are worth one.
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kGradientThreads)
 constexpr int kNoRow = 0x7fffffff;
 template <class A>
 __device__ __forceinline__ int row_of_end(const Chunk<A>& chunk, int end) {
-  const int row = (end % 2 ? chunk.j : chunk.i)[end / 2];
+  const int* const rows = end % 2 ? chunk.j : chunk.i;  // apart: GCC's sanitizer would index by nothing
+  const int row = rows[end / 2];
   return row < 0 ? kNoRow : row;
 }
 
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kGradientThreads)
                      int hidden, int count, const __grid_constant__ Chunk<A> chunk) {
   using Real = typename A::Real;
   using Number = Kept<A>;
-  constexpr int kUnrolled = Beside == 1 ? 4 : 2;
+  [[maybe_unused]] constexpr int kUnrolled = Beside == 1 ? 4 : 2;
   PDDM_PAIR_OF_WARP(count)
   const int64_t i = chunk.i[pair], j = chunk.j[pair];
   const bool there = i >= 0;
@@ -215,7 +216,7 @@ template <class A, int Beside>
 __global__ void __launch_bounds__(kGradientThreads)
     unit_norms_kernel(int hidden, int branches, int count, const __grid_constant__ Chunk<A> chunk) {
   using Real = typename A::Real;
-  constexpr int kUnrolled = Beside == 1 ? 4 : 2;
+  [[maybe_unused]] constexpr int kUnrolled = Beside == 1 ? 4 : 2;
   PDDM_PAIR_OF_WARP(count)
   for (int branch = 0; branch < branches; ++branch) {
     Kept<A>* const x = chunk.x + (int64_t(pair) * 2 + branch) * hidden;
