@@ -111,6 +111,24 @@ def test_where_a_score_or_a_row_is_not_a_number_neither_is_the_loss():
         assert loss(feats * torch.nan, quads).isnan()
 
 
+@pytest.mark.parametrize("upstream", [1.0, math.inf, math.nan])
+@pytest.mark.parametrize("rows", [[[1, math.nan], [1, 0], [-1, 0], [1, 0.1]], [[1, 0], [1, 0], [-1, 0], [1, 0.1]]])
+def test_what_is_no_number_spreads_as_in_the_plain_loss(rows, upstream):
+    """To named rows alone, and not through hinges that are shut: of the second rows only l's is open."""
+    one = partial(torch.tensor, device=DEVICE)
+    quads = pddm_ext.Quadruplets(
+        *(one([at, -1]) for at in range(4)), *(one([s, 0.0]) for s in (0.1, 0.2, 0.3)), valid=one([True, False])
+    )
+    feats = torch.cat([one(rows), one([[3.0, 4.0]])])  # the last one is nobody's
+    found, wanted = [], []
+    for loss, gradients in ((pddm_ext.QuadrupletLoss(), found), (reference.QuadrupletLoss(), wanted)):
+        x, q = leaves(feats, quads)
+        gradients += torch.autograd.grad(loss(x, q), [x, q.s_ij, q.s_ik, q.s_jl], one(upstream))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert found[0][4].tolist() == [0, 0]
+
+
 def test_at_zero_a_row_has_the_gradient_that_normalising_has():
     feats, quads = make_features(6, 3, dtype=torch.float64), make_unit(3).double()
     feats[0] = 0

@@ -315,9 +315,8 @@ struct PickedTensors {
         s_ik(dense(s_ik, rows.scalar_type())),
         s_jl(dense(s_jl, rows.scalar_type())),
         valid(dense(valid, ScalarType::Bool)),
-        call(rows, false) {
+        call(scored(rows), false) {
     const int64_t slots = valid.numel(), n = rows.size(0);
-    STD_TORCH_CHECK(rows.scalar_type() == call.dtype, "pddm: scores must be float32 or float64");
     for (const Tensor* t : {&this->i, &this->j, &this->k, &this->l, &this->s_ij, &this->s_ik, &this->s_jl})
       STD_TORCH_CHECK(t->numel() == slots && same_device(*t, rows),
                       "pddm: the fields of quadruplets must be of one length, on the features' device");
@@ -337,6 +336,14 @@ struct PickedTensors {
       for (const int64_t* row : {picked.i, picked.j, picked.k, picked.l})
         STD_TORCH_CHECK(!picked.valid[q] || (row[q] >= 0 && row[q] < n), "pddm: quadruplet ", q, " has row ", row[q],
                         ", out of range for ", n, " rows");
+  }
+
+ private:
+  static const Tensor& scored(const Tensor& rows) {
+    const ScalarType dtype = rows.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                    "pddm: scores must be float32 or float64");
+    return rows;
   }
 };
 
@@ -405,11 +412,9 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.impl("score_pairs_backward", TORCH_BOX(&pddm::score_pairs_backward));   \
   m.impl("score_matrix_backward", TORCH_BOX(&pddm::score_matrix_backward)); \
   m.impl("quadruplet_loss", TORCH_BOX(&pddm::quadruplet_loss));             \
-  m.impl("quadruplet_loss_backward", TORCH_BOX(&pddm::quadruplet_loss_backward));
+  m.impl("quadruplet_loss_backward", TORCH_BOX(&pddm::quadruplet_loss_backward))
 
-STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m){PDDM_KERNELS(m)}
+STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m) { PDDM_KERNELS(m); }
 #if defined(PDDM_CUDA) && !defined(PDDM_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(pddm, CUDA, m) {
-  PDDM_KERNELS(m)
-}
+STABLE_TORCH_LIBRARY_IMPL(pddm, CUDA, m) { PDDM_KERNELS(m); }
 #endif

@@ -56,9 +56,9 @@ class CudaBackend final : public Backend {
   void quadruplet_loss_backward(const Rows& rows, int64_t dim, const Picked& quads, double embedding_weight,
                                 const void* upstream, const uint8_t* open, void* d_rows, void* d_s_ij, void* d_s_ik,
                                 void* d_s_jl) const override {
-    const auto slopes = [](void* to) { return static_cast<Real*>(to); };
+    const auto reals = [](void* to) { return static_cast<Real*>(to); };
     cuda::quadruplet_loss_backward(context_, rows, dim, quads, embedding_weight, static_cast<const Real*>(upstream),
-                                   open, slopes(d_rows), {slopes(d_s_ij), slopes(d_s_ik), slopes(d_s_jl)});
+                                   open, reals(d_rows), {reals(d_s_ij), reals(d_s_ik), reals(d_s_jl)});
   }
 
  private:

@@ -7,10 +7,9 @@
 // and backward:
 //
 //     scales_kernel   a warp for each row: 1 / ‖x‖; the last block counts the valid quadruplets
-//     slopes_kernel   a thread for each quadruplet: the gradients of its scores, and which rows its distances move
-//     rows_kernel     a block for each row: each warp adds up what a run of the quadruplets does to it, and the runs
-//     are
-//                     added up in order; then back through the row's norm
+//     slopes_kernel   a thread for each quadruplet: the gradients of its scores, and which rows it names
+//     rows_kernel     a block for each row: each warp adds up what a run of the quadruplets does to it, and what the
+//                     runs do is added up in order; then back through the row's norm
 //
 // Quadruplets that are not valid name no row that is looked at.
 #pragma once
@@ -31,14 +30,15 @@ __device__ inline void refuse_quadruplet(int64_t at, int64_t row, int64_t rows) 
 struct Four {
   int64_t row[4];
 
-  __device__ Four(const Picked& quads, int64_t q, int64_t n) : row{quads.i[q], quads.j[q], quads.k[q], quads.l[q]} {
+  __device__ Four(const Picked& quads, int64_t q) : row{quads.i[q], quads.j[q], quads.k[q], quads.l[q]} {}
+  __device__ void check(int64_t q, int64_t n) const {
     for (const int64_t r : row)
       if (r < 0 || r >= n) refuse_quadruplet(q, r, n);
   }
 };
 
 template <class Real>
-struct Hinges {
+struct MarginsAs {
   Real alpha, beta, weight;
 };
 
@@ -53,14 +53,16 @@ __device__ __forceinline__ Real open_hinge(Real x, Hinge which, unsigned& open) 
 template <class Real>
 __global__ void __launch_bounds__(kLossThreads)
     values_kernel(const Real* x, int64_t n, int dim, const __grid_constant__ Picked quads,
-                  const __grid_constant__ Hinges<Real> margins, Real* values, uint8_t* opened) {
+                  const __grid_constant__ MarginsAs<Real> margins, Real* values, uint8_t* opened) {
   const int64_t q = int64_t(blockIdx.x) * kLossWarps + warp_index();
   if (q >= quads.slots) return;
   const int lane = lane_index();
   Real value = 0;
   unsigned open = 0;
   if (quads.valid[q]) {
-    const Four four(quads, q, n);
+    const Four four(quads, q);
+    if (lane == 0) four.check(q, n);
+    __syncwarp();
     const Real* rows[4];
     Real scale[4];
 #pragma unroll
@@ -121,10 +123,15 @@ __global__ void __launch_bounds__(kLossThreads)
   if (threadIdx.x == 0) *loss = Real(sum / double(count));
 }
 
+// The quadruplets that name a row are among [~not_first, end), which only grows; { 0, 0 } where there is none.
+struct Span {
+  Word not_first, end;
+};
+
 template <class Real>
 __global__ void __launch_bounds__(kLossThreads)
-    scales_kernel(const Real* x, int64_t n, int dim, const __grid_constant__ Picked quads, Real* scales,
-                  int64_t* count) {
+    scales_kernel(const Real* x, int64_t n, int dim, const __grid_constant__ Picked quads, Real* scales, int64_t* count,
+                  Span* spans) {
   if (blockIdx.x + 1 == gridDim.x) {
     const int64_t valid = count_valid(quads, reinterpret_cast<double*>(shared_memory()));
     if (threadIdx.x == 0) *count = valid;
@@ -136,11 +143,11 @@ __global__ void __launch_bounds__(kLossThreads)
   Real squares = 0;
   for (int c = lane_index(); c < dim; c += kWarp) squares += at[c] * at[c];
   squares = lanes_sum(squares);
-  if (lane_index() == 0) scales[row] = 1 / floored(sqrt(squares));
+  if (lane_index() == 0) scales[row] = 1 / floored(sqrt(squares)), spans[row] = {0, 0};
 }
 
-// What a quadruplet's distances do: rows i, j, k, l, or −1 where they do nothing.
-struct alignas(16) Moved {
+// The rows that a valid quadruplet names, which go through their norm though no hinge is open; otherwise −1.
+struct alignas(16) Named {
   int i = -1, j = -1, k = -1, l = -1;
 };
 
@@ -153,19 +160,22 @@ struct Slopes {
 template <class Real>
 __global__ void __launch_bounds__(kLossThreads)
     slopes_kernel(int64_t n, const __grid_constant__ Picked quads, const uint8_t* open, const Real* upstream,
-                  const int64_t* count, const __grid_constant__ Slopes<Real> slopes, Moved* moved) {
+                  const int64_t* count, const __grid_constant__ Slopes<Real> slopes, Named* named, Span* spans) {
   const int64_t q = int64_t(blockIdx.x) * kLossThreads + threadIdx.x;
   if (q >= quads.slots) return;
   const unsigned hinges = quads.valid[q] ? open[q] : 0;
   const Real each = *upstream / Real(*count);
   const Real k = hinges & kScoreK ? each : Real(0), l = hinges & kScoreL ? each : Real(0);
   slopes.s_ij[q] = -(k + l), slopes.s_ik[q] = k, slopes.s_jl[q] = l;
-  Moved rows;
-  if (hinges & (kDistanceK | kDistanceL)) {
-    const Four four(quads, q, n);
+  Named rows;
+  if (quads.valid[q]) {
+    const Four four(quads, q);
+    four.check(q, n);
     rows = {int(four.row[0]), int(four.row[1]), int(four.row[2]), int(four.row[3])};
+    for (const int64_t row : four.row)
+      atomicMax(&spans[row].not_first, ~Word(q)), atomicMax(&spans[row].end, Word(q) + 1);
   }
-  moved[q] = rows;
+  named[q] = rows;
 }
 
 constexpr int kRowPerLane = 16, kRowAtOnce = kRowPerLane * kWarp;
@@ -174,35 +184,38 @@ constexpr int64_t kRowsBytes = kBlockSumBytes + int64_t(kLossWarps) * kRowAtOnce
 
 template <class Real>
 __global__ void __launch_bounds__(kLossThreads)
-    rows_kernel(const Real* x, int dim, const Real* scales, int64_t slots, const Moved* moved, const uint8_t* open,
+    rows_kernel(const Real* x, int dim, const Real* scales, const Span* spans, const Named* named, const uint8_t* open,
                 Real embedding_weight, const Real* upstream, const int64_t* count, Real* d_x) {
   auto* const small = reinterpret_cast<Real*>(shared_memory());
   Real* const parts = reinterpret_cast<Real*>(shared_memory() + kBlockSumBytes);  // a warp's sums of kRowAtOnce columns
   const int row = int(blockIdx.x), lane = lane_index(), warp = warp_index();
-  const int64_t run = (slots + kLossWarps - 1) / kLossWarps, begin = warp * run;
-  const int64_t end = begin + run < slots ? begin + run : slots;
+  const Span span = spans[row];
+  const bool any = span.end != 0;
+  const auto from = any ? int64_t(~span.not_first) : 0, to_end = int64_t(span.end);
+  const int64_t run = (to_end - from + kLossWarps - 1) / kLossWarps, begin = from + warp * run;
+  const int64_t end = begin + run < to_end ? begin + run : to_end;
   const Real weight = 2 * (*upstream / Real(*count)) * embedding_weight, scale = scales[row];
   const Real* const own = x + int64_t(row) * dim;
   Real* const to = d_x + int64_t(row) * dim;
-  Real found = 0, along = 0;  // whether any quadruplet moves this row; Σ d · f, this thread's part
+  Real along = 0;  // Σ d · f, this thread's part
   for (int first = 0; first < dim; first += kRowAtOnce) {
     Real sums[kRowPerLane] = {};
     for (int64_t at = begin; at < end; at += kWarp) {
-      Moved mine;
-      if (at + lane < end) mine = moved[at + lane];
+      Named mine;
+      if (at + lane < end) mine = named[at + lane];
       unsigned here = __ballot_sync(~0u, mine.i == row || mine.j == row || mine.k == row || mine.l == row);
       for (; here; here &= here - 1) {
-        const int from = __ffs(int(here)) - 1;
-        const int i = __shfl_sync(~0u, mine.i, from), j = __shfl_sync(~0u, mine.j, from);
-        const int k = __shfl_sync(~0u, mine.k, from), l = __shfl_sync(~0u, mine.l, from);
-        const unsigned hinges = open[at + from];
+        const int found = __ffs(int(here)) - 1;
+        const int i = __shfl_sync(~0u, mine.i, found), j = __shfl_sync(~0u, mine.j, found);
+        const int k = __shfl_sync(~0u, mine.k, found), l = __shfl_sync(~0u, mine.l, found);
+        const unsigned hinges = open[at + found];
         const int on_k = (hinges & kDistanceK) != 0, on_l = (hinges & kDistanceL) != 0;
         // How often f_i − f_j, f_i − f_k and f_j − f_l are in this row's gradient.
-        const Real times_j = weight * Real((on_k + on_l) * ((i == row) - (j == row)));
-        const Real times_k = weight * Real(on_k * ((k == row) - (i == row)));
-        const Real times_l = weight * Real(on_l * ((l == row) - (j == row)));
-        const auto add = [&](Real times, int a, int b) {
-          if (times == 0) return;
+        const int of_j = (on_k + on_l) * ((i == row) - (j == row));
+        const int of_k = on_k * ((k == row) - (i == row)), of_l = on_l * ((l == row) - (j == row));
+        const auto add = [&](int often, int a, int b) {
+          if (often == 0) return;
+          const Real times = weight * Real(often);
           const Real *of_a = x + int64_t(a) * dim + first, *of_b = x + int64_t(b) * dim + first;
           const Real scale_a = scales[a], scale_b = scales[b];
 #pragma unroll
@@ -211,8 +224,7 @@ __global__ void __launch_bounds__(kLossThreads)
             if (first + c < dim) sums[p] += times * (of_a[c] * scale_a - of_b[c] * scale_b);
           }
         };
-        add(times_j, i, j), add(times_k, i, k), add(times_l, j, l);
-        found = 1;
+        add(of_j, i, j), add(of_k, i, k), add(of_l, j, l);
       }
     }
     __syncthreads();  // the columns before may still be read
@@ -227,8 +239,7 @@ __global__ void __launch_bounds__(kLossThreads)
       along += sum * (own[first + c] * scale);
     }
   }
-  // A row that nothing moves has no gradient, whatever it holds. Below the floor the norm is a constant.
-  const bool any = block_sum(found, small) != 0;
+  // A row that nothing names has no gradient, whatever it holds. Below the floor the norm is a constant.
   along = block_sum(along, small);
   if (scale >= Real(1 / kNormFloor)) along = 0;
   for (int c = int(threadIdx.x); c < dim; c += kLossThreads)
@@ -239,9 +250,9 @@ template <class Real>
 void quadruplet_loss(const Context& context, const Rows& rows, int64_t dim, const Picked& quads, const Margins& margins,
                      Real* loss, uint8_t* open) {
   Real* const values = context.take<Real>(quads.slots);
-  const Hinges<Real> hinges{Real(margins.alpha), Real(margins.beta), Real(margins.weight)};
+  const MarginsAs<Real> as{Real(margins.alpha), Real(margins.beta), Real(margins.weight)};
   context.launch(values_kernel<Real>, divided_up(quads.slots, kLossWarps), kLossThreads, 0,
-                 static_cast<const Real*>(rows.data), rows.count, dim, quads, hinges, values, open);
+                 static_cast<const Real*>(rows.data), rows.count, dim, quads, as, values, open);
   context.launch(mean_kernel<Real>, 1, kLossThreads, kBlockSumBytes, quads, values, loss);
 }
 
@@ -253,13 +264,14 @@ void quadruplet_loss_backward(const Context& context, const Rows& rows, int64_t 
   const auto* const x = static_cast<const Real*>(rows.data);
   Real* const scales = context.take<Real>(rows.count);
   int64_t* const count = context.take<int64_t>(1);
-  Moved* const moved = context.take<Moved>(quads.slots);
+  Named* const named = context.take<Named>(quads.slots);
+  Span* const spans = context.take<Span>(rows.count);
   context.launch(scales_kernel<Real>, divided_up(rows.count, kLossWarps) + 1, kLossThreads, kBlockSumBytes, x,
-                 rows.count, dim, quads, scales, count);
+                 rows.count, dim, quads, scales, count, spans);
   context.launch(slopes_kernel<Real>, divided_up(quads.slots, kLossThreads), kLossThreads, 0, rows.count, quads, open,
-                 upstream, count, slopes, moved);
-  context.launch(rows_kernel<Real>, rows.count, kLossThreads, kRowsBytes<Real>, x, dim, scales, quads.slots, moved,
-                 open, Real(embedding_weight), upstream, count, d_rows);
+                 upstream, count, slopes, named, spans);
+  context.launch(rows_kernel<Real>, rows.count, kLossThreads, kRowsBytes<Real>, x, dim, scales, spans, named, open,
+                 Real(embedding_weight), upstream, count, d_rows);
 }
 
 }  // namespace pddm::cuda

@@ -36,8 +36,7 @@ template <class Real>
 __device__ __forceinline__ void normalise_row(const Real* x, int dim, int stride, Real* f, Real* norm) {
   Real squares = 0;
   for (int k = lane_index(); k < dim; k += kWarp) squares += x[k] * x[k];
-  const Real length = sqrt(lanes_sum(squares));
-  const Real divisor = length > Real(kNormFloor) ? length : length == length ? Real(kNormFloor) : length;
+  const Real length = sqrt(lanes_sum(squares)), divisor = floored(length);
   for (int k = lane_index(); k < stride; k += kWarp) f[k] = k < dim ? x[k] / divisor : 0;
   if (lane_index() == 0) *norm = length;
 }

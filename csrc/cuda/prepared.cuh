@@ -110,7 +110,7 @@ class Prepared {
     context_.launch(prefix_kernel, slot ? 2 : 1, kScanThreads, kScanBytes, by_rank, by_row, w.n);
   }
 
-  // `pairs` bounds the pairs of a walk whose number only the device knows.
+  // `positives` bounds the pairs of a walk whose number only the device knows.
   void score(Job<Real> job, int64_t positives = 0) {
     for (job.pass = 0; job.pass < (job.far.best || job.near.best ? Bests<Real>::kPasses : 1); ++job.pass)
       run(typename ShapesOf<A>::List{}, typename ClusterShapesOf<A>::List{}, job, positives);

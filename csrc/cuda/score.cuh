@@ -15,7 +15,8 @@
 //     u'             epilogues of its blocks  matrix products             a step's barrier; the next tile's
 //     rows           a thread for each pair   LeftMaker                   a barrier; the last steps
 //     row parts      lanes, by row and warp   a thread for each pair      a barrier; the next steps
-//     1/‖u‖, 1/‖v‖   LeftMaker, at first      LeftMaker, epilogues        the first step's barrier; ‖u'‖
+//     1/‖u‖          LeftMaker, at first      epilogues of u'             the first step's barrier; ‖u'‖
+//     1/‖v‖          LeftMaker, at first      LeftMaker                   the first step's barrier; the last steps
 //     ‖u'‖           a thread for each pair   epilogues                   a step's barrier; the last one
 //     ‖v'‖           LeftMaker                the first block's epilogue  a barrier; the next tile's
 //     plan           thread 0, once           all                         a barrier
@@ -240,6 +241,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   Plan* const plan = reinterpret_cast<Plan*>(rows + kPairs);
 
   Pair partner{-1, -1};
+  static_assert(Hardest::kBytes <= L::kLeftAt, "what finds the hardest pair is there before the weights");
   if (job.walk == Walk::partners) partner = hardest_pair(job.far, job.n, shared);
   if (thread == 0) {
     plan->partner = partner;

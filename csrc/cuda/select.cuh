@@ -8,7 +8,7 @@
 //
 // The best of a row is one 64-bit word that only grows: the score in an order-preserving form above the complement of
 // the index, so that the largest word is the best score at the lowest index, in whatever order they arrive. A float64
-// score fills the word by itself; there a second walk finds the lowest index among those that reach it.
+// score fills the word by itself; there a second pass finds the lowest index among those that reach it.
 #pragma once
 
 #include <cstdio>
@@ -54,7 +54,7 @@ struct Bests<float> {
   __device__ void offer(int64_t row, Word w, int) const {
     if (w) atomicMax(best + row, w);
   }
-  __device__ void offer(int64_t row, float score, int index, int walk) const { offer(row, word(score, index), walk); }
+  __device__ void offer(int64_t row, float score, int index, int pass) const { offer(row, word(score, index), pass); }
   __device__ bool found(int64_t row) const { return best[row] != 0; }
   __device__ float score(int64_t row) const { return unordered(best[row] >> 32, 0.0f); }
   __device__ int index(int64_t row) const { return int(~uint32_t(best[row])); }
@@ -68,10 +68,10 @@ struct Bests<double> {
   static constexpr int kPasses = 2, kWordsPerRow = 2;
   __host__ static Bests at(Word* words, int64_t rows) { return {words, words + rows}; }
 
-  __device__ void offer(int64_t row, double score, int index, int walk) const {
+  __device__ void offer(int64_t row, double score, int index, int pass) const {
     if (score != score) return;
-    if (walk == 0) atomicMax(best + row, ordered(score));
-    if (walk == 1 && best[row] == ordered(score)) atomicMax(where + row, Word(uint32_t(~index)));
+    if (pass == 0) atomicMax(best + row, ordered(score));
+    if (pass == 1 && best[row] == ordered(score)) atomicMax(where + row, Word(uint32_t(~index)));
   }
   __device__ bool found(int64_t row) const { return best[row] != 0; }
   __device__ double score(int64_t row) const { return unordered(best[row], 0.0); }

@@ -10,7 +10,7 @@
 //     rows 6, 7        6.3     6.2     6.1     6.0     7.3     7.2     7.1     7.0
 //
 //   Block: sums (TM × TN) += A (TM × kDepth) · Bᵀ (TN × kDepth), the sums in the registers of WM × WN warps, each with
-//   TM / WM rows and TN / WN columns. A step has two halves, each loaded before it is multiplied.
+//   TM / WM rows and TN / WN columns. A tile is two steps, each loaded before it is multiplied.
 #pragma once
 
 #include "device.cuh"

@@ -8,10 +8,10 @@
 
 namespace pddm::cuda {
 
-// What to divide by in place of a norm.
+// What to divide by in place of a norm; NaN where that is.
 template <class Real>
 __device__ __forceinline__ Real floored(Real norm) {
-  return norm > Real(kNormFloor) ? norm : Real(kNormFloor);
+  return norm <= Real(kNormFloor) ? Real(kNormFloor) : norm;
 }
 
 // How the scoring kernel cuts its work: kPairs pairs of rows by kOutputs outputs, by WarpsM × WarpsN warps, with

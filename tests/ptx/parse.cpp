@@ -261,7 +261,8 @@ class Parser {
     for (size_t i = k.code.size(); i-- > 0;) {
       Instruction &here = k.code[i], *const next = &here + 1;
       here.operands = k.operands.data() + firsts_[i];
-      if (many_[i] && many_[i + 1] && here.run == next->run) here.alike = uint8_t(std::min(next->alike + 1, 255));
+      if (i + 1 < k.code.size() && many_[i] && many_[i + 1] && here.run == next->run)
+        here.alike = uint8_t(std::min(next->alike + 1, 255));
     }
     share_slots(k, uses_, first_use_, registers_);
     firsts_.clear(), uses_.clear(), first_use_.clear(), many_.clear(), registers_.clear();

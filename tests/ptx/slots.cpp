@@ -39,7 +39,7 @@ std::vector<Stretch> stretches_of(const Kernel& kernel) {
   }
   for (Stretch& s : all) {
     const Instruction& last = kernel.code[s.end - 1];
-    if (last.flow == Flow::jump) s.after.push_back(with[last.operands[0]]);
+    if (last.flow == Flow::jump && last.operands[0] < count) s.after.push_back(with[last.operands[0]]);
     if ((last.flow == Flow::on || last.guard != kNoGuard) && s.end < count) s.after.push_back(with[s.end]);
   }
   return all;
@@ -119,6 +119,8 @@ void share_slots(Kernel& kernel, const std::vector<Use>& uses, const std::vector
   for (size_t i = 0; i < count; ++i) {
     for_slots(i, [&](uint32_t slot, bool) {
       if (now[slot] != kNone) return;
+      // Needed before it is first spoken of, by a jump back: a slot of its own.
+      if (ranges[slot].first < i) return begin(slot);
       if (free.empty())
         begin(slot);
       else
