@@ -75,9 +75,6 @@ __device__ __forceinline__ void load(const double* from, double (&x)[2]) {
 
 // What a left tile is made of.
 enum class Left { difference, mean, scaled_mean };
-template <Left What>
-using Is = std::integral_constant<Left, What>;
-
 // Makes left tiles out of the pairs' rows. What `load` asks for is on its way while the step multiplies; `store` comes
 // at the next one. kLanes neighbouring lanes share a pair, so that a warp's load takes whole lines; each has 16 bytes
 // of either row.
@@ -219,166 +216,239 @@ class WeightStream {
   int copied_ = 0, stage_ = 0;
 };
 
+// The small arrays, as the table above has them.
+template <class A, class S>
+struct Small {
+  using Real = typename A::Real;
+  Real *row_parts, *u_norm, *over_u, *over_v, *v_norm;
+  int2* rows;
+  Plan* plan;
+
+  __device__ explicit Small(unsigned char* shared) {
+    using L = Layout<A, S>;
+    row_parts = reinterpret_cast<Real*>(shared + L::kRealsAt);  // of ‖u'‖², then of S
+    u_norm = over_u = row_parts + L::kSums;                     // 1 / ‖u‖ until there is ‖u'‖
+    over_v = u_norm + S::kPairs, v_norm = over_v + S::kPairs;
+    rows = reinterpret_cast<int2*>(shared + L::kRowsAt);
+    plan = reinterpret_cast<Plan*>(rows + S::kPairs);
+  }
+};
+
+template <class A, class S>
+using Block = Sums<A, S::kPairs, S::kOutputs, S::kWarpsM, S::kWarpsN>;
+
+// sums += left tiles by their weights. What `begin` asks for is made into the first tile of the next `made`; u' is
+// where the epilogue has put it, in shared memory or at `u`.
+template <class A, class S>
+class Mainloop {
+ public:
+  using Real = typename A::Real;
+  using L = Layout<A, S>;
+  LeftMaker<A, S> maker;
+  Block<A, S> sums;
+
+  __device__ Mainloop(const Workspace<Real>& w, unsigned char* shared, const unsigned char* u, const Small<A, S>& small)
+      : maker(w, small.rows), weights_(w, shared), shared_(shared), u_(u), over_v_(small.over_v) {}
+
+  template <Left What>
+  __device__ __forceinline__ void begin() {
+    maker.template load<What>(0);
+  }
+
+  template <Left What>
+  __device__ __forceinline__ void made(int tiles) {
+    maker.template store<What>(0, left(free_), over_v_);
+    maker.template load<What>(tiles > 1 ? 1 : 0);
+    for (int input = 1; input < tiles; ++input, free_ = 1 - free_) {
+      step(
+          left(free_), Nothing{}, [&] { maker.template store<What>(input, left(1 - free_), over_v_); },
+          [&] { maker.template load<What>(input + 1 < tiles ? input + 1 : input); });
+    }
+    step(left(free_), Nothing{}, Nothing{}, Nothing{});
+    free_ = 1 - free_;
+  }
+
+  __device__ __forceinline__ void stored(int tiles) {
+    if (!u_) {
+      for (int input = 0; input < tiles; ++input)
+        step(shared_ + L::kUAt + input * L::kLeft, Nothing{}, Nothing{}, Nothing{});
+      return;
+    }
+    // As many tiles ahead as the weights. The first ones are waited for.
+    const auto stage = [&](int input) { return shared_ + L::kUAt + input % S::kStages * L::kLeft; };
+    const auto copy = [&](int input) {
+      if (input >= tiles) return;
+      for (int piece = int(threadIdx.x); piece < S::kPairs * kPieces; piece += S::kThreads)
+        copy_async(stage(input) + piece * kPieceBytes, u_ + int64_t(input) * L::kLeft + piece * kPieceBytes);
+    };
+    __syncthreads();  // the block before may still read them
+    for (int input = 0; input < S::kStages - 1; ++input) copy(input);
+    commit_copies();
+    wait_copies<0>();
+    for (int input = 0; input < tiles; ++input) {
+      step(stage(input), [&] { copy(input + S::kStages - 1); }, Nothing{}, Nothing{});
+    }
+  }
+
+ private:
+  struct Nothing {
+    __device__ void operator()() const {}
+  };
+
+  // The first half of the operands is asked for before everything else, the second before the first is multiplied, and
+  // what the next step makes a tile of between the two. No stage waits for the one right before it.
+  template <class Copy, class Make, class Ask>
+  __device__ __forceinline__ void step(const unsigned char* by, const Copy& and_copy, const Make& make,
+                                       const Ask& ask) {
+    const unsigned char* const right = weights_.begin();
+    typename Block<A, S>::Step first, second;
+    first.load(by, right, 0);
+    weights_.copy(and_copy);
+    make();
+    second.load(by, right, 1);
+    sums.multiply(first);
+    ask();
+    sums.multiply(second);
+  }
+  __device__ __forceinline__ unsigned char* left(int which) const { return shared_ + L::kLeftAt + which * L::kLeft; }
+
+  WeightStream<A, S> weights_;
+  unsigned char* const shared_;
+  const unsigned char* const u_;
+  const Real* const over_v_;
+  int free_ = 0;  // of the two left tiles, the one that no warp reads any more
+};
+
+// What becomes of a block's sums: u' and ‖u'‖, then S. Barriers are the kernel's.
+template <class A, class S>
+class Epilogue {
+ public:
+  using Real = typename A::Real;
+  using Sums = Block<A, S>;
+
+  __device__ Epilogue(const Workspace<Real>& w, const Small<A, S>& small) : w_(w), small_(small) {}
+
+  // u' of these outputs, into the tiles at `to`, and its part of ‖u'‖².
+  __device__ __forceinline__ void hidden(Sums& sums, int block, unsigned char* to) const {
+    const int first_output = block * S::kOutputs;
+    Real scale[Sums::kSlots], row_sums[Sums::kSlots] = {};
+    Sums::each_row([&](int slot, int row) { scale[slot] = w_.normalize_input ? small_.over_u[row] : Real(1); });
+    sums.each([&](int slot, int, int column, Real& sum) {
+      sum = relu(sum * scale[slot] + __ldg(w_.b_u + first_output + column));
+      row_sums[slot] += sum * sum;
+    });
+    sums.put(to, first_output, w_.hidden_tiles);
+    add(row_sums, block == 0);
+  }
+
+  // Between v's products and those of u': sums in units of 1 / ‖v'‖ to such of 1 / ‖u'‖.
+  __device__ __forceinline__ void join(Sums& sums) const {
+    Real scale[Sums::kSlots];
+    Sums::each_row([&](int slot, int row) { scale[slot] = small_.u_norm[row] / small_.v_norm[row]; });
+    sums.each([&](int slot, int, int, Real& sum) { sum *= scale[slot]; });
+  }
+
+  // These outputs' part of S.
+  __device__ __forceinline__ void combined(Sums& sums, int block) const {
+    const int first_output = block * S::kOutputs;
+    Real scale[Sums::kSlots], row_sums[Sums::kSlots] = {};
+    Sums::each_row([&](int slot, int row) { scale[slot] = 1 / small_.u_norm[row]; });
+    sums.each([&](int slot, int, int column, Real& sum) {
+      const int output = first_output + column;
+      row_sums[slot] += relu(sum * scale[slot] + __ldg(w_.b_c + output)) * __ldg(w_.w_s + output);
+    });
+    add(row_sums, block == 0);
+  }
+
+  // Of all blocks' parts.
+  __device__ __forceinline__ Real total(int row) const {
+    Real sum = small_.row_parts[row];
+#pragma unroll
+    for (int part = 1; part < S::kWarpsN; ++part) sum += small_.row_parts[part * S::kPairs + row];
+    return sum;
+  }
+
+ private:
+  // Adds this warp's columns to those of the blocks before; the other warps' are beside them.
+  __device__ __forceinline__ void add(const Real (&row_sums)[Sums::kSlots], bool first) const {
+    Sums::each_row([&](int slot, int row) {
+      const Real sum = lanes_sum<Sums::kLanesPerRow>(row_sums[slot]);
+      Real& part = small_.row_parts[warp_index() % S::kWarpsN * S::kPairs + row];
+      if (lane_index() % Sums::kLanesPerRow == 0) part = first ? sum : part + sum;
+    });
+  }
+
+  const Workspace<Real>& w_;
+  const Small<A, S>& small_;
+};
+
 template <class A, class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     score_kernel(const __grid_constant__ Workspace<typename A::Real> w,
                  const __grid_constant__ Job<typename A::Real> job) {
-  using Real = typename A::Real;
   using L = Layout<A, S>;
-  using Block = Sums<A, S::kPairs, S::kOutputs, S::kWarpsM, S::kWarpsN>;
   constexpr int kPairs = S::kPairs;
-
-  const int thread = int(threadIdx.x), lane = lane_index();
+  const int thread = int(threadIdx.x);
   unsigned char* const shared = shared_memory();
   // u' in global memory, where it does not fit in shared memory.
   unsigned char* const u = w.u ? w.u + int64_t(blockIdx.x) * w.hidden_tiles * L::kLeft : nullptr;
-  Real* const row_parts = reinterpret_cast<Real*>(shared + L::kRealsAt);  // of ‖u'‖², then of S
-  Real* const u_norm = row_parts + L::kSums;                              // ‖u'‖; before that
-  Real* const over_u = u_norm;                                            // 1 / ‖u‖ with normalize_input
-  Real* const over_v = u_norm + kPairs;                                   // 1 / ‖v‖ with normalize_input
-  Real* const v_norm = over_v + kPairs;                                   // ‖v'‖
-  int2* const rows = reinterpret_cast<int2*>(shared + L::kRowsAt);
-  Plan* const plan = reinterpret_cast<Plan*>(rows + kPairs);
+  const Small<A, S> small(shared);
 
   Pair partner{-1, -1};
   static_assert(Hardest::kBytes <= L::kLeftAt, "what finds the hardest pair is there before the weights");
   if (job.walk == Walk::partners) partner = hardest_pair(job.far, job.n, shared);
   if (thread == 0) {
-    plan->partner = partner;
-    plan->tiles = count_tiles<kPairs>(job, job.walk == Walk::positives ? job.before[job.n] : 0);
+    small.plan->partner = partner;
+    small.plan->tiles = count_tiles<kPairs>(job, job.walk == Walk::positives ? job.before[job.n] : 0);
   }
 
-  WeightStream<A, S> weights(w, shared);
-  using Maker = LeftMaker<A, S>;
-  Maker maker(w, rows);
-  Block sums;
-
+  Mainloop<A, S> loop(w, shared, u, small);
+  const Epilogue<A, S> epilogue(w, small);
   __syncthreads();
-  for (int64_t tile = blockIdx.x; tile < plan->tiles; tile += gridDim.x) {
+  for (int64_t tile = blockIdx.x; tile < small.plan->tiles; tile += gridDim.x) {
     if (thread < kPairs) {  // whole warps
-      const Pair at = pair_at<kPairs>(job, tile, thread, plan->partner);
+      const Pair at = pair_at<kPairs>(job, tile, thread, small.plan->partner);
       const bool there = at.i >= 0;
-      rows[thread] = there ? int2{at.i, at.j} : int2{0, 0};
+      small.rows[thread] = there ? int2{at.i, at.j} : int2{0, 0};
       const unsigned scored = __ballot_sync(~0u, there);
-      if (lane == 0 && scored) atomicAdd(&scored_pairs, static_cast<unsigned long long>(__popc(scored)));
+      if (lane_index() == 0 && scored) atomicAdd(&scored_pairs, static_cast<unsigned long long>(__popc(scored)));
     }
     __syncthreads();
+    if (w.normalize_input) loop.maker.give_input_norms(small.over_u, small.over_v);
 
-    // Adds this warp's columns to those of the blocks before; the other warps' are beside them.
-    const auto add_row_sums = [&](const Real(&row_sums)[Block::kSlots], bool first) {
-      Block::each_row([&](int slot, int row) {
-        const Real sum = lanes_sum<Block::kLanesPerRow>(row_sums[slot]);
-        Real& part = row_parts[warp_index() % S::kWarpsN * kPairs + row];
-        if (lane % Block::kLanesPerRow == 0) part = first ? sum : part + sum;
-      });
-    };
-    const auto add_up = [&](int row) {
-      Real sum = row_parts[row];
-#pragma unroll
-      for (int part = 1; part < S::kWarpsN; ++part) sum += row_parts[part * kPairs + row];
-      return sum;
-    };
-
-    if (w.normalize_input) maker.give_input_norms(over_u, over_v);
-    // Two buffers of left tiles take turns; `free` is the one that no warp reads any more.
-    int free = 0;
-    const auto left = [&](int which) { return shared + L::kLeftAt + which * L::kLeft; };
-    // A step: the first half of the operands is asked for before everything else, the second before the first is
-    // multiplied, and what the next step makes a tile of between the two. No stage waits for the one right before it.
-    const auto step = [&](const unsigned char* by, const auto& and_copy, const auto& make, const auto& ask) {
-      const unsigned char* const right = weights.begin();
-      typename Block::Step first, second;
-      first.load(by, right, 0);
-      weights.copy(and_copy);
-      make();
-      second.load(by, right, 1);
-      sums.multiply(first);
-      ask();
-      sums.multiply(second);
-    };
-    const auto nothing = [] {};
-    // Made tiles 0 .. tiles by their weights. The first has been asked for.
-    const auto multiply_made = [&](auto what, int tiles) {
-      constexpr Left kWhat = decltype(what)::value;
-      maker.template store<kWhat>(0, left(free), over_v);
-      maker.template load<kWhat>(tiles > 1 ? 1 : 0);
-      for (int input = 1; input < tiles; ++input, free = 1 - free) {
-        step(
-            left(free), nothing, [&] { maker.template store<kWhat>(input, left(1 - free), over_v); },
-            [&] { maker.template load<kWhat>(input + 1 < tiles ? input + 1 : input); });
-      }
-      step(left(free), nothing, nothing, nothing);
-      free = 1 - free;
-    };
-
-    maker.template load<Left::difference>(0);
+    loop.template begin<Left::difference>();
     for (int block = 0; block < w.hidden_blocks; ++block) {
-      sums.clear();
-      multiply_made(Is<Left::difference>{}, w.dim_tiles);
+      loop.sums.clear();
+      loop.template made<Left::difference>(w.dim_tiles);
       if (block + 1 < w.hidden_blocks)
-        maker.template load<Left::difference>(0);
+        loop.template begin<Left::difference>();
       else
-        maker.template load<Left::mean>(0);
-      const int first_output = block * S::kOutputs;
-      Real scale[Block::kSlots], row_sums[Block::kSlots] = {};
-      Block::each_row([&](int slot, int row) { scale[slot] = w.normalize_input ? over_u[row] : Real(1); });
-      sums.each([&](int slot, int, int column, Real& sum) {
-        sum = relu(sum * scale[slot] + __ldg(w.b_u + first_output + column));
-        row_sums[slot] += sum * sum;
-      });
-      sums.put(u ? u : shared + L::kUAt, first_output, w.hidden_tiles);
-      add_row_sums(row_sums, block == 0);
+        loop.template begin<Left::mean>();
+      epilogue.hidden(loop.sums, block, u ? u : shared + L::kUAt);
     }
     __syncthreads();
-    if (thread < kPairs) u_norm[thread] = floored(sqrt(add_up(thread)));
+    if (thread < kPairs) small.u_norm[thread] = floored(sqrt(epilogue.total(thread)));
 
     for (int block = 0; block < w.combined_blocks; ++block) {
-      sums.clear();
+      loop.sums.clear();
       if (w.normalize_input)
-        multiply_made(Is<Left::scaled_mean>{}, w.hidden_tiles);
+        loop.template made<Left::scaled_mean>(w.hidden_tiles);
       else
-        multiply_made(Is<Left::mean>{}, w.hidden_tiles);
+        loop.template made<Left::mean>(w.hidden_tiles);
       if (block == 0) {
-        maker.give_norms(v_norm);
+        loop.maker.give_norms(small.v_norm);
         __syncthreads();
       }
-      Real scale[Block::kSlots], row_sums[Block::kSlots] = {};
-      // From here on in units of 1 / ‖u'‖.
-      Block::each_row([&](int slot, int row) { scale[slot] = u_norm[row] / v_norm[row]; });
-      sums.each([&](int slot, int, int, Real& sum) { sum *= scale[slot]; });
-      if (u) {
-        // As many tiles ahead as the weights. The first ones are waited for.
-        const auto stage = [&](int input) { return shared + L::kUAt + input % S::kStages * L::kLeft; };
-        const auto copy_u = [&](int input) {
-          if (input >= w.hidden_tiles) return;
-          for (int piece = thread; piece < kPairs * kPieces; piece += S::kThreads)
-            copy_async(stage(input) + piece * kPieceBytes, u + int64_t(input) * L::kLeft + piece * kPieceBytes);
-        };
-        __syncthreads();  // the block before may still read them
-        for (int input = 0; input < S::kStages - 1; ++input) copy_u(input);
-        commit_copies();
-        wait_copies<0>();
-        for (int input = 0; input < w.hidden_tiles; ++input) {
-          step(stage(input), [&] { copy_u(input + S::kStages - 1); }, nothing, nothing);
-        }
-      } else {
-        for (int input = 0; input < w.hidden_tiles; ++input)
-          step(shared + L::kUAt + input * L::kLeft, nothing, nothing, nothing);
-      }
-      if (block + 1 < w.combined_blocks) maker.template load<Left::mean>(0);
-      const int first_output = block * S::kOutputs;
-      Block::each_row([&](int slot, int row) { scale[slot] = 1 / u_norm[row]; });
-      sums.each([&](int slot, int, int column, Real& sum) {
-        const int output = first_output + column;
-        row_sums[slot] += relu(sum * scale[slot] + __ldg(w.b_c + output)) * __ldg(w.w_s + output);
-      });
-      add_row_sums(row_sums, block == 0);
+      epilogue.join(loop.sums);
+      loop.stored(w.hidden_tiles);
+      if (block + 1 < w.combined_blocks) loop.template begin<Left::mean>();
+      epilogue.combined(loop.sums, block);
     }
     __syncthreads();
     if (thread < kPairs) {
       // Found again rather than kept: `rows` has row 0 for pairs that are not there.
-      const Pair at = pair_at<kPairs>(job, tile, thread, plan->partner);
-      take_score<kPairs>(job, tile, thread, at, add_up(thread) + *w.b_s);
+      const Pair at = pair_at<kPairs>(job, tile, thread, small.plan->partner);
+      take_score<kPairs>(job, tile, thread, at, epilogue.total(thread) + *w.b_s);
     }
   }
   wait_copies<0>();
