@@ -47,6 +47,7 @@ inline int min(int a, int b) { return b < a ? b : a; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+using std::sqrt;  // a float's is a float
 inline float rsqrtf(float x) { return float(1 / std::sqrt(double(x))); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 template <class T>

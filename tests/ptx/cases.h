@@ -10,6 +10,13 @@
 
 namespace pddm::ptx {
 
+// Where neither side fuses multiply-adds every bit must be the same. For so much the cases of fewer outputs are enough.
+#if defined(PDDM_UNFUSED)
+constexpr bool kUnfused = true;
+#else
+constexpr bool kUnfused = false;
+#endif
+
 struct Case {
   Sizes sizes;
   const char *device, *multiprocessors;
