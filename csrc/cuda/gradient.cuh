@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kGradientThreads)
 // Of a row that a warp has, each lane has Beside numbers side by side and then others further on: 16 bytes as they are
 // kept, where all rows are whole sixteens. Wider numbers than bfloat16 come one by one, as do those of other rows.
 template <class A>
-constexpr int kMostBeside = sizeof(Kept<A>) == 2 ? 8 : 1;
+constexpr int kMostBeside = kNarrow<A> ? 8 : 1;
 
 // Of a matrix with so many columns, with rows and columns exchanged if `turned`.
 template <class A>
@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kGradientThreads)
 // and their parts are added in order. What a list's run of ends has beyond its first block waits in `rest` for
 // gather_rest_kernel.
 template <class A>
-constexpr int kGatheredPerLane = sizeof(Kept<A>) == 2 ? 8 : 4;
+constexpr int kGatheredPerLane = kNarrow<A> ? 8 : 4;
 template <class A>
 constexpr int kGathered = kGatheredPerLane<A> * kWarp;
 constexpr int kRun = 64;
@@ -689,7 +689,6 @@ Operand<Number> along_rows(const Number* data, int64_t rows, int64_t inputs, int
 // they lie along the inputs either way.
 template <class A>
 struct Weights {
-  static constexpr bool kTurned = sizeof(Kept<A>) == 2;
   Operand<Kept<A>> forward, back;
 };
 
@@ -697,7 +696,6 @@ template <class A>
 void backward(const Context& context, const Rows& rows, Source<typename A::Real> source, const Unit& unit,
               typename A::Real* d_rows, const UnitGradient& gradient) {
   using Real = typename A::Real;
-  constexpr bool kNarrow = sizeof(Kept<A>) == 2;
   const int64_t n = rows.count, d = unit.dim, h = unit.hidden, m = unit.combined;
   const auto given = [](const void* p) { return static_cast<const Real*>(p); };
   const auto wanted = [](void* p) { return static_cast<Real*>(p); };
@@ -737,7 +735,7 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
   const auto weights = [&](const void* from, int64_t outputs, int64_t inputs) {
     const auto* const w = operands(given(from), outputs * inputs, inputs, false, nullptr);
     Weights<A> both{along_inputs(w, outputs, inputs, inputs), along_rows(w, inputs, outputs, inputs)};
-    if constexpr (Weights<A>::kTurned)
+    if constexpr (kNarrow<A>)
       both.back =
           along_inputs(operands(given(from), outputs * inputs, inputs, true, nullptr), inputs, outputs, outputs);
     return both;
@@ -801,20 +799,20 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
     multiply<A, true, true, Kept<A>>(context, left, w.forward, {to, pitch, given(bias), true});
   };
   const auto back = [&](const Operand<Kept<A>>& left, const Weights<A>& w, Kept<A>* to, int64_t pitch) {
-    multiply<A, true, Weights<A>::kTurned, Kept<A>>(context, left, w.back, {to, pitch});
+    multiply<A, true, kNarrow<A>, Kept<A>>(context, left, w.back, {to, pitch});
   };
   const bool sixteens = d % kMostBeside<A> == 0 && h % kMostBeside<A> == 0;
   const auto pair_rows = sixteens ? pair_rows_kernel<A, kMostBeside<A>> : pair_rows_kernel<A, 1>;
   const auto unit_norms = sixteens ? unit_norms_kernel<A, kMostBeside<A>> : unit_norms_kernel<A, 1>;
   const auto gather_ends = sixteens ? gather_kernel<A, kMostBeside<A>> : gather_kernel<A, 1>;
-  constexpr int kScoreColumns = kNarrow ? 2 : 1;  // of a thread
+  constexpr int kScoreColumns = kNarrow<A> ? 2 : 1;  // of a thread
   const int score_columns = m % kScoreColumns == 0 ? kScoreColumns : 1;
   const auto through_score =
       score_columns == kScoreColumns ? through_score_kernel<A, kScoreColumns> : through_score_kernel<A, 1>;
   bool add = false;
   const auto through_norms = [&](int count) {
     const int64_t slabs_of_chunk = divided_up(count, kSlab);
-    if constexpr (kNarrow) {
+    if constexpr (kNarrow<A>) {
       const auto held = [&](auto kernel, int threads, int64_t bytes) {
         context.launch(kernel, 2 * slabs_of_chunk, threads, bytes, int(h), count, add, c, slabs);
       };
@@ -868,12 +866,12 @@ void backward(const Context& context, const Rows& rows, Source<typename A::Real>
   Kept<A>* f_operand = nullptr;
   if (by_rows) {
     d_a_operand = operands(d_a, n * h, h, false, reinterpret_cast<Kept<A>*>(a));  // A has been used
-    if constexpr (kNarrow)
+    if constexpr (kNarrow<A>)
       f_operand = context.take<Kept<A>>(n * d);
     else
       f_operand = f;
-    multiply<A, true, Weights<A>::kTurned>(context, along_inputs(d_a_operand, n, h, h), w_v.back,
-                                           {d_rows, d, nullptr, false, true});
+    multiply<A, true, kNarrow<A>>(context, along_inputs(d_a_operand, n, h, h), w_v.back,
+                                  {d_rows, d, nullptr, false, true});
   }
   context.launch(through_row_norms_kernel<A>, divided_up(n, kGradientWarps), kGradientThreads, 0, n, f, norm, int(d),
                  d_a_operand, int(h), d_rows, f_operand);

@@ -37,6 +37,14 @@ struct Four {
   }
 };
 
+// 1 / ‖x‖ of a row, by a warp.
+template <class Real>
+__device__ __forceinline__ Real scale_of(const Real* row, int dim) {
+  Real squares = 0;
+  for (int c = lane_index(); c < dim; c += kWarp) squares += row[c] * row[c];
+  return 1 / floored(sqrt(lanes_sum(squares)));
+}
+
 template <class Real>
 struct MarginsAs {
   Real alpha, beta, weight;
@@ -68,9 +76,7 @@ __global__ void __launch_bounds__(kLossThreads)
 #pragma unroll
     for (int which = 0; which < 4; ++which) {
       rows[which] = x + four.row[which] * dim;
-      Real squares = 0;
-      for (int c = lane; c < dim; c += kWarp) squares += rows[which][c] * rows[which][c];
-      scale[which] = 1 / floored(sqrt(lanes_sum(squares)));
+      scale[which] = scale_of(rows[which], dim);
     }
     Real ij = 0, ik = 0, jl = 0;
     for (int c = lane; c < dim; c += kWarp) {
@@ -139,11 +145,8 @@ __global__ void __launch_bounds__(kLossThreads)
   }
   const int64_t row = int64_t(blockIdx.x) * kLossWarps + warp_index();
   if (row >= n) return;
-  const Real* const at = x + row * dim;
-  Real squares = 0;
-  for (int c = lane_index(); c < dim; c += kWarp) squares += at[c] * at[c];
-  squares = lanes_sum(squares);
-  if (lane_index() == 0) scales[row] = 1 / floored(sqrt(squares)), spans[row] = {0, 0};
+  const Real scale = scale_of(x + row * dim, dim);
+  if (lane_index() == 0) scales[row] = scale, spans[row] = {0, 0};
 }
 
 // The rows that a valid quadruplet names, which go through their norm though no hinge is open; otherwise −1.

@@ -35,6 +35,8 @@ struct KeptAs<ArithmeticBf16> {
 };
 template <class A>
 using Kept = typename KeptAs<A>::Number;
+template <class A>
+constexpr bool kNarrow = sizeof(Kept<A>) == 2;  // bfloat16s
 
 __device__ __forceinline__ float number(float x) { return x; }
 __device__ __forceinline__ double number(double x) { return x; }
@@ -43,7 +45,7 @@ __device__ __forceinline__ float number(Bfloat16 x) { return __uint_as_float(uin
 // A number as an operand of a product: tensor cores do not look at the digits beyond.
 template <class A>
 __device__ __forceinline__ Kept<A> as_operand(typename A::Real x) {
-  if constexpr (sizeof(Kept<A>) == sizeof(Bfloat16))
+  if constexpr (kNarrow<A>)
     return {uint16_t(pack(Bf16{}, x, 0))};
   else if constexpr (A::kTensor)
     return __uint_as_float(round_tf32(x));
@@ -140,7 +142,7 @@ class Side {
  public:
   using Number = Kept<A>;
   static_assert(sizeof(typename A::Element) == sizeof(Number), "operands are as wide as they are kept");
-  static constexpr bool kTransposed = sizeof(Number) == 2 && !AlongInputs;
+  static constexpr bool kTransposed = kNarrow<A> && !AlongInputs;
   static constexpr int kLength = kPieceLength<A>, kGroup = 8 * Neighbours, kNumber = int(sizeof(Number));
   static constexpr int kPitch = Rows * kNumber + (kTransposed ? 0 : 32);
   static constexpr int kBytes = AlongInputs ? Rows * kRowBytes : kDepth<A> * kPitch;
@@ -192,7 +194,7 @@ class Side {
 
   // Operands of the matrix instruction, 32 bytes of inputs of 16 rows from `row` on: as left ones,
   __device__ static __forceinline__ void load_left(const unsigned char* stage, int row, int step, uint32_t (&x)[4]) {
-    static_assert(Neighbours == (kNumber == 2 ? 1 : 2), "a lane has two rows of 16");
+    static_assert(Neighbours == (kNarrow<A> ? 1 : 2), "a lane has two rows of 16");
     const int lane = lane_index();
     if constexpr (AlongInputs) {
       load_matrices(x, stage + row * kRowBytes + (piece_offset(lane % 16, lane / 16) ^ (32 * step)));
@@ -270,9 +272,8 @@ class ProductSums<A, S, LeftAlongInputs, RightAlongInputs, Number, true> {
   static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0, "a warp has 16 rows and 16 columns at least");
   // Of two bytes, rows of left operands that are transposed cannot be chosen; those of right ones that are not fill 16
   // bytes of the output.
-  static constexpr bool kNarrow = sizeof(Kept<A>) == 2;
-  static constexpr int kLeftNeighbours = kNarrow ? 1 : 2;
-  static constexpr int kRightNeighbours = kNarrow && RightAlongInputs ? 8 / int(sizeof(Number)) : 1;
+  static constexpr int kLeftNeighbours = kNarrow<A> ? 1 : 2;
+  static constexpr int kRightNeighbours = kNarrow<A> && RightAlongInputs ? 8 / int(sizeof(Number)) : 1;
 
  public:
   static constexpr int kBeside = 2 * kRightNeighbours, kAcross = 4 * kBeside, kRuns = kWarpColumns / kAcross;

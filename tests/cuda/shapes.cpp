@@ -32,7 +32,7 @@ void print_products(const char* arithmetic) {
   print_product<A, S, true, true, typename A::Real>(arithmetic, real);
   print_product<A, S, true, false, typename A::Real>(arithmetic, real);
   print_product<A, S, false, false, typename A::Real>(arithmetic, real);
-  if constexpr (sizeof(Kept<A>) == 2) print_product<A, S, true, true, Kept<A>>(arithmetic, "Bfloat16");
+  if constexpr (kNarrow<A>) print_product<A, S, true, true, Kept<A>>(arithmetic, "Bfloat16");
 }
 template <class A, class... S>
 void print_all(const char* arithmetic, Shapes<S...>) {
