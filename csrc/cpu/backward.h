@@ -89,7 +89,10 @@ PDDM_INLINE void accumulate(Tile<T, C>& tile, const Slab<T>& x, int64_t first, i
   const int64_t apart = x.rows * lanes;
   for (int64_t s = 0; s < steps; s += lanes, from += apart, panel += lanes * lanes) {
     PDDM_UNROLL
-    for (int c = 0; c < C; ++c) PDDM_PREFETCH(from + 2 * apart + c * lanes);
+    for (int c = 0; c < C; ++c) {
+      PDDM_PREFETCH(from + 2 * apart + c * lanes);
+      PDDM_PREFETCH(from + 2 * apart + c * lanes + kWidth<T>);
+    }
     multiply<Plain<T>>(t, from, {1, lanes}, panel, lanes, steps - s < lanes ? steps - s : lanes);
   }
   tile = t;
@@ -130,7 +133,7 @@ PDDM_INLINE void for_even_strips(int64_t n, const Body& body) {
 }
 
 // out[o][:] (+)= Σ_row d[row][o] · x[row][:], for the outputs of one panel of d. A panel of x comes from afar once and
-// serves all of them.
+// serves all of them. What the next panel of x will be added to is asked for while this one is.
 template <class T>
 PDDM_INLINE void weight_gradient(void* gradient, int64_t stride, int64_t outputs, int64_t inputs, const Slab<T>& d,
                                  int64_t d_first, int64_t panel, const Slab<T>& x, int64_t x_first, int64_t rows,
@@ -146,8 +149,10 @@ PDDM_INLINE void weight_gradient(void* gradient, int64_t stride, int64_t outputs
       tile.clear();
       if (!first)
         for (int r = 0; r < C && c + r < left; ++r)
-          for (int half = 0; half < 2; ++half)
+          for (int half = 0; half < 2; ++half) {
             tile.acc[r][half] = load_some(to + r * stride + half * width, inputs - k - half * width);
+            PDDM_PREFETCH(to + r * stride + lanes + half * width);
+          }
       multiply<Plain<T>>(tile, at(d, d_first + panel, 0) + c, {lanes, 1}, at(x, x_first + k / lanes, 0), lanes, rows);
       for (int r = 0; r < C && c + r < left; ++r)
         for (int half = 0; half < 2; ++half)
@@ -285,7 +290,7 @@ PDDM_INLINE void pair_through_norms(const Backward<T>& b, int64_t pair) {
                     [&](int64_t p, int64_t o, int64_t k, Vec<T> x, Vec<T> d) {
                       d = where_alive<T>(x, d);
                       store(at(b.d_uv, which * b.hidden_panels + p, pair) + o, d);
-                      sum += d * (x * broadcast(norm) - load(bias + k));
+                      if (b.unit.normalize_input) sum += d * (x * broadcast(norm) - load(bias + k));
                     });
     pull[which] = sum_lanes<T>(sum, Vec<T>{});
   }
@@ -295,30 +300,45 @@ PDDM_INLINE void pair_through_norms(const Backward<T>& b, int64_t pair) {
   number.pull_v = b.unit.normalize_input && s_v < most ? T(-0.25) * pull[1] * s_v * s_v : T(0);
 }
 
+// own(pair, offset, of i, of j) is what a pair adds to a vector of row i and of row j, in one panel of a slab of rows.
+template <class T, class Own>
+PDDM_INLINE void add_to_panel(const Backward<T>& b, T* panel, const Own& own) {
+  for (int64_t pair = 0; pair < b.pairs; ++pair) {
+    T *to_i = panel + b.i[pair] * kLanes<T>, *to_j = panel + b.j[pair] * kLanes<T>;
+    for (int64_t o = 0; o < kLanes<T>; o += kWidth<T>) {
+      Vec<T> of_i, of_j;
+      own(pair, o, of_i, of_j);
+      store(to_i + o, load(to_i + o) + of_i);
+      store(to_j + o, load(to_j + o) + of_j);
+    }
+  }
+}
+
 // Columns of one panel of the rows' df, which |f_i − f_j| and the pulls reach, or of their da.
 template <class T>
 PDDM_INLINE void add_to_rows(const Backward<T>& b, int64_t panel) {
-  for (int64_t pair = 0; pair < b.pairs; ++pair) {
-    const int64_t i = b.i[pair], j = b.j[pair];
-    const auto& number = b.numbers[pair];
-    for (int64_t o = 0; o < kLanes<T>; o += kWidth<T>) {
-      if (panel >= b.dim_panels) {
-        const int64_t p = panel - b.dim_panels;
-        const Vec<T> d = load(at(b.d_uv, b.hidden_panels + p, pair) + o) * broadcast(number.scale_v);
-        T *to_i = at(b.d_a, p, i) + o, *to_j = at(b.d_a, p, j) + o;
-        store(to_i, load(to_i) + d);
-        store(to_j, load(to_j) + d);
-        continue;
-      }
-      const Vec<T> f_i = load(at(b.f, panel, i) + o), f_j = load(at(b.f, panel, j) + o), e = f_i - f_j;
-      const Vec<T> d = load(at(b.d_input, panel, pair) + o) * broadcast(number.scale_u);
-      const Vec<T> apart = where_alive<T>(e, d) - where_alive<T>(Vec<T>{} - e, d) - e * broadcast(number.pull_u);
-      const Vec<T> both = (f_i + f_j) * broadcast(number.pull_v);
-      T *to_i = at(b.d_f, panel, i) + o, *to_j = at(b.d_f, panel, j) + o;
-      store(to_i, load(to_i) + (both + apart));
-      store(to_j, load(to_j) + (both - apart));
-    }
+  constexpr int lanes = kLanes<T>;
+  if (panel >= b.dim_panels) {
+    const int64_t p = panel - b.dim_panels;
+    const T* d_v = at(b.d_uv, b.hidden_panels + p, 0);
+    return add_to_panel(b, at(b.d_a, p, 0), [&](int64_t pair, int64_t o, Vec<T>& of_i, Vec<T>& of_j) {
+      of_i = of_j = load(d_v + pair * lanes + o) * broadcast(b.numbers[pair].scale_v);
+    });
   }
+  const T *f = at(b.f, panel, 0), *d_input = at(b.d_input, panel, 0);
+  const auto apart = [](Vec<T> e, Vec<T> d) { return where_alive<T>(e, d) - where_alive<T>(Vec<T>{} - e, d); };
+  if (!b.unit.normalize_input)
+    return add_to_panel(b, at(b.d_f, panel, 0), [&](int64_t pair, int64_t o, Vec<T>& of_i, Vec<T>& of_j) {
+      const Vec<T> e = load(f + b.i[pair] * lanes + o) - load(f + b.j[pair] * lanes + o);
+      of_i = apart(e, load(d_input + pair * lanes + o)), of_j = Vec<T>{} - of_i;
+    });
+  add_to_panel(b, at(b.d_f, panel, 0), [&](int64_t pair, int64_t o, Vec<T>& of_i, Vec<T>& of_j) {
+    const auto& number = b.numbers[pair];
+    const Vec<T> f_i = load(f + b.i[pair] * lanes + o), f_j = load(f + b.j[pair] * lanes + o), e = f_i - f_j;
+    const Vec<T> d = load(d_input + pair * lanes + o) * broadcast(number.scale_u);
+    const Vec<T> across = apart(e, d) - e * broadcast(number.pull_u), both = (f_i + f_j) * broadcast(number.pull_v);
+    of_i = both + across, of_j = both - across;
+  });
 }
 
 // Pairs of one part where a pair's own row is all there is to do.

@@ -39,17 +39,22 @@ void backward(const Engine<T>& engine, const Parallel& parallel, const NamedRows
   b.b_u = filled_up(unit.b_u, unit.hidden), b.b_v = filled_up(unit.b_v, unit.hidden);
   b.b_c = filled_up(unit.b_c, unit.combined), b.w_s = filled_up(unit.w_s, unit.combined);
 
-  const int64_t rows = engine.slab_rows(b.rows.count);
-  const auto slab = [&](int64_t rows, int64_t panels) { return Slab<T>{arena.take<T>(rows * panels * lanes), rows}; };
-  const auto sum_slab = [&](int64_t panels) { return Slab<T>{arena.take_zeroed<T>(rows * panels * lanes), rows}; };
-  b.f = slab(rows, b.dim_panels), b.a = slab(rows, b.hidden_panels);
+  const auto slab = [&](int64_t count, int64_t panels) {
+    const int64_t rows = engine.slab_rows(count);
+    return Slab<T>{arena.take<T>(rows * panels * lanes), rows};
+  };
+  const auto sum_slab = [&](int64_t panels) {
+    const int64_t rows = engine.slab_rows(b.rows.count);
+    return Slab<T>{arena.take_zeroed<T>(rows * panels * lanes), rows};
+  };
+  b.f = slab(b.rows.count, b.dim_panels), b.a = slab(b.rows.count, b.hidden_panels);
   b.d_f = sum_slab(b.dim_panels), b.d_a = sum_slab(b.hidden_panels);
-  b.norm = arena.take<T>(rows);
+  b.norm = arena.take<T>(b.rows.count);
 
   const int64_t of_input = unit.normalize_input ? 3 : 2;  // u, d|u|, and v
   const int64_t per_pair = lanes * (of_input * b.dim_panels + 4 * b.hidden_panels + b.combined_panels);
   const int64_t fit = std::min({kChunkBytes / (per_pair * int64_t(sizeof(T))), kMaxChunkPairs, most});
-  const int64_t capacity = engine.slab_rows(std::max<int64_t>(fit, 1));
+  const int64_t capacity = std::max<int64_t>(fit, 1);
   b.u = slab(capacity, b.dim_panels), b.d_input = slab(capacity, b.dim_panels);
   b.uv = slab(capacity, 2 * b.hidden_panels), b.d_uv = slab(capacity, 2 * b.hidden_panels);
   b.d_c = slab(capacity, b.combined_panels);

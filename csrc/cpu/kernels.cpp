@@ -72,7 +72,8 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
     score_groups<Op>(w, groups, count, scratch, out);
   }
 
-  int64_t slab_rows(int64_t n) const override { return padded(n, kUnit); }
+  // Odd, or all panels of a row would lie in the same few sets of every cache.
+  int64_t slab_rows(int64_t n) const override { return padded(n, kUnit) + 1; }
   int64_t stage_parts(const Backward<T>& b, Stage stage) const override { return stage_part_count<T>(b, stage); }
   void run(const Backward<T>& b, Stage stage, int64_t part, T* panel) const override {
     run_stage<T>(b, stage, part, panel);
