@@ -53,10 +53,10 @@ def race(benchmark: Any, ours: Contender, peers: dict[str, Contender], rounds: i
 
 def efficiency(benchmark: Any, ours: Contender, operations: float, dtype: str, rounds: int = 15) -> float:
     """Median over rounds of ours' rate ÷ the multiply-add peak measured just before and after it."""
-    ours()
     shares, peaks = [], []
     for _ in range(rounds):
         before = _C.multiply_add_peak(dtype, 0.02)
+        ours()  # warm: while the peak was measured, others had the caches
         rate = operations / seconds(ours)
         peaks.append((before + _C.multiply_add_peak(dtype, 0.02)) / 2)
         shares.append(rate / peaks[-1])
