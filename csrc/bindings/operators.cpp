@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -40,9 +41,29 @@ ScalarType storage_of(Precision precision) {
   return precision == Precision::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// The stable ABI looks an operator up by its name at every call, a microsecond that small batches would notice by the
+// dozen: what has nothing to do calls none, and memory comes from a function.
 Tensor dense(const Tensor& t, ScalarType dtype) {
-  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+  if (t.scalar_type() != dtype) return dense(torch::stable::to(t, dtype), dtype);
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
+
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Dense, to be filled, on the device of `like`.
+Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t k = sizes.size(); k-- > 0; stride *= std::max<int64_t>(1, sizes[k])) strides[k] = stride;
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &made));
+  return Tensor(made);
+}
+Tensor empty(const Tensor& like, Sizes sizes) { return empty(like, sizes, like.scalar_type()); }
 
 bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
@@ -84,7 +105,7 @@ class UnitTensors {
 
   // Gradients in the arrays' type, to be filled; `cast` gives them the parameters' own.
   UnitGradient make_gradient() {
-    for (int k = 0; k < 8; ++k) gradient_[k] = torch::stable::new_empty(dense_[k], dense_[k].sizes());
+    for (int k = 0; k < 8; ++k) gradient_[k] = empty(dense_[k], dense_[k].sizes());
     void* to[8];
     for (int k = 0; k < 8; ++k) to[k] = gradient_[k]->mutable_data_ptr();
     return {to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]};
@@ -161,7 +182,7 @@ class Call {
   // The allocator may hand the memory on as soon as the call returns: work on the same stream comes after ours.
   static void* allocate(void* context, int64_t bytes) {
     auto& self = *static_cast<Call*>(context);
-    self.scratch_.push_back(torch::stable::new_empty(*self.like_, {bytes}, ScalarType::Byte));
+    self.scratch_.push_back(empty(*self.like_, {bytes}, ScalarType::Byte));
     return self.scratch_.back().mutable_data_ptr();
   }
 
@@ -205,10 +226,10 @@ Mined mine(const Tensor& feats, const Tensor& labels, PDDM_UNIT, int64_t mode) {
                         : wanted == Mode::anchor ? n
                                                  : call.backend->count_positive_pairs(label, n);
 
-  const auto indices = [&] { return torch::stable::new_empty(rows, {slots}, ScalarType::Long); };
-  const auto scores = [&] { return torch::stable::new_empty(rows, {slots}, call.dtype); };
+  const auto indices = [&] { return empty(rows, {slots}, ScalarType::Long); };
+  const auto scores = [&] { return empty(rows, {slots}, call.dtype); };
   Tensor i = indices(), j = indices(), k = indices(), l = indices(), s_ij = scores(), s_ik = scores(), s_jl = scores();
-  Tensor valid = torch::stable::new_empty(rows, {slots}, ScalarType::Bool);
+  Tensor valid = empty(rows, {slots}, ScalarType::Bool);
   const auto index = [](const Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); };
   call.backend->mine(Call::rows(rows), label, tensors.unit, wanted,
                      {slots, index(i), index(j), index(k), index(l), s_ij.mutable_data_ptr(), s_ik.mutable_data_ptr(),
@@ -221,7 +242,7 @@ Tensor score_pairs(const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_U
   const Tensor rows = dense(feats, call.dtype), a = dense(i, ScalarType::Long), b = dense(j, ScalarType::Long);
   const UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
   const Pairs pairs = checked_pairs(call, a, b, rows.size(0), false);
-  Tensor scores = torch::stable::new_empty(rows, {pairs.count}, call.dtype);
+  Tensor scores = empty(rows, {pairs.count}, call.dtype);
   call.backend->score_pairs(Call::rows(rows), pairs, tensors.unit, scores.mutable_data_ptr());
   return scores;
 }
@@ -233,7 +254,7 @@ Tensor score_matrix(const Tensor& feats, int64_t split, PDDM_UNIT) {
   const UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
   const int64_t n = rows.size(0);
   STD_TORCH_CHECK(split <= n, "pddm: split is ", split, " of ", n, " rows");
-  Tensor scores = torch::stable::new_empty(rows, {split < 0 ? n : split, split < 0 ? n : n - split}, call.dtype);
+  Tensor scores = empty(rows, {split < 0 ? n : split, split < 0 ? n : n - split}, call.dtype);
   call.backend->score_matrix(Call::rows(rows), split, tensors.unit, scores.mutable_data_ptr());
   return scores;
 }
@@ -244,8 +265,8 @@ std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, in
   STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == q.size(1), "pddm: queries and gallery differ in dimension");
   STD_TORCH_CHECK(k >= 0 && k <= g.size(0), "pddm: k is ", k, " and the gallery has ", g.size(0), " rows");
   const UnitTensors tensors(q, PDDM_UNIT_ARGUMENTS);
-  Tensor scores = torch::stable::new_empty(q, {q.size(0), k}, call.dtype);
-  Tensor indices = torch::stable::new_empty(q, {q.size(0), k}, ScalarType::Long);
+  Tensor scores = empty(q, {q.size(0), k}, call.dtype);
+  Tensor indices = empty(q, {q.size(0), k}, ScalarType::Long);
   call.backend->topk(Call::rows(q), Call::rows(g), k, tensors.unit, scores.mutable_data_ptr(),
                      static_cast<int64_t*>(indices.mutable_data_ptr()));
   return {scores, indices};
@@ -260,8 +281,8 @@ Gradients backward(const Tensor& weight, const Tensor& feats, PDDM_UNIT, const R
   const Tensor rows = dense(feats, call.dtype), upstream = dense(weight, call.dtype);
   UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
   // The CPU's backward pass touches only the rows it must.
-  Tensor d_rows =
-      call.on_host ? torch::stable::new_zeros(rows, rows.sizes()) : torch::stable::new_empty(rows, rows.sizes());
+  Tensor d_rows = empty(rows, rows.sizes());
+  if (call.on_host) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(d_rows.get()));
   const UnitGradient gradient = tensors.make_gradient();
   run(call, Call::rows(rows), upstream, tensors.unit, d_rows.mutable_data_ptr(), gradient);
   if (feats.scalar_type() != call.dtype) d_rows = torch::stable::to(d_rows, feats.scalar_type());
@@ -353,8 +374,8 @@ struct PickedTensors {
 
 std::tuple<Tensor, Tensor> quadruplet_loss(PDDM_PICKED, double alpha, double beta, double weight) {
   const PickedTensors given(feats, s_ij, s_ik, s_jl, i, j, k, l, valid);
-  Tensor loss = torch::stable::new_empty(given.rows, {});
-  Tensor open = torch::stable::new_empty(given.rows, {given.picked.slots}, ScalarType::Byte);
+  Tensor loss = empty(given.rows, {});
+  Tensor open = empty(given.rows, {given.picked.slots}, ScalarType::Byte);
   given.call.backend->quadruplet_loss(Call::rows(given.rows), given.rows.size(1), given.picked, {alpha, beta, weight},
                                       loss.mutable_data_ptr(), static_cast<uint8_t*>(open.mutable_data_ptr()));
   return {loss, open};
@@ -367,8 +388,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quadruplet_loss_backward(const Tensor
   STD_TORCH_CHECK(factor.numel() == 1 && hinges.numel() == given.picked.slots && same_device(factor, given.rows) &&
                       same_device(hinges, given.rows),
                   "pddm: one loss, one byte for each slot, on the features' device");
-  Tensor d_rows = torch::stable::new_empty(given.rows, given.rows.sizes());
-  const auto scores = [&] { return torch::stable::new_empty(given.rows, {given.picked.slots}); };
+  Tensor d_rows = empty(given.rows, given.rows.sizes());
+  const auto scores = [&] { return empty(given.rows, {given.picked.slots}); };
   Tensor d_ij = scores(), d_ik = scores(), d_jl = scores();
   given.call.backend->quadruplet_loss_backward(
       Call::rows(given.rows), given.rows.size(1), given.picked, weight, factor.const_data_ptr(),
