@@ -82,7 +82,8 @@ def _formula(unit: Parameters) -> None:
         )
 
 
-def _unit(unit: Any, dim: int) -> None:
+def _unit(unit: Any, dim: int) -> Tensor:
+    """The first of its parameters, whose device is that of all."""
     if not isinstance(unit, Parameters):
         raise TypeError(f"unit is a {type(unit).__name__}; a PDDM is accepted")
     if unit.dim != dim:
@@ -91,13 +92,23 @@ def _unit(unit: Any, dim: int) -> None:
     for name in "uvcs":
         _plain(name, unit._modules[name])
     tensors = unit.tensors()
-    shapes = ((hidden, dim), (hidden,)) * 2 + ((combined, 2 * hidden), (combined,), (1, combined), (1,))
+    layer = (hidden, dim), (hidden,)
+    shapes = (*layer, *layer, (combined, 2 * hidden), (combined,), (1, combined), (1,))
+    device, plain = getattr(tensors[0], "device", None), True
     for place, (p, wanted) in enumerate(zip(tensors, shapes, strict=True)):
         # In one look, since every small batch waits for it.
-        if type(p) is nn.Parameter and p.shape == wanted and p.dtype in FLOATS and p.layout is torch.strided:
-            continue
-        _parameter(f"unit's {'uvcs'[place // 2]}.{('weight', 'bias')[place % 2]}", p, wanted)
-    _devices(*tensors)
+        if not (
+            type(p) is nn.Parameter
+            and p.shape == wanted
+            and p.dtype in FLOATS
+            and p.layout is torch.strided
+            and p.device == device
+        ):
+            plain = False
+            _parameter(f"unit's {'uvcs'[place // 2]}.{('weight', 'bias')[place % 2]}", p, wanted)
+    if not plain:
+        _devices(*tensors)
+    return tensors[0]
 
 
 def _parameter(name: str, p: Any, wanted: tuple[int, ...]) -> None:
@@ -138,10 +149,6 @@ def _devices(*tensors: Tensor) -> None:
                 "Expected all tensors to be on the same device, but found at least two devices, "
                 f"{first} and {t.device}!"
             )
-
-
-def _unit_device(x: Tensor, unit: Parameters) -> None:
-    _devices(x, unit.u.weight)
 
 
 def mode(mode: str) -> None:
@@ -217,9 +224,9 @@ def mining(
         raise ValueError("feats has shape (n, 0); a dimension of at least 1 is accepted")
     if unit is None:
         unit = default(feats.shape[1], feats.device)
-    _unit(unit, feats.shape[1])
+    weight = _unit(unit, feats.shape[1])
     _formula(unit)
-    _unit_device(feats, unit)
+    _devices(feats, weight)
     return unit
 
 
@@ -238,10 +245,9 @@ def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> None:
     _matrix("feats", feats)
     _vector("i", i, None, "")
     _vector("j", j, i.shape[0], "i")
-    _unit(unit, feats.shape[1])
+    weight = _unit(unit, feats.shape[1])
     _formula(unit)
-    _devices(feats, i, j)
-    _unit_device(feats, unit)
+    _devices(feats, i, j, weight)
     if readable(feats):  # the kernels repeat it
         for name, index in (("i", i), ("j", j)):
             bad = (index.long() < 0) | (index.long() >= feats.shape[0])
@@ -256,9 +262,7 @@ def matched_rows(x: Tensor, y: Tensor, unit: Parameters) -> None:
     if x.shape != y.shape or x.dim() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; (…, dim) twice is accepted")
     _same_dtype("x", x, "y", y)
-    _unit(unit, x.shape[-1])
-    _devices(x, y)
-    _unit_device(x, unit)
+    _devices(x, y, _unit(unit, x.shape[-1]))
 
 
 def _same_dtype(a: str, x: Tensor, b: str, y: Tensor) -> None:
@@ -278,17 +282,17 @@ def matrix(x: Tensor, unit: Parameters, y: Tensor | None) -> None:
     _matrix("x", x)
     if y is not None:
         _both("x", x, "y", y)
-    _unit(unit, x.shape[1])
+    weight = _unit(unit, x.shape[1])
     _formula(unit)
-    _unit_device(x, unit)
+    _devices(x, weight)
 
 
 def ranking(queries: Tensor, gallery: Tensor, k: int, unit: Parameters) -> None:
     _matrix("queries", queries)
     _both("queries", queries, "gallery", gallery)
-    _unit(unit, queries.shape[1])
+    weight = _unit(unit, queries.shape[1])
     _formula(unit)
-    _unit_device(queries, unit)
+    _devices(queries, weight)
     integer("k", k)
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"k is {k}; 1 to {gallery.shape[0]}, the rows of gallery, is accepted")

@@ -99,7 +99,7 @@ def after_mining(
     """
     if _action == "ignore" or not _checks.concrete(feats):
         return
-    feats = feats.detach()
+    feats, ref_feats = feats.detach(), None if ref_feats is None else ref_feats.detach()
     if left_out is not None:
         feats = torch.where(left_out[:, None], 0.0, feats)
     if feats.device.type == "cpu":
@@ -113,15 +113,20 @@ def after_mining(
 
 def _ill(quads: Quadruplets, feats: Tensor, ref_feats: Tensor | None = None) -> bool:
     """Whether a closer look is due. Of microseconds, for it is taken at every batch, small ones too."""
-    if not _sums_up(feats) or not quads.valid.any() or not (ref_feats is None or _sums_up(ref_feats)):
+    if not _sums_up(feats) or quads.valid.shape[0] == 0 or not (ref_feats is None or _sums_up(ref_feats)):
         return True
-    s_ij, s_ik = quads.s_ij.detach()[0].item(), quads.s_ik.detach()[0].item()
-    return not abs(s_ij - s_ik) > 1e-5 * abs(s_ij) + 1e-7  # one point, one score; a slot not valid; infinity
+    s_ij, s_ik = _first(quads.s_ij), _first(quads.s_ik)
+    return not abs(s_ij - s_ik) > 1e-5 * abs(s_ij) + 1e-7  # one point, one score; no slot valid, or not this; infinity
+
+
+def _first(scores: Tensor) -> float:
+    """The first of at least one score."""
+    return float(scores.item() if scores.shape[0] == 1 else scores.detach()[0].item())
 
 
 def _sums_up(feats: Tensor) -> bool:
     """Whether the sum is finite, and so is every number; what large numbers add up to may not be. Copies nothing."""
-    return math.isfinite(feats.detach().sum(dtype=score_dtype(feats)).item())
+    return math.isfinite(feats.sum(dtype=score_dtype(feats)).item())
 
 
 def _signs(quads: Quadruplets, feats: Tensor, ref_feats: Tensor | None = None) -> Tensor:
@@ -129,7 +134,7 @@ def _signs(quads: Quadruplets, feats: Tensor, ref_feats: Tensor | None = None) -
     apart = (quads.s_ij - quads.s_ik).detach().abs() > 1e-5 * quads.s_ij.detach().abs() + 1e-7
     finite = feats.sum(dtype=torch.float32).isfinite()
     if ref_feats is not None:
-        finite &= ref_feats.detach().sum(dtype=torch.float32).isfinite()
+        finite &= ref_feats.sum(dtype=torch.float32).isfinite()
     return torch.stack([~finite, ~quads.valid.any(), ~apart.any()])
 
 
@@ -141,7 +146,7 @@ def _diagnose(
     left_out: Tensor | None,
     ref_feats: Tensor | None,
 ) -> None:
-    if not _finite("feats", feats) or (ref_feats is not None and not _finite("ref_feats", ref_feats.detach())):
+    if not _finite("feats", feats) or (ref_feats is not None and not _finite("ref_feats", ref_feats)):
         return
     if unit is not None:
         broken = [name for name, p in unit.named_parameters() if not p.isfinite().all()]
@@ -182,7 +187,7 @@ def before_mining(**feats: Tensor) -> None:
     """Look at features (n, d) by the names of their arguments, where what is mined of them is not looked at after. In a
     group those must be the same in every process, so that all are told, or all raise, and none is left waiting."""
     for name, x in feats.items():
-        if _action != "ignore" and _checks.readable(x) and not _sums_up(x):
+        if _action != "ignore" and _checks.readable(x) and not _sums_up(x.detach()):
             _finite(name, x.detach())
 
 

@@ -16,6 +16,7 @@ from .quadruplets import Quadruplets
 
 Reduction = Literal["mean", "sum", "none"]
 _REDUCTIONS: Final = ("mean", "sum", "none")
+_INDICES: Final = (torch.int64,) * 4
 
 
 class QuadrupletLoss(nn.Module):
@@ -199,18 +200,13 @@ class QuadrupletLoss(nn.Module):
 def _fits(feats: Tensor, quads: Quadruplets) -> bool:
     """Whether the operator has this: tensors of one device that the kernels were built for, of whom nobody asks for
     more than first derivatives yet, and quadruplets as mining makes them."""
-    shape, scores = quads.valid.shape, quads.s_ij.dtype
-    return (
-        feats.device.type in ops.DEVICES
-        and scores in (torch.float32, torch.float64)
-        and quads.valid.dtype is torch.bool
-        and len(shape) == 1
-        and all(t.shape == shape and t.device == feats.device for t in quads)
-        and all(t.dtype is torch.int64 for t in quads[:4])
-        and all(t.dtype is scores for t in quads[4:7])
-        and _checks.concrete(feats)
-        and forward_ad._current_level < 0
-    )
+    shape, scores, device = quads.valid.shape, quads.s_ij.dtype, feats.device
+    if not (device.type in ops.DEVICES and scores in (torch.float32, torch.float64) and len(shape) == 1):
+        return False
+    for t, dtype in zip(quads, (*_INDICES, scores, scores, scores, torch.bool), strict=True):
+        if not (t.dtype is dtype and t.shape == shape and t.device == device):
+            return False
+    return _checks.concrete(feats) and forward_ad._current_level < 0
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -33,12 +33,15 @@ NO_ONNX = (
     "the same scores by plain operators; 'pddm-ext export' does that for a trained unit"
 )
 
+_EMULATED = _C.build_info()["cuda"] == "emulated"
+
 UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]
 
 
 def unit_arguments(unit: Parameters) -> UnitArguments:
     w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s = unit.tensors()
-    return w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s, unit.normalize_input, allow_tf32()
+    rounded = (w_u.is_cuda or _EMULATED) and allow_tf32()
+    return w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s, unit.normalize_input, rounded
 
 
 def _refuse_onnx() -> None:
@@ -219,14 +222,23 @@ def _transformable(name: str, backward: Callable[..., Any], keep: Callable[..., 
     return type(f"Transformable_{name}", (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
 
 
-def _eager(name: str, backward: Callable[..., Any], keep: Callable[..., Any]) -> Any:
-    """The operator once more, without what the registered gradient takes to find out what it is called with: a small
+def _below_autograd(name: str) -> Callable[..., Any]:
+    """The operator without its registered gradient, which takes long to find out that there is none to keep: a small
     batch would notice."""
     operator = getattr(torch.ops.pddm, name).default
 
-    def forward(ctx: Any, *arguments: Any) -> Any:
+    def run(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            output = operator(*arguments)
+            return operator(*arguments)
+
+    return run
+
+
+def _eager(name: str, run: Callable[..., Any], backward: Callable[..., Any], keep: Callable[..., Any]) -> Any:
+    """The same with a gradient."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = run(*arguments)
         keep(ctx, arguments, output)
         return output
 
@@ -235,14 +247,15 @@ def _eager(name: str, backward: Callable[..., Any], keep: Callable[..., Any]) ->
 
 
 _TRANSFORMABLE: dict[str, Any] = {}
-_EAGER: dict[str, Any] = {}
+_EAGER: dict[str, tuple[Callable[..., Any], Any]] = {}
 
 
 def differentiable(name: str, backward: Callable[..., Any], keep: Callable[..., Any]) -> None:
     """Give an operator its gradient, in all of the forms that :func:`call` takes."""
     if backward is not _no_gradient:
         torch.library.register_autograd(f"pddm::{name}", backward, setup_context=keep)
-        _EAGER[name] = _eager(name, backward, keep)
+        run = _below_autograd(name)
+        _EAGER[name] = run, _eager(name, run, backward, keep)
     _TRANSFORMABLE[name] = _transformable(name, backward, keep)
 
 
@@ -257,8 +270,9 @@ def call(name: str, *arguments: Any) -> Any:
         _refuse_onnx()  # of its exporter before torch.export
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _TRANSFORMABLE[name].apply(*arguments)
-    if torch.is_grad_enabled() and name in _EAGER and not (tracing or torch.compiler.is_compiling()):
-        return _EAGER[name].apply(*arguments)
+    if name in _EAGER and not (tracing or torch.compiler.is_compiling()):
+        run, with_gradient = _EAGER[name]
+        return with_gradient.apply(*arguments) if torch.is_grad_enabled() else run(*arguments)
     return getattr(torch.ops.pddm, name)(*arguments)
 
 
@@ -267,7 +281,7 @@ def _refuse_cuda(*_: Any) -> Any:
 
 
 #: Types of the devices whose tensors the operators take.
-DEVICES = ("cpu",) if _C.build_info()["cuda"] in (None, "emulated") else ("cpu", "cuda")
+DEVICES = ("cpu",) if _EMULATED or _C.build_info()["cuda"] is None else ("cpu", "cuda")
 
 if "cuda" not in DEVICES:
     for _name in (
