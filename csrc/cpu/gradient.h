@@ -67,26 +67,28 @@ void backward(const Engine<T>& engine, const Parallel& parallel, const NamedRows
   const int64_t longest = std::max({b.dim_panels, 2 * b.hidden_panels, b.combined_panels});
   std::vector<T*> panel(static_cast<size_t>(parallel.threads));
   for (T*& p : panel) p = arena.take<T>(longest * lanes * lanes);
-  const auto run = [&](Stage stage) {
-    share(parallel, engine.stage_parts(b, stage),
-          [&](int64_t worker, int64_t part) { engine.run(b, stage, part, panel[static_cast<size_t>(worker)]); });
+  const auto run = [&](Stage from, Stage to) {
+    const auto stage = [&](int s) { return static_cast<Stage>(static_cast<int>(from) + s); };
+    share_in_turn(
+        parallel, static_cast<int>(to) - static_cast<int>(from) + 1,
+        [&](int s) { return engine.stage_parts(b, stage(s)); },
+        [&](int64_t worker, int s, int64_t part) {
+          engine.run(b, stage(s), part, panel[static_cast<size_t>(worker)]);
+        });
   };
 
-  run(Stage::unit_rows);
   T& b_s = *static_cast<T*>(out.b_s) = T(0);
   b.first = true;
   for (bool more = true; more; b.first = false) {
     b.pairs = 0;
     while (b.pairs < capacity && (more = next(i + b.pairs, j + b.pairs, weight + b.pairs))) ++b.pairs;
-    if (b.pairs == 0 && !b.first) break;
     count_pairs(b.pairs);
     b_s += std::accumulate(weight, weight + b.pairs, T(0));
-    for (const Stage stage : {Stage::inputs, Stage::hidden, Stage::norms, Stage::combined, Stage::score,
-                              Stage::back_combined, Stage::back_norms, Stage::back_hidden, Stage::to_rows})
-      run(stage);
+    run(b.first   ? Stage::unit_rows
+        : b.pairs ? Stage::inputs
+                  : Stage::back_rows,
+        more ? Stage::to_rows : Stage::back_unit_rows);
   }
-  run(Stage::back_rows);
-  run(Stage::back_unit_rows);
 }
 
 // d_rows arrives zeroed; the gradient is overwritten.

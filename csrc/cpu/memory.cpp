@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -13,6 +14,14 @@ constexpr std::align_val_t kAlignment{64};
 
 // Blocks kept from one call to the next: fresh memory costs a page fault every 4 KiB, which a small batch would feel.
 constexpr int64_t kKeptBytes = 32 << 20;
+
+// Of a block that arrays share: most of what a small batch asks for. Under a sanitizer each array has its own, whose
+// ends are watched.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kSharedBytes = 0;
+#else
+constexpr int64_t kSharedBytes = 256 << 10;
+#endif
 
 class Idle {
  public:
@@ -60,18 +69,26 @@ void reset_counters() {
 void count_pairs(int64_t pairs) { pairs_scored.fetch_add(pairs, std::memory_order_relaxed); }
 
 Arena::~Arena() {
-  for (const Taken& block : blocks_) {
+  for (const Block& block : blocks_)
     if (!idle().keep(block.memory, block.size)) ::operator delete(block.memory, kAlignment);
-    bytes_alive -= block.bytes;
-  }
+  bytes_alive -= asked_;
 }
 
 void* Arena::take_bytes(int64_t bytes) {
-  blocks_.reserve(blocks_.size() + 1);
-  int64_t size = bytes > 64 ? bytes : 64;
-  void* memory = idle().take(size, &size);
-  if (!memory) memory = ::operator new(static_cast<size_t>(size), kAlignment);
-  blocks_.push_back({memory, size, bytes});
+  // A line lies between two arrays, or those of a power of two would all want the same sets of the cache.
+  const int64_t room = (std::max<int64_t>(bytes, 1) + 63) / 64 * 64 + 64;
+  void* memory = next_;
+  if (room <= left_) {
+    next_ += room, left_ -= room;
+  } else {
+    blocks_.reserve(blocks_.size() + 1);
+    int64_t size = std::max(room, kSharedBytes);
+    memory = idle().take(size, &size);
+    if (!memory) memory = ::operator new(static_cast<size_t>(size), kAlignment);
+    blocks_.push_back({memory, size});
+    if (size - room > left_) next_ = static_cast<char*>(memory) + room, left_ = size - room;
+  }
+  asked_ += bytes;
   const int64_t alive = bytes_alive += bytes;
   for (int64_t peak = bytes_peak; alive > peak && !bytes_peak.compare_exchange_weak(peak, alive);) {
   }

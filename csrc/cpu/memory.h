@@ -1,15 +1,17 @@
 // Scratch memory that is counted, and loops that share work among the host framework's threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 #include "../problem.h"
 
 namespace pddm::cpu {
 
-// Cache-line aligned memory, freed together. Throws std::bad_alloc.
+// Cache-line aligned memory, freed together: small arrays lie in blocks that they share. Throws std::bad_alloc.
 class Arena {
  public:
   Arena() = default;
@@ -30,11 +32,14 @@ class Arena {
  private:
   static void* zeroed(void* memory, int64_t bytes);
 
-  struct Taken {
+  struct Block {
     void* memory;
-    int64_t size, bytes;  // of the block, and asked for
+    int64_t size;
   };
-  std::vector<Taken> blocks_;
+  std::vector<Block> blocks_;
+  char* next_ = nullptr;  // what is left of one of them
+  int64_t left_ = 0;
+  int64_t asked_ = 0;
 };
 
 void count_pairs(int64_t pairs);
@@ -47,22 +52,46 @@ inline int64_t workers(const Parallel& parallel, int64_t count) {
   return parallel.threads < count ? parallel.threads : count < 1 ? 1 : count;
 }
 
-template <class Body>
-void share(const Parallel& parallel, int64_t count, const Body& body) {
+// body(worker, stage, part) for parts(stage) parts of each of a few stages, a stage when all of the one before is done.
+// To gather the threads for every stage would cost more than small stages do: here a thread waits for parts that
+// another has taken, and for nothing else, and does all of them if no other comes.
+template <class Parts, class Body>
+void share_in_turn(const Parallel& parallel, int stages, const Parts& parts, const Body& body) {
+  constexpr int kMostStages = 12, kSpins = 2000;
+  struct alignas(64) Stage {
+    std::atomic<int64_t> next{0}, done{0};
+    int64_t count = 0;
+  };
   struct Shared {
-    std::atomic<int64_t> next{0};
-    int64_t count;
+    Stage stage[kMostStages];
+    int stages;
     const Body* body;
   } shared;
-  shared.count = count;
-  shared.body = &body;
+  shared.stages = stages, shared.body = &body;
+  int64_t most = 0;
+  for (int s = 0; s < stages; ++s) most = std::max(most, shared.stage[s].count = parts(s));
   const auto work = [](void* context, int64_t worker) {
-    auto& s = *static_cast<Shared*>(context);
-    for (int64_t index; (index = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) (*s.body)(worker, index);
+    auto& own = *static_cast<Shared*>(context);
+    for (int s = 0; s < own.stages; ++s) {
+      Stage& stage = own.stage[s];
+      for (int64_t part; (part = stage.next.fetch_add(1, std::memory_order_relaxed)) < stage.count;) {
+        (*own.body)(worker, s, part);
+        stage.done.fetch_add(1, std::memory_order_release);
+      }
+      for (int spins = 0; s + 1 < own.stages && stage.done.load(std::memory_order_acquire) < stage.count;)
+        if (++spins > kSpins) std::this_thread::yield();
+    }
   };
-  const int64_t n = workers(parallel, count);
+  const int64_t n = workers(parallel, most);
   if (n <= 1) return work(&shared, 0);
   parallel.run(n, work, &shared);
+}
+
+// The same for one stage: body(worker, index).
+template <class Body>
+void share(const Parallel& parallel, int64_t count, const Body& body) {
+  share_in_turn(
+      parallel, 1, [&](int) { return count; }, [&](int64_t worker, int, int64_t index) { body(worker, index); });
 }
 
 }  // namespace pddm::cpu

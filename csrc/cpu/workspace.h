@@ -17,9 +17,9 @@ class Prepared {
   const Parallel& parallel;
   Workspace<T> work;
 
-  // Room for `capacity` rows; `set_rows` fills them.
+  // Room for `capacity` rows; `set_rows` fills them, and packs the weights with the first.
   Prepared(const Engine<T>& engine, const Parallel& parallel, const Unit& unit, int64_t capacity)
-      : engine(engine), parallel(parallel), work{} {
+      : engine(engine), parallel(parallel), work{}, unit_(unit) {
     Workspace<T>& w = work;
     w.dim = unit.dim, w.hidden = unit.hidden, w.combined = unit.combined;
     w.normalize_input = unit.normalize_input;
@@ -33,7 +33,6 @@ class Prepared {
     w.b_u = arena_.take<T>(w.a_stride), w.b_v = arena_.take<T>(w.a_stride);
     w.b_c = arena_.take<T>(engine.stride(w.combined)), w.w_s = arena_.take<T>(engine.stride(w.combined));
     w.b_s = *static_cast<const T*>(unit.b_s);
-    share(parallel, engine.pack_parts(w), [&](int64_t, int64_t part) { engine.pack(w, unit, part); });
   }
 
   // Row first + r becomes rows.data[source[r]], or rows.data[r]. `first` is a multiple of lanes; the last panel is
@@ -41,8 +40,13 @@ class Prepared {
   void set_rows(const Rows& rows, const int64_t* source, int64_t first = 0) {
     const int64_t lanes = engine.lanes, panels = engine.stride(rows.count) / lanes;
     const int64_t block = std::min(kPanelBlock, (panels + parallel.threads - 1) / parallel.threads);
-    share(parallel, block ? (panels + block - 1) / block : 0, [&](int64_t, int64_t b) {
-      const int64_t begin = b * block, count = std::min(block, panels - begin);
+    const auto parts = [&](int stage) {
+      if (stage == 0) return packed_ ? 0 : engine.pack_parts(work);
+      return block ? (panels + block - 1) / block : 0;
+    };
+    share_in_turn(parallel, 2, parts, [&](int64_t, int stage, int64_t part) {
+      if (stage == 0) return engine.pack(work, unit_, part);
+      const int64_t begin = part * block, count = std::min(block, panels - begin);
       const T* from[kPanelBlock * kMaxLanes];
       for (int64_t r = 0; r < count * lanes; ++r) {
         const int64_t row = begin * lanes + r;
@@ -51,9 +55,12 @@ class Prepared {
       }
       engine.prepare_panels(work, from, first / lanes + begin, count);
     });
+    packed_ = true;
   }
 
  private:
+  const Unit& unit_;
+  bool packed_ = false;
   Arena arena_;
 };
 
