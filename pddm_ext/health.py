@@ -102,10 +102,10 @@ def after_mining(
     feats, ref_feats = feats.detach(), None if ref_feats is None else ref_feats.detach()
     if left_out is not None:
         feats = torch.where(left_out[:, None], 0.0, feats)
-    if feats.device.type == "cpu":
+    if feats.is_cpu:
         if _ill(quads, feats, ref_feats):
             _diagnose(quads, feats, labels, unit, left_out, ref_feats)
-    elif feats.device.type == "cuda" and _later.due() and not torch.cuda.is_current_stream_capturing():
+    elif feats.is_cuda and _later.due() and not torch.cuda.is_current_stream_capturing():
         if _later.read():
             _diagnose(quads, feats, labels, unit, left_out, ref_feats)
         _later.write(_signs(quads, feats, ref_feats))

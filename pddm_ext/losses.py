@@ -104,8 +104,8 @@ class QuadrupletLoss(nn.Module):
         batch = feats
         feats, quads = self._rows(feats, quads, ref_feats, labelled=self.regularizer is None or labels is not None)
         margins = self.alpha, self.beta, self.weight
-        numbers = not any(isinstance(margin, Tensor) for margin in margins)  # one that learns has a gradient, too
-        if self._fused and self.reduction == "mean" and numbers and _fits(feats, quads):
+        learned = [margin for margin in margins if isinstance(margin, Tensor)]  # which have gradients, too
+        if self._fused and self.reduction == "mean" and not learned and _fits(feats, quads):
             i, j, k, l, s_ij, s_ik, s_jl, valid = quads  # noqa: E741 - the paper's names
             given = (feats, s_ij, s_ik, s_jl, i, j, k, l, valid, *map(float, margins))
             loss: Tensor = ops.call("quadruplet_loss", *given)[0]
@@ -140,19 +140,13 @@ class QuadrupletLoss(nn.Module):
     ) -> tuple[Tensor, Quadruplets]:
         """Features of whatever rows the quadruplets name, and the quadruplets in their numbers."""
 
-        def labels_there() -> None:
-            if not labelled:
-                raise ValueError(
-                    "labels are missing; a loss with a regularizer is called as loss(feats, quads, labels)"
-                )
-
         if self.group is None:
-            labels_there()
+            _labels_there(labelled)
             _of_batch(feats, quads, ref_feats)
             return _joined(feats, quads, ref_feats)
 
         def checked() -> int:
-            labels_there()
+            _labels_there(labelled)
             _quadruplets(quads)
             _checks._matrix("feats", feats)
             _checks._devices(feats, quads.i)
@@ -236,6 +230,11 @@ def _backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Any, ...]:
 
 
 ops.differentiable("quadruplet_loss", _backward, _keep)
+
+
+def _labels_there(labelled: bool) -> None:
+    if not labelled:
+        raise ValueError("labels are missing; a loss with a regularizer is called as loss(feats, quads, labels)")
 
 
 def _quadruplets(quads: Quadruplets) -> None:

@@ -40,7 +40,7 @@ UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 
 def unit_arguments(unit: Parameters) -> UnitArguments:
     w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s = unit.tensors()
-    rounded = (w_u.is_cuda or _EMULATED) and allow_tf32()
+    rounded = (w_u.is_cuda or _EMULATED) and allow_tf32()  # the CPU's products never are, and torch takes long to ask
     return w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s, unit.normalize_input, rounded
 
 
