@@ -56,9 +56,9 @@ Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   int64_t stride = 1;
   for (size_t k = sizes.size(); k-- > 0; stride *= std::max<int64_t>(1, sizes[k])) strides[k] = stride;
   int32_t device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &made));
   return Tensor(made);
@@ -282,7 +282,7 @@ Gradients backward(const Tensor& weight, const Tensor& feats, PDDM_UNIT, const R
   UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
   // The CPU's backward pass touches only the rows it must.
   Tensor d_rows = empty(rows, rows.sizes());
-  if (call.on_host) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(d_rows.get()));
+  if (call.on_host) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(d_rows.get()));
   const UnitGradient gradient = tensors.make_gradient();
   run(call, Call::rows(rows), upstream, tensors.unit, d_rows.mutable_data_ptr(), gradient);
   if (feats.scalar_type() != call.dtype) d_rows = torch::stable::to(d_rows, feats.scalar_type());
