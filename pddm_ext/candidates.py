@@ -55,6 +55,11 @@ def nearest(rows: Rows, of: Tensor, count: int) -> Tensor:
         of: (m,), whose.
         count: from 1 to n − 1.
     """
+    n = len(rows.unit)
+    if rows.unit.device.type == "cpu" and len(of) == n and torch.equal(of, torch.arange(n)):
+        # A product of two rows then serves both of them.
+        chosen: Tensor = torch.ops.pddm.nearest(rows.unit, torch.where(rows.finite, rows.classes, -1), count)
+        return chosen
     all_finite = bool(rows.finite.all())
     found = [of.new_empty(0, count)]
     for at in torch.split(of, _at_once(rows.unit)):

@@ -95,6 +95,11 @@ def _(queries: Tensor, gallery: Tensor, k: int, *unit: Any) -> tuple[Tensor, Ten
     return queries.new_empty(shape, dtype=score_dtype(queries)), queries.new_empty(shape, dtype=torch.int64)
 
 
+@shapes("nearest")
+def _(rows: Tensor, classes: Tensor, count: int) -> Tensor:
+    return rows.new_empty((rows.shape[0], count), dtype=torch.int64)
+
+
 @shapes("quadruplet_loss")
 def _(feats: Tensor, s_ij: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return s_ij.new_empty(()), s_ij.new_empty(s_ij.shape, dtype=torch.uint8)

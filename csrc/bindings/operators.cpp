@@ -272,6 +272,24 @@ std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, in
   return {scores, indices};
 }
 
+// The CPU's alone. Rows of class −1 take no part.
+Tensor nearest(const Tensor& rows, const Tensor& classes, int64_t count) {
+  const Tensor given = torch::stable::contiguous(rows), numbers = dense(classes, ScalarType::Long);
+  const ScalarType dtype = given.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "pddm: rows must be float32 or float64");
+  STD_TORCH_CHECK(given.dim() == 2 && given.size(1) > 0 && given.size(0) < (int64_t(1) << 31),
+                  "pddm: rows must be a matrix");
+  const int64_t n = given.size(0);
+  STD_TORCH_CHECK(numbers.numel() == n && same_device(given, numbers), "pddm: one class per row, on its device");
+  STD_TORCH_CHECK(count > 0, "pddm: count is ", count);
+  Tensor found = torch::stable::new_empty(given, {n, count}, ScalarType::Long);
+  const Parallel parallel = torch_threads();
+  cpu::nearest(precision_of(given, false), parallel, {given.const_data_ptr(), n}, given.size(1),
+               static_cast<const int64_t*>(numbers.const_data_ptr()), count,
+               static_cast<int64_t*>(found.mutable_data_ptr()));
+  return found;
+}
+
 // Gradients of the rows and of the eight parameters, each in its own dtype.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -416,6 +434,7 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.def("score_pairs(Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA ") -> Tensor");
   m.def("score_matrix(Tensor feats, SymInt split, " PDDM_UNIT_SCHEMA ") -> Tensor");
   m.def("topk(Tensor queries, Tensor gallery, SymInt k, " PDDM_UNIT_SCHEMA ") -> (Tensor scores, Tensor indices)");
+  m.def("nearest(Tensor rows, Tensor classes, SymInt count) -> Tensor");
   m.def("score_pairs_backward(Tensor weight, Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA
         ") -> " PDDM_GRADIENTS_SCHEMA);
   m.def("score_matrix_backward(Tensor weight, Tensor feats, SymInt split, " PDDM_UNIT_SCHEMA
@@ -435,7 +454,10 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.impl("quadruplet_loss", TORCH_BOX(&pddm::quadruplet_loss));             \
   m.impl("quadruplet_loss_backward", TORCH_BOX(&pddm::quadruplet_loss_backward))
 
-STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m) { PDDM_KERNELS(m); }
+STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m) {
+  PDDM_KERNELS(m);
+  m.impl("nearest", TORCH_BOX(&pddm::nearest));
+}
 #if defined(PDDM_CUDA) && !defined(PDDM_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(pddm, CUDA, m) { PDDM_KERNELS(m); }
 #endif

@@ -12,6 +12,7 @@
 #include "gradient.h"
 #include "loss.h"
 #include "mine.h"
+#include "nearest.h"
 
 namespace pddm {
 
@@ -146,6 +147,14 @@ std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel&
     case Precision::bfloat16: return made(set->bfloat16(), parallel);
     default: return made(set->float32(), parallel);
   }
+}
+
+void nearest(Precision precision, const Parallel& parallel, const Rows& rows, int64_t dim, const int64_t* classes,
+             int64_t count, int64_t* indices) {
+  const InstructionSet* set = chosen();
+  if (precision == Precision::float64)
+    return Nearest<double>(*set->float64(), parallel, rows, dim, classes, count).write(indices, count);
+  Nearest<float>(*set->float32(), parallel, rows, dim, classes, count).write(indices, count);
 }
 
 namespace {

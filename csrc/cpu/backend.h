@@ -26,6 +26,12 @@ Precision effective(Precision precision);
 // Refers to `parallel`.
 std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel& parallel);
 
+// Of every row the `count` rows of other classes with the largest dot products, in ascending order: (n, count), −1
+// where there are fewer. Of equal products those of the lowest rows; a row of a negative class is nobody's, and has
+// none.
+void nearest(Precision precision, const Parallel& parallel, const Rows& rows, int64_t dim, const int64_t* classes,
+             int64_t count, int64_t* indices);
+
 // Floating-point operations per second of multiply-adds on registers, on all of `parallel`'s threads at once, measured
 // for about `seconds`: the ceiling of this backend in that precision.
 double multiply_add_peak(Precision precision, const Parallel& parallel, double seconds);

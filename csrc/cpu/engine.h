@@ -98,6 +98,19 @@ struct PackedSizes {
 
 constexpr int64_t kMaxLanes = 32;
 
+// A panel of rows whose dot products with those of another are looked through. Numbers of rows and classes are T's, so
+// that they travel as the products do.
+template <class T>
+struct Side {
+  const T* panel;                       // (step, lane)
+  const T *floors, *classes, *numbers;  // lane by lane
+  // Lists, (lane, room), of products above the lane's floor with rows of other classes, and of these rows. There is
+  // room for as many as lanes, and a vector.
+  T *values, *rows;
+  int64_t room;
+  int32_t* sizes;
+};
+
 template <class T>
 class Engine {
  public:
@@ -124,6 +137,14 @@ class Engine {
   virtual int64_t stage_parts(const Backward<T>& b, Stage stage) const = 0;
   // `panel` has room for the longest packed panel: lanes · lanes · (the most panels a product runs over).
   virtual void run(const Backward<T>& b, Stage stage, int64_t part, T* panel) const = 0;
+
+  // Rows [first, first + lanes) of a dense (n, dim) matrix as a panel, zero where it has ended.
+  virtual void pack_rows(T* panel, const T* rows, int64_t n, int64_t dim, int64_t first) const = 0;
+  // Every row of panel a with every row of panel b, which is another or the same; a product is offered to both rows.
+  virtual void meet(const Side<T>& a, const Side<T>& b, int64_t dim) const = 0;
+  // Leaves of a list `least` to `most` entries, those above a floor that is found; returns how many, or 0 where values
+  // are too close together to find one, and nothing is changed.
+  virtual int64_t thin(T* values, T* rows, int64_t size, int64_t least, int64_t most, T* floor) const = 0;
 
   // The register tile's multiply-adds on registers alone, `rounds` times: the ceiling of every kernel. Returns the
   // floating-point operations; `sink` takes a number that depends on all of them.

@@ -1,6 +1,7 @@
 // The kernels of one instruction set, behind the Engine interface. Compiled once per set: PDDM_ISA names it,
 // PDDM_VECTOR_BYTES is its register width, PDDM_HAS_BF16 says that it multiplies bfloat16.
 #include "backward.h"
+#include "meet.h"
 
 namespace pddm::PDDM_ISA {
 namespace {
@@ -77,6 +78,14 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
   int64_t stage_parts(const Backward<T>& b, Stage stage) const override { return stage_part_count<T>(b, stage); }
   void run(const Backward<T>& b, Stage stage, int64_t part, T* panel) const override {
     run_stage<T>(b, stage, part, panel);
+  }
+
+  void pack_rows(T* panel, const T* rows, int64_t n, int64_t dim, int64_t first) const override {
+    PDDM_ISA::pack_rows<T>(panel, rows, dim, n, first, dim);
+  }
+  void meet(const cpu::Side<T>& a, const cpu::Side<T>& b, int64_t dim) const override { meet_panels<T>(a, b, dim); }
+  int64_t thin(T* values, T* rows, int64_t size, int64_t least, int64_t most, T* floor) const override {
+    return thin_list<T>(values, rows, size, least, most, floor);
   }
 
   int64_t spin(int64_t rounds, T* sink) const override {

@@ -12,7 +12,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512BF16__) && !defined(PDDM_EMULATE_BF16)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -173,6 +173,41 @@ PDDM_INLINE Vec<T> load(const T* p) {
 template <class T>
 PDDM_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+// Bit by bit the lanes where x > floor, of which NaN is not one, or a ≠ b.
+template <class T>
+PDDM_INLINE uint32_t lanes_above(Vec<T> x, Vec<T> floor) {
+#if defined(__AVX512F__) && !defined(PDDM_PLAIN_VECTORS)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask(__m512(x), __m512(floor), _CMP_GT_OQ);
+  else
+    return _mm512_cmp_pd_mask(__m512d(x), __m512d(floor), _CMP_GT_OQ);
+#elif defined(__AVX2__) && !defined(PDDM_PLAIN_VECTORS)
+  if constexpr (sizeof(T) == 4)
+    return uint32_t(_mm256_movemask_ps(__m256(x > floor)));
+  else
+    return uint32_t(_mm256_movemask_pd(__m256d(x > floor)));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < kWidth<T>; ++i) lanes |= uint32_t(x[i] > floor[i]) << i;
+  return lanes;
+#endif
+}
+
+// The lanes that are named, next to each other; what follows them may be overwritten up to a whole vector.
+template <class T>
+PDDM_INLINE void store_lanes(T* to, Vec<T> x, uint32_t lanes) {
+#if defined(__AVX512F__) && !defined(PDDM_PLAIN_VECTORS)
+  if constexpr (sizeof(T) == 4)
+    store(to, Vec<T>(_mm512_maskz_compress_ps(__mmask16(lanes), __m512(x))));
+  else
+    store(to, Vec<T>(_mm512_maskz_compress_pd(__mmask8(lanes), __m512d(x))));
+#else
+  T lane[kWidth<T>];
+  store(lane, x);
+  for (; lanes; lanes &= lanes - 1) *to++ = lane[__builtin_ctz(lanes)];
+#endif
 }
 
 // Rows become columns; the width's log2 rounds of a perfect shuffle.
