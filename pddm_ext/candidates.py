@@ -1,7 +1,7 @@
 """Mining that scores no more pairs than a row has candidates: the rows of other classes nearest to it by dot product.
 
-The dot products are n², too, but of 2d operations each, where a score has 2dh + 4hm; they are made block by block and
-nothing but each row's nearest is kept of them.
+The dot products are n², too, but of 2d operations each, where a score has 2dh + 4hm; they are made block by block, on
+the CPU by an operator of its own, and nothing but each row's nearest is kept of them.
 """
 
 from __future__ import annotations

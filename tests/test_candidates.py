@@ -28,6 +28,7 @@ from helpers import (
     make_labels,
     make_unit,
     reset_counters,
+    threads,
 )
 from pddm_ext import candidates, reference
 
@@ -74,12 +75,104 @@ def test_they_are_the_nearest_of_other_classes_and_the_farthest_of_the_own(batch
     n = len(feats)
     if count >= n:
         return
-    near, far = (t.cpu() for t in chosen(feats, labels, count))
+    with instruction_set(batch.capability):
+        near, far = (t.cpu() for t in chosen(feats, labels, count))
     rows = F.normalize(feats.cpu().double(), dim=1)
     alike, same = rows @ rows.T, labels.cpu()[:, None] == labels.cpu()
     assert near.shape == (n, count)
     assert_largest(near, alike, ~same, count)
     assert_largest(far, -alike, same & ~torch.eye(n, dtype=torch.bool), count)
+
+
+def small_numbers(n: int, dim: int, dtype: torch.dtype, *, least: int, classes: int) -> candidates.Rows:
+    """Rows whose products are exact, so that many are equal, and of which some are not finite."""
+    generator = torch.Generator().manual_seed(n + dim)
+    unit = torch.randint(least, least + 4, (n, dim), generator=generator).to(dtype)
+    finite = torch.rand(n, generator=generator) > 0.1
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+    unit[~finite, 0] = bad[torch.arange(n)[~finite] % 3]
+    numbers, sizes = torch.unique(
+        torch.randint(0, classes, (n,), generator=generator), return_inverse=True, return_counts=True
+    )[1:]
+    return candidates.Rows(*(t.to(DEVICE) for t in (unit, finite, numbers, sizes)))
+
+
+def by_sorting(rows: candidates.Rows, count: int) -> Tensor:
+    """The nearest rows of all, where products are exact."""
+    n = len(rows.unit)
+    there = (rows.classes[:, None] != rows.classes) & rows.finite & rows.finite[:, None]
+    order = (rows.unit @ rows.unit.T).masked_fill(~there, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    found = torch.where(there.gather(1, order), order, n)[:, :count].sort(dim=1).values
+    return torch.where(found < n, found, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [1, 17, 130])
+@pytest.mark.parametrize("least", [-2, 100])  # far apart, and all as good as alike
+def test_they_are_what_sorting_finds(capability, dtype, dim, least):
+    for n in (2, 7, 15, 16, 17, 31, 32, 33, 100, 301):
+        for classes in (1, 2, n):
+            rows = small_numbers(n, dim, dtype, least=least, classes=classes)
+            every = torch.arange(n, device=DEVICE)
+            for count in {1, 2, n // 3 + 1, n - 1}:
+                expected = by_sorting(rows, count)
+                assert torch.equal(candidates.nearest(rows, every, count), expected)
+                some = every[n // 2 :].flip(0)
+                assert torch.equal(candidates.nearest(rows, some, count), expected[some])
+
+
+def test_rows_that_are_all_equal_have_the_lowest(capability):
+    rows = candidates.rows_of(torch.ones(700, 3, device=DEVICE), torch.arange(700, device=DEVICE) // 2)
+    near = candidates.nearest(rows, torch.arange(700, device=DEVICE), 40)
+    assert torch.equal(near, by_sorting(rows, 40))
+
+
+@cpu_only("a GPU has no threads to choose")
+def test_the_number_of_threads_does_not_show(capability):
+    feats, labels = make_features(1100, 19), make_labels(1100)
+    for shift in (0.0, 30.0):  # of rows that nearly agree, too
+        rows = candidates.rows_of(feats + shift, labels)
+        found = []
+        for count in (1, 2, 3, 8):
+            with threads(count):
+                found.append(candidates.nearest(rows, torch.arange(1100), 12))
+        assert all(torch.equal(f, found[0]) for f in found)
+
+
+@cpu_only("torch's own memory is not counted")
+def test_the_memory_of_the_choice_grows_with_the_rows_alone():
+    rows = candidates.rows_of(make_features(4096, 8), make_labels(4096))
+    reset_counters()
+    candidates.nearest(rows, torch.arange(4096), 4)
+    assert 0 < counters()["bytes_peak"] < 4096 * 4096
+
+
+@cpu_only("the operator is the CPU's")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": torch.ones(6)}, "a matrix"),
+        ({"rows": torch.ones(6, 0)}, "a matrix"),
+        ({"rows": torch.ones(6, 2).bfloat16()}, "float32 or float64"),
+        ({"rows": torch.ones(6, 2).long()}, "float32 or float64"),
+        ({"classes": torch.arange(5)}, "one class per row"),
+        ({"classes": torch.arange(6) + 2**24}, "numbered up to 16777216"),
+        ({"count": 0}, "count is 0"),
+        ({"count": -1}, "count is -1"),
+    ],
+)
+def test_a_direct_call_cannot_reach_foreign_memory(change, message):
+    given = {"rows": torch.ones(6, 2), "classes": torch.arange(6), "count": 2, **change}
+    with pytest.raises(RuntimeError, match=f"pddm: .*{message}"):
+        torch.ops.pddm.nearest(**given)
+
+
+@cpu_only("the operator is the CPU's")
+def test_a_direct_call_takes_any_strides_and_more_than_there_are():
+    rows = torch.arange(12.0).reshape(2, 6).T[::2]  # (0, 6), (2, 8), (4, 10)
+    found = torch.ops.pddm.nearest(rows, torch.tensor([3, 1, -2], dtype=torch.int32), 5)
+    assert found.tolist() == [[1, -1, -1, -1, -1], [0, -1, -1, -1, -1], [-1] * 5]
+    assert torch.ops.pddm.nearest(torch.ones(0, 4), torch.arange(0), 3).shape == (0, 3)
 
 
 def test_of_equal_products_the_lowest_rows_are_taken():

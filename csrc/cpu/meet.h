@@ -1,13 +1,13 @@
-// Dot products of rows with rows, of which only the large ones get away.
+// Two panels of rows, every row of the one with every row of the other, and which of the products may count.
 //
 //                  panel b: kLanes rows, (step, lane)
 //                 ┌────────────────────────────┐
 //   panel a:      │ dim steps pass by          │    one call: kLanes × kLanes products, owned by one thread. Both
 //   panels, kLanes rows,  └────────────────────────────┘    of 128 steps in float32, and the products fit the
-//   first-level cache. the same      ┌────────────────────────────┐    The products are looked through twice, row by
-//   row for a's lists, and layout     ──►│ C rows × 2 vectors of acc  │ ►  transposed for b's: a vector is compared
-//   with its row's floor, and
-//                 └────────────────────────────┘    what passes is appended.
+//   first-level cache. laid out      ┌────────────────────────────┐    What is above its row's floor, or its column's,
+//   is known by a bit likewise   ──►│ C rows × 2 vectors of acc  │    before it leaves the registers; bits are few, and
+//   go one by one into
+//                 └────────────────────────────┘    the list of the row, or the column, or both.
 //
 // A product is one chain of multiply-adds in the order of the steps, the same whichever of its rows is in a, and in
 // which lane.
@@ -42,7 +42,7 @@ PDDM_INLINE void meet_panels(const Side<T>& a, const Side<T>& b, int64_t dim) {
       }
     }
   });
-  // An entry is written in any case, and counts where it should: no branch that nobody could predict.
+  // An entry is written in any case, and counts where it should: a branch would be nobody's guess.
   const auto offer = [](const Side<T>& own, int64_t lane, T product, T number, bool apart) {
     const int64_t at = lane * own.room + own.sizes[lane];
     own.values[at] = product, own.rows[at] = number;
@@ -59,7 +59,7 @@ PDDM_INLINE void meet_panels(const Side<T>& a, const Side<T>& b, int64_t dim) {
     }
 }
 
-// By bisection between the least value and the largest.
+// A floor by bisection between the least value and the largest.
 template <class T>
 PDDM_INLINE int64_t thin_list(T* values, T* rows, int64_t size, int64_t least, int64_t most, T* floor) {
   constexpr int width = kWidth<T>;

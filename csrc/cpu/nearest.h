@@ -1,21 +1,22 @@
 // Of every row the rows of other classes with the largest dot products.
 //
-//                  group h of panels, passing by, its panel in the first-level cache
-//                 ┌───┬───┬───┬───┬───
-//   group g:      │   │   │   │   │       a product is offered to the lists of both its rows,
-//   a chunk of  ──┤   │ × │   │   │       so of all products each is made once
-//   its panels    │   │   │   │   │
-//   (L2)          └───┴───┴───┴───┴───
+//                   group h of panels, passing by, each in the first-level cache
+//                  ┌───┬───┬───┬───┬─
+//   group g:       │   │   │   │   │      a product is offered to the lists of both its rows,
+//   a chunk of   ──┤   │ × │   │   │      so each is made once
+//   its panels     │   │   │   │   │
+//   (second level) └───┴───┴───┴───┴─
 //
-// The rows' lists are the memory: twice as many entries as are wanted. A full one is cut down to the best, the least of
-// which is from then on the floor that a product must pass. In every round of a tournament a group meets one other
-// group, so no two threads ever touch one row. Products are ordered by value, then by row, and what a floor keeps out
-// has enough before it: which ones are left does not depend on who came first.
+// A row's list holds about twice as many entries as are wanted. Whenever it is full it is cut down to the best of them,
+// the least of which is from then on the floor that a product must be above. Whoever works on two groups holds their
+// locks. Products are ordered by value, then by row, and what is left out has as many before it as are wanted: what
+// remains depends on nobody's coming first.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <mutex>
 
 #include "engine.h"
 #include "memory.h"
@@ -25,7 +26,7 @@ namespace pddm::cpu {
 template <class T>
 class Nearest {
  public:
-  // A row of a negative class is nobody's, and has none.
+  // A row of a negative class is nobody's, and has none. Numbers of rows and classes are exact in T.
   Nearest(const Engine<T>& engine, const Parallel& parallel, const Rows& rows, int64_t dim, const int64_t* classes,
           int64_t count)
       : engine_(engine),
@@ -36,38 +37,40 @@ class Nearest {
         panels_(engine.stride(n_) / lanes_),
         panel_size_(engine.stride(dim) * lanes_),
         wanted_(std::min(count, n_)),
-        full_(wanted_ + std::max(wanted_, kLeastSlack)),
+        full_(std::min(wanted_ + std::max(wanted_, kLeastSlack), n_)),
         room_(full_ + 2 * lanes_) {
-    const int64_t room = panels_ * lanes_;
+    const int64_t padded = panels_ * lanes_;
     data_ = arena_.take<T>(panels_ * panel_size_);
-    values_ = arena_.take<T>(room * room_), rows_ = arena_.take<T>(room * room_);
-    sizes_ = arena_.take_zeroed<int32_t>(room);
-    numbers_ = arena_.take<T>(room), classes_ = arena_.take<T>(room);
-    floor_ = arena_.take<T>(room), below_ = arena_.take<T>(room), last_ = arena_.take<T>(room);
-    std::fill_n(floor_, room, -kInfinity), std::fill_n(below_, room, -kInfinity), std::fill_n(last_, room, kInfinity);
-    for (int64_t row = 0; row < room; ++row) numbers_[row] = T(row), classes_[row] = T(row < n_ ? classes[row] : -1);
+    values_ = arena_.take<T>(padded * room_), rows_ = arena_.take<T>(padded * room_);
+    sizes_ = arena_.take_zeroed<int32_t>(padded);
+    numbers_ = arena_.take<T>(padded), classes_ = arena_.take<T>(padded);
+    floor_ = arena_.take<T>(padded), below_ = arena_.take<T>(padded), last_ = arena_.take<T>(padded);
+    std::fill_n(floor_, padded, -kInfinity), std::fill_n(below_, padded, -kInfinity);
+    std::fill_n(last_, padded, kInfinity);
+    for (int64_t row = 0; row < padded; ++row) numbers_[row] = T(row), classes_[row] = T(row < n_ ? classes[row] : -1);
     share(parallel_, panels_, [&](int64_t, int64_t p) { pack(static_cast<const T*>(rows.data), p); });
     meet();
   }
 
-  // Each row's in ascending order, (n, count), −1 where there are fewer.
+  // Every row's in ascending order, (n, count), −1 where there are fewer.
   void write(int64_t* out, int64_t count) {
     share(parallel_, panels_, [&](int64_t, int64_t p) {
       for (int64_t row = p * lanes_; row < std::min(n_, (p + 1) * lanes_); ++row) {
         if (sizes_[row] > wanted_) cut(row, wanted_);
-        int64_t* to = out + row * count;
-        for (int64_t t = 0; t < sizes_[row]; ++t) to[t] = int64_t(rows_[row * room_ + t]);
-        std::sort(to, to + sizes_[row]);
-        std::fill(to + sizes_[row], to + count, int64_t(-1));
+        const T* list = rows_ + row * room_;
+        int64_t *to = out + row * count, *end = std::copy(list, list + sizes_[row], to);
+        std::sort(to, end);
+        std::fill(end, to + count, int64_t(-1));
       }
     });
   }
 
  private:
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  static constexpr int64_t kLeastSlack = 32;
+  static constexpr int64_t kLeastSlack = 32;         // entries beyond those that are wanted
   static constexpr int64_t kChunkBytes = 512 << 10;  // of the second-level cache
-  static constexpr int64_t kLeastGroup = 4;          // panels, below which a round takes no longer than to begin it
+  static constexpr int64_t kGroups = 4;              // of each thread, so that none waits long for the last
+  static constexpr int64_t kLeastPanels = 4;         // of a group
 
   struct Entry {
     T value, row;
@@ -76,35 +79,42 @@ class Nearest {
     }
   };
 
+  // What takes no part is NaN, and so are its products, which are above nothing.
   void pack(const T* rows, int64_t p) {
     T* panel = data_ + p * panel_size_;
     engine_.pack_rows(panel, rows, n_, dim_, p * lanes_);
-    for (int64_t lane = 0; lane < lanes_; ++lane) {
-      const int64_t row = p * lanes_ + lane;
-      if (classes_[row] >= 0) continue;
-      for (int64_t k = 0; k < dim_; ++k) panel[k * lanes_ + lane] = std::numeric_limits<T>::quiet_NaN();
-    }
+    for (int64_t lane = 0; lane < lanes_; ++lane)
+      for (int64_t k = 0; classes_[p * lanes_ + lane] < 0 && k < dim_; ++k)
+        panel[k * lanes_ + lane] = std::numeric_limits<T>::quiet_NaN();
   }
 
-  // All groups by themselves, then round by round the one that stays with its guest, the others in pairs around it.
+  // Every group with itself, then with every other, in the order of a tournament: one stays, the others go round it,
+  // and nobody meets two at a time.
   void meet() {
-    const int64_t most = parallel_.threads == 1 ? 1 : 4 * int64_t(parallel_.threads);
-    const int64_t groups = std::max<int64_t>(1, std::min(most, panels_ / kLeastGroup / 2 * 2)), others = groups - 1;
-    const auto begin = [&](int64_t g) { return g * panels_ / groups; };
-    share(parallel_, groups, [&](int64_t, int64_t g) { visit(begin(g), begin(g + 1), begin(g), begin(g + 1)); });
-    for (int64_t round = 0; round < others; ++round)
-      share(parallel_, groups / 2, [&](int64_t, int64_t k) {
-        const int64_t g = k ? (round + k) % others : others, h = (round + others - k) % others;
-        visit(begin(g), begin(g + 1), begin(h), begin(h + 1));
-      });
+    const int64_t most = parallel_.threads > 1 ? kGroups * int64_t(parallel_.threads) : 1;
+    const int64_t groups = std::max<int64_t>(1, std::min(most, panels_ / kLeastPanels / 2 * 2));
+    const int64_t pairs = groups / 2, others = groups - 1;
+    std::vector<std::mutex> locks(static_cast<size_t>(groups));
+    share(parallel_, groups + pairs * others, [&](int64_t, int64_t task) {
+      if (task < groups) {
+        const std::lock_guard<std::mutex> guard(locks[task]);
+        return visit(task, task, groups);
+      }
+      const int64_t round = (task - groups) / pairs, k = (task - groups) % pairs;
+      const int64_t g = k ? (round + k) % others : others, h = (round + others - k) % others;
+      const std::scoped_lock guard(locks[g], locks[h]);
+      visit(g, h, groups);
+    });
   }
 
-  // Panels [a0, a1) with panels [b0, b1), which are others, or the same.
-  void visit(int64_t a0, int64_t a1, int64_t b0, int64_t b1) {
+  void visit(int64_t g, int64_t h, int64_t groups) {
+    const auto begin = [&](int64_t group) { return group * panels_ / groups; };
     const int64_t chunk = std::max<int64_t>(1, kChunkBytes / (panel_size_ * int64_t(sizeof(T))));
-    for (int64_t a = a0; a < a1; a += chunk)
-      for (int64_t b = a0 == b0 ? a : b0; b < b1; ++b)
-        for (int64_t p = a, end = std::min(a1, a + chunk); p < end && (a0 != b0 || p <= b); ++p) block(p, b);
+    for (int64_t first = begin(g), end; first < begin(g + 1); first = end) {
+      end = std::min(begin(g + 1), first + chunk);
+      for (int64_t b = g == h ? first : begin(h); b < begin(h + 1); ++b)
+        for (int64_t a = first; a < end && (g != h || a <= b); ++a) block(a, b);
+    }
   }
 
   void block(int64_t a, int64_t b) {
@@ -114,7 +124,7 @@ class Nearest {
     if (a != b) cut_full(b);
   }
 
-  // Panel p as it meets another. Of products that equal a floor those of lower rows than the last may yet count.
+  // Panel p as it meets another one. Of products that equal a floor those of rows before the last may yet count.
   Side<T> side(int64_t p, int64_t other, T* floors) const {
     const int64_t first = p * lanes_;
     const T lowest = numbers_[other * lanes_];
@@ -125,27 +135,26 @@ class Nearest {
   }
 
   void cut_full(int64_t p) {
-    const int32_t* sizes = sizes_ + p * lanes_;
+    const int64_t first = p * lanes_;
     int32_t largest = 0;
-    for (int64_t lane = 0; lane < lanes_; ++lane) largest = std::max(largest, sizes[lane]);
-    if (largest <= full_) return;
-    for (int64_t row = p * lanes_; row < (p + 1) * lanes_; ++row)
+    for (int64_t lane = 0; lane < lanes_; ++lane) largest = std::max(largest, sizes_[first + lane]);
+    for (int64_t row = first; largest > full_ && row < first + lanes_; ++row)
       if (sizes_[row] > full_) cut(row, wanted_ + wanted_ / 8);
   }
 
-  // To `most`, or to those that are wanted.
+  // To those that are wanted, or up to `most` where that is quickly done.
   void cut(int64_t row, int64_t most) {
     T *values = values_ + row * room_, *rows = rows_ + row * room_;
     if (const int64_t left = engine_.thin(values, rows, sizes_[row], wanted_, most, floor_ + row)) {
       sizes_[row] = int32_t(left);
-      below_[row] = floor_[row];  // which no product of those left equals
+      below_[row] = floor_[row];  // as many are above it
       return;
     }
     std::vector<Entry> list(static_cast<size_t>(sizes_[row]));
-    for (int32_t t = 0; t < sizes_[row]; ++t) list[t] = {values[t], rows[t]};
+    for (size_t t = 0; t < list.size(); ++t) list[t] = {values[t], rows[t]};
     const auto worst = list.begin() + wanted_ - 1;
     std::nth_element(list.begin(), worst, list.end());
-    for (int32_t t = 0; t < wanted_; ++t) values[t] = list[t].value, rows[t] = list[t].row;
+    for (int64_t t = 0; t < wanted_; ++t) values[t] = list[t].value, rows[t] = list[t].row;
     sizes_[row] = int32_t(wanted_);
     floor_[row] = worst->value, last_[row] = worst->row;
     below_[row] = std::nextafter(worst->value, -kInfinity);
@@ -153,14 +162,13 @@ class Nearest {
 
   const Engine<T>& engine_;
   const Parallel& parallel_;
-  int64_t n_, dim_, lanes_, panels_, panel_size_;
-  int64_t wanted_, full_, room_;
+  const int64_t n_, dim_, lanes_, panels_, panel_size_, wanted_, full_, room_;
   Arena arena_;
-  T* data_;
-  T *values_, *rows_;  // lists, (row, room), of which `sizes` are taken
-  int32_t* sizes_;
-  T *numbers_, *classes_;
-  // Of the worst that is wanted, once there are as many: its value, the one just below it, and its row.
+  T* data_;                // (panel, step, lane)
+  T *values_, *rows_;      // the lists, (row, room)
+  int32_t* sizes_;         // of them
+  T *numbers_, *classes_;  // of the rows
+  // Once a list was cut down: a floor, the number just below it, and the last row that counts of those that equal it.
   T *floor_, *below_, *last_;
 };
 

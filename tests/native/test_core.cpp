@@ -1,5 +1,6 @@
 // test_core SET: the drivers and kernels of one instruction set against arithmetic anyone can check by eye.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include "../../csrc/cpu/dense.h"
 #include "../../csrc/cpu/gradient.h"
 #include "../../csrc/cpu/mine.h"
+#include "../../csrc/cpu/nearest.h"
 #include "check.h"
 
 namespace pddm {
@@ -331,6 +333,36 @@ void test_chunks(const cpu::Engine<T>& engine, const Case& c, double tolerance) 
   for (int k = 0; k < 8; ++k) CHECK(close(dense.p[k], listed.p[k]), "parameter %d of the dense backward", k);
 }
 
+// Rows of small numbers, whose products are exact, so that many are equal.
+template <class T>
+void test_nearest(const cpu::Engine<T>& engine) {
+  std::mt19937 random(7);
+  for (const auto& [n, dim, count] : {std::array<int64_t, 3>{1, 1, 1}, {9, 3, 8}, {33, 17, 5}, {300, 5, 40}}) {
+    std::vector<T> rows(n * dim);
+    std::vector<int64_t> classes(n), expected(n * count, -1);
+    for (T& x : rows) x = T(int(random() % 5)) - 2;
+    for (int64_t& c : classes) c = int64_t(random() % 8) - 1;
+    for (int64_t i = 0; i < n; ++i) {
+      std::vector<std::pair<T, int64_t>> others;
+      for (int64_t j = 0; j < n; ++j) {
+        T product = 0;
+        for (int64_t k = 0; k < dim; ++k) product += rows[i * dim + k] * rows[j * dim + k];
+        if (classes[i] >= 0 && classes[j] >= 0 && classes[i] != classes[j]) others.push_back({-product, j});
+      }
+      std::sort(others.begin(), others.end());
+      const auto found = std::min<int64_t>(count, int64_t(others.size()));
+      for (int64_t t = 0; t < found; ++t) expected[i * count + t] = others[t].second;
+      std::sort(expected.begin() + i * count, expected.begin() + i * count + found);
+    }
+    for (const int workers : {1, 3}) {
+      std::vector<int64_t> got(n * count);
+      const Parallel parallel = threads(workers);
+      cpu::Nearest<T>(engine, parallel, {rows.data(), n}, dim, classes.data(), count).write(got.data(), count);
+      CHECK(got == expected, "the %ld nearest of %ld rows, %d threads", long(count), long(n), workers);
+    }
+  }
+}
+
 void test_counters(const cpu::Engine<float>& engine) {
   const Case c({90, 8, 8, 8, false}, 3, true);
   const Typed<float> t(c);
@@ -388,6 +420,8 @@ int main(int argc, char** argv) {
   }
   test_engine(*float64, 1e-12, true);
   test_engine(*float32, 2e-5, true);
+  test_nearest(*float64);
+  test_nearest(*float32);
   test_counters(*float32);
   // Operands are rounded to 8 bits: u, u', v' and three weights, each by 2^-9 of itself at most, in sums that partly
   // cancel. Its backward runs in float32.
