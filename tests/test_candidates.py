@@ -23,6 +23,7 @@ from helpers import (
     batches,
     counters,
     cpu_only,
+    host_only,
     instruction_set,
     make_features,
     make_labels,
@@ -147,7 +148,7 @@ def test_the_memory_of_the_choice_grows_with_the_rows_alone():
     assert 0 < counters()["bytes_peak"] < 4096 * 4096
 
 
-@cpu_only("the operator is the CPU's")
+@host_only("the operator is the CPU's")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -167,7 +168,7 @@ def test_a_direct_call_cannot_reach_foreign_memory(change, message):
         torch.ops.pddm.nearest(**given)
 
 
-@cpu_only("the operator is the CPU's")
+@host_only("the operator is the CPU's")
 def test_a_direct_call_takes_any_strides_and_more_than_there_are():
     rows = torch.arange(12.0).reshape(2, 6).T[::2]  # (0, 6), (2, 8), (4, 10)
     found = torch.ops.pddm.nearest(rows, torch.tensor([3, 1, -2], dtype=torch.int32), 5)

@@ -92,6 +92,13 @@ def test_opcheck(name, dtype, requires_grad):
     torch.library.opcheck(operator.default, arguments)
 
 
+@host_only("the operator is the CPU's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_of_the_choice_of_candidates(dtype):
+    rows, classes = make_features(20, 9, dtype=dtype).T, make_labels(9)
+    torch.library.opcheck(torch.ops.pddm.nearest.default, (rows, classes, 3))
+
+
 def test_opcheck_of_strided_inputs():
     unit, x = make_unit(5).requires_grad_(False), make_features(5, 9).T
     torch.library.opcheck(torch.ops.pddm.mine.default, (x, make_labels(18)[::2], *ops.unit_arguments(unit), 1))

@@ -1,13 +1,12 @@
 // Two panels of rows, every row of the one with every row of the other, and which of the products may count.
 //
 //                  panel b: kLanes rows, (step, lane)
-//                 ┌────────────────────────────┐
-//   panel a:      │ dim steps pass by          │    one call: kLanes × kLanes products, owned by one thread. Both
-//   panels, kLanes rows,  └────────────────────────────┘    of 128 steps in float32, and the products fit the
-//   first-level cache. laid out      ┌────────────────────────────┐    What is above its row's floor, or its column's,
-//   is known by a bit likewise   ──►│ C rows × 2 vectors of acc  │    before it leaves the registers; bits are few, and
-//   go one by one into
-//                 └────────────────────────────┘    the list of the row, or the column, or both.
+//                 ┌────────────────────────────┐   one call, owned by one thread: kLanes × kLanes products. Both
+//   panel a:      │ dim steps pass by          │   panels, of 128 steps in float32, and the products fit the
+//   kLanes rows,  └────────────────────────────┘   first-level cache.
+//   laid out      ┌────────────────────────────┐   Before they leave the registers a bit says which are above the
+//   likewise   ──►│ C rows × 2 vectors of acc  │   floor of their row or of their column. These are few, and go one
+//                 └────────────────────────────┘   by one into the list of the row, of the column, or of both.
 //
 // A product is one chain of multiply-adds in the order of the steps, the same whichever of its rows is in a, and in
 // which lane.
@@ -23,7 +22,7 @@ template <class T>
 PDDM_INLINE void meet_panels(const Side<T>& a, const Side<T>& b, int64_t dim) {
   constexpr int width = kWidth<T>, lanes = kLanes<T>;
   T products[lanes][lanes];
-  uint32_t above[lanes];  // of a row's products those above its floor or the column's
+  uint32_t above[lanes];
   for_even_strips<T>(lanes, [&](auto columns, int64_t c) {
     constexpr int C = decltype(columns)::value;
     Tile<T, C> tile;
@@ -42,7 +41,7 @@ PDDM_INLINE void meet_panels(const Side<T>& a, const Side<T>& b, int64_t dim) {
       }
     }
   });
-  // An entry is written in any case, and counts where it should: a branch would be nobody's guess.
+  // Whether a list takes an entry is nobody's guess, so there is no branch: it is written, and counts or does not.
   const auto offer = [](const Side<T>& own, int64_t lane, T product, T number, bool apart) {
     const int64_t at = lane * own.room + own.sizes[lane];
     own.values[at] = product, own.rows[at] = number;
@@ -59,7 +58,7 @@ PDDM_INLINE void meet_panels(const Side<T>& a, const Side<T>& b, int64_t dim) {
     }
 }
 
-// A floor by bisection between the least value and the largest.
+// By bisection between the least value and the largest.
 template <class T>
 PDDM_INLINE int64_t thin_list(T* values, T* rows, int64_t size, int64_t least, int64_t most, T* floor) {
   constexpr int width = kWidth<T>;

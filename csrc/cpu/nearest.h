@@ -157,7 +157,9 @@ class Nearest {
     for (int64_t t = 0; t < wanted_; ++t) values[t] = list[t].value, rows[t] = list[t].row;
     sizes_[row] = int32_t(wanted_);
     floor_[row] = worst->value, last_[row] = worst->row;
-    below_[row] = std::nextafter(worst->value, -kInfinity);
+    // Less in any rounding, and where numbers this close to zero are taken for it.
+    using Limits = std::numeric_limits<T>;
+    below_[row] = worst->value - (std::abs(worst->value) * Limits::epsilon() + Limits::min());
   }
 
   const Engine<T>& engine_;
@@ -168,7 +170,7 @@ class Nearest {
   T *values_, *rows_;      // the lists, (row, room)
   int32_t* sizes_;         // of them
   T *numbers_, *classes_;  // of the rows
-  // Once a list was cut down: a floor, the number just below it, and the last row that counts of those that equal it.
+  // Once a list was cut down: a floor, a number a little below it, and the last row that counts of those that equal it.
   T *floor_, *below_, *last_;
 };
 
