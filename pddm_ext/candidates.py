@@ -44,7 +44,7 @@ def rows_of(feats: Tensor, labels: Tensor) -> Rows:
     return Rows(unit, unit.isfinite().all(1), classes, sizes)
 
 
-def nearest(rows: Rows, of: Tensor, count: int) -> Tensor:
+def nearest(rows: Rows, of: Tensor | None, count: int) -> Tensor:
     """Rows of other classes with the largest dot products, in ascending order: (m, count), −1 where there are fewer.
 
     Of products that are equal as they are computed those of the lowest rows. Rows that are not finite are nobody's, and
@@ -52,14 +52,13 @@ def nearest(rows: Rows, of: Tensor, count: int) -> Tensor:
 
     Args:
         rows: n of them.
-        of: (m,), whose.
+        of: (m,), whose; None is every row.
         count: from 1 to n − 1.
     """
-    n = len(rows.unit)
-    if rows.unit.device.type == "cpu" and len(of) == n and torch.equal(of, torch.arange(n)):
-        # A product of two rows then serves both of them.
+    if of is None and rows.unit.is_cpu:  # a product of two rows serves both of them
         chosen: Tensor = torch.ops.pddm.nearest(rows.unit, torch.where(rows.finite, rows.classes, -1), count)
         return chosen
+    of = torch.arange(len(rows.unit), device=rows.unit.device) if of is None else of
     all_finite = bool(rows.finite.all())
     found = [of.new_empty(0, count)]
     for at in torch.split(of, _at_once(rows.unit)):
@@ -156,7 +155,7 @@ def _hard(rows: Rows, score: _Score, count: int, *, anchors: bool) -> tuple[Tens
     """The quadruplet of each row with its own hardest positive, or of each positive pair that is scored."""
     n = len(rows.unit)
     every = torch.arange(n, device=rows.unit.device)
-    near, far = nearest(rows, every, count), farthest(rows, count)
+    near, far = nearest(rows, None, count), farthest(rows, count)
     negative, positive = _Asked.of(every, near, n), _Asked.of(every, far, n)
     scores = score(torch.cat([negative.pairs, positive.pairs]))
     negatives, positives = scores[: len(negative.pairs)], scores[len(negative.pairs) :]

@@ -46,9 +46,7 @@ def mask(columns: Tensor, n: int) -> Tensor:
 def chosen(feats: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Every row's nearest of other classes, and the farthest of its own."""
     rows = candidates.rows_of(feats, labels)
-    return candidates.nearest(rows, torch.arange(len(feats), device=feats.device), count), candidates.farthest(
-        rows, count
-    )
+    return candidates.nearest(rows, None, count), candidates.farthest(rows, count)
 
 
 def cost(call) -> int:
@@ -117,14 +115,14 @@ def test_they_are_what_sorting_finds(capability, dtype, dim, least):
             every = torch.arange(n, device=DEVICE)
             for count in {1, 2, n // 3 + 1, n - 1}:
                 expected = by_sorting(rows, count)
-                assert torch.equal(candidates.nearest(rows, every, count), expected)
+                assert torch.equal(candidates.nearest(rows, None, count), expected)
                 some = every[n // 2 :].flip(0)
                 assert torch.equal(candidates.nearest(rows, some, count), expected[some])
 
 
 def test_rows_that_are_all_equal_have_the_lowest(capability):
     rows = candidates.rows_of(torch.ones(700, 3, device=DEVICE), torch.arange(700, device=DEVICE) // 2)
-    near = candidates.nearest(rows, torch.arange(700, device=DEVICE), 40)
+    near = candidates.nearest(rows, None, 40)
     assert torch.equal(near, by_sorting(rows, 40))
 
 
@@ -136,7 +134,7 @@ def test_the_number_of_threads_does_not_show(capability):
         found = []
         for count in (1, 2, 3, 8):
             with threads(count):
-                found.append(candidates.nearest(rows, torch.arange(1100), 12))
+                found.append(candidates.nearest(rows, None, 12))
         assert all(torch.equal(f, found[0]) for f in found)
 
 
@@ -144,7 +142,7 @@ def test_the_number_of_threads_does_not_show(capability):
 def test_the_memory_of_the_choice_grows_with_the_rows_alone():
     rows = candidates.rows_of(make_features(4096, 8), make_labels(4096))
     reset_counters()
-    candidates.nearest(rows, torch.arange(4096), 4)
+    candidates.nearest(rows, None, 4)
     assert 0 < counters()["bytes_peak"] < 4096 * 4096
 
 
