@@ -167,6 +167,16 @@ def test_a_direct_call_cannot_reach_foreign_memory(change, message):
 
 
 @host_only("the operator is the CPU's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_beyond_the_largest_number_are_equal(dtype):
+    rows = torch.full((700, 1), torch.finfo(dtype).max, dtype=dtype)
+    with threads(4):
+        found = torch.ops.pddm.nearest(rows, torch.arange(700), 3)
+    assert found[0].tolist() == [1, 2, 3]
+    assert found[-1].tolist() == [0, 1, 2]
+
+
+@host_only("the operator is the CPU's")
 def test_a_direct_call_takes_any_strides_and_more_than_there_are():
     rows = torch.arange(12.0).reshape(2, 6).T[::2]  # (0, 6), (2, 8), (4, 10)
     found = torch.ops.pddm.nearest(rows, torch.tensor([3, 1, -2], dtype=torch.int32), 5)

@@ -427,3 +427,10 @@ def test_float32_agrees_across_instruction_sets(name):
     best = gradients(scores, x, unit)
     with instruction_set(name):
         assert_close_relatively(gradients(scores, x, unit), best, 1e-4)
+
+
+def test_rows_without_a_pair_leave_no_trace_even_where_they_are_nan():
+    unit, x = make_unit(3), torch.full((2, 3), torch.nan, device=DEVICE, requires_grad=True)
+    pddm_ext.score_matrix(x, unit, x.detach()[:0]).sum().backward()
+    for leaf in (x, *unit.parameters()):
+        assert not leaf.grad.any()

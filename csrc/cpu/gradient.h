@@ -128,7 +128,8 @@ void score_matrix_backward(const Engine<T>& engine, const Parallel& parallel, co
     *a = i, *b = symmetric ? j : n + j;
     return true;
   };
-  backward(engine, parallel, NamedRows<T>{rows, nullptr, d_rows}, unit, n * m, next, out);
+  const NamedRows<T> named{{rows.data, n * m ? rows.count : 0}, nullptr, d_rows};
+  backward(engine, parallel, named, unit, n * m, next, out);
 }
 
 }  // namespace pddm::cpu

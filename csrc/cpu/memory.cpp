@@ -15,8 +15,8 @@ constexpr std::align_val_t kAlignment{64};
 // Blocks kept from one call to the next: fresh memory costs a page fault every 4 KiB, which a small batch would feel.
 constexpr int64_t kKeptBytes = 32 << 20;
 
-// Of a block that arrays share: most of what a small batch asks for. Under a sanitizer each array has its own, whose
-// ends are watched.
+// Of a block that arrays share: most of what a small batch asks for. Under GCC's sanitizer each array has its own,
+// whose ends are watched.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr int64_t kSharedBytes = 0;
 #else

@@ -62,6 +62,10 @@ void share_in_turn(const Parallel& parallel, int stages, const Parts& parts, con
     std::atomic<int64_t> next{0}, done{0};
     int64_t count = 0;
   };
+  struct Done {  // also of what throws, or the others would wait for ever
+    std::atomic<int64_t>& parts;
+    ~Done() { parts.fetch_add(1, std::memory_order_release); }
+  };
   struct Shared {
     Stage stage[kMostStages];
     int stages;
@@ -75,8 +79,8 @@ void share_in_turn(const Parallel& parallel, int stages, const Parts& parts, con
     for (int s = 0; s < own.stages; ++s) {
       Stage& stage = own.stage[s];
       for (int64_t part; (part = stage.next.fetch_add(1, std::memory_order_relaxed)) < stage.count;) {
+        const Done counted{stage.done};
         (*own.body)(worker, s, part);
-        stage.done.fetch_add(1, std::memory_order_release);
       }
       for (int spins = 0; s + 1 < own.stages && stage.done.load(std::memory_order_acquire) < stage.count;)
         if (++spins > kSpins) std::this_thread::yield();

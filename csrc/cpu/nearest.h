@@ -157,9 +157,10 @@ class Nearest {
     for (int64_t t = 0; t < wanted_; ++t) values[t] = list[t].value, rows[t] = list[t].row;
     sizes_[row] = int32_t(wanted_);
     floor_[row] = worst->value, last_[row] = worst->row;
-    // Less in any rounding, and where numbers this close to zero are taken for it.
+    // Less in any rounding, where numbers this close to zero are taken for it, and of infinity.
     using Limits = std::numeric_limits<T>;
-    below_[row] = worst->value - (std::abs(worst->value) * Limits::epsilon() + Limits::min());
+    const T value = std::min(worst->value, Limits::max());
+    below_[row] = value - (std::abs(value) * Limits::epsilon() + Limits::min());
   }
 
   const Engine<T>& engine_;
