@@ -274,9 +274,9 @@ std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, in
 
 // The CPU's alone: other devices have torch's own products and topk. A row of a negative class takes no part.
 Tensor nearest(const Tensor& rows, const Tensor& classes, int64_t count) {
-  const Tensor given = torch::stable::contiguous(rows), numbers = dense(classes, ScalarType::Long);
-  const ScalarType dtype = given.scalar_type();
+  const ScalarType dtype = rows.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "pddm: rows must be float32 or float64");
+  const Tensor given = dense(rows, dtype), numbers = dense(classes, ScalarType::Long);
   STD_TORCH_CHECK(given.dim() == 2 && given.size(1) > 0, "pddm: rows must be a matrix");
   const int64_t n = given.size(0), most = int64_t(1) << 24;  // numbers that float32 holds
   STD_TORCH_CHECK(numbers.numel() == n && same_device(given, numbers), "pddm: one class per row, on its device");
@@ -284,7 +284,7 @@ Tensor nearest(const Tensor& rows, const Tensor& classes, int64_t count) {
   STD_TORCH_CHECK(n <= most && (n == 0 || *std::max_element(number, number + n) < most),
                   "pddm: rows and classes are numbered up to ", most);
   STD_TORCH_CHECK(count > 0, "pddm: count is ", count);
-  Tensor found = torch::stable::new_empty(given, {n, count}, ScalarType::Long);
+  Tensor found = empty(given, {n, count}, ScalarType::Long);
   const Parallel parallel = torch_threads();
   cpu::nearest(precision_of(given, false), parallel, {given.const_data_ptr(), n}, given.size(1), number, count,
                static_cast<int64_t*>(found.mutable_data_ptr()));
