@@ -32,21 +32,6 @@ PDDM_INLINE void for_vectors(int64_t panels, const Body& body) {
     for (int64_t o = 0; o < kLanes<T>; o += kWidth<T>) body(p, o, p * kLanes<T> + o);
 }
 
-// The first n elements of a vector, or all of it; zeros for the rest.
-template <class T>
-PDDM_INLINE Vec<T> load_some(const T* p, int64_t n) {
-  if (n >= kWidth<T>) return load(p);
-  Vec<T> v{};
-  if (n > 0) std::memcpy(&v, p, sizeof(T) * n);
-  return v;
-}
-
-template <class T>
-PDDM_INLINE void store_some(T* p, Vec<T> v, int64_t n) {
-  if (n >= kWidth<T>) return store(p, v);
-  if (n > 0) std::memcpy(p, &v, sizeof(T) * n);
-}
-
 // Outputs [c, c + kLanes) of x · W: the panel is W's columns as they lie, `steps` rows of it.
 template <class T>
 PDDM_INLINE void pack_columns(T* panel, const T* weights, int64_t stride, int64_t columns, int64_t c, int64_t steps) {
@@ -58,24 +43,6 @@ PDDM_INLINE void pack_columns(T* panel, const T* weights, int64_t stride, int64_
     store(panel + s * lanes, load_some(from, columns - c));
     store(panel + s * lanes + width, load_some(from + width, columns - c - width));
   }
-}
-
-// Outputs [c, c + kLanes) of x · Wᵀ: the panel is W's rows, transposed; `steps` columns of it, and room for whole
-// vectors.
-template <class T>
-PDDM_INLINE void pack_rows(T* panel, const T* weights, int64_t stride, int64_t rows, int64_t c, int64_t steps) {
-  constexpr int width = kWidth<T>, lanes = kLanes<T>;
-  for (int64_t k = 0; k < steps; k += width)
-    for (int half = 0; half < 2; ++half) {
-      const int64_t first = c + half * width;
-      Vec<T> v[width];
-      PDDM_UNROLL
-      for (int r = 0; r < width; ++r)
-        v[r] = first + r < rows ? load_some(weights + (first + r) * stride + k, steps - k) : Vec<T>{};
-      transpose<T>(v);
-      PDDM_UNROLL
-      for (int r = 0; r < width; ++r) store(panel + (k + r) * lanes + half * width, v[r]);
-    }
 }
 
 // tile += rows [row, row + C) of x, from its panel `first` on, times a packed panel. The rows' lines of the panel after
@@ -121,15 +88,6 @@ PDDM_INLINE void product(const Backward<T>& b, int64_t rows, int64_t panels, int
     PDDM_UNROLL
     for (int c = 0; c < decltype(columns)::value; ++c) use(panel, begin + r + c, tile.acc[c]);
   });
-}
-
-// A whole panel of columns in strips as even as can be, so that none has too few accumulators to hide a multiply-add.
-template <class T, class Body>
-PDDM_INLINE void for_even_strips(int64_t n, const Body& body) {
-  constexpr int lanes = kLanes<T>, strips = (lanes + kStrip - 1) / kStrip, even = lanes / strips, more = lanes % strips;
-  if (n < lanes) return for_strips(n, body);
-  for (int s = 0; s < more; ++s) body(Columns<even + 1>{}, s * (even + 1));
-  for (int s = more; s < strips; ++s) body(Columns<even>{}, s * even + more);
 }
 
 // out[o][:] (+)= Σ_row d[row][o] · x[row][:], for the outputs of one panel of d. A panel of x comes from afar once and

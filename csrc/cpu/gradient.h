@@ -39,16 +39,12 @@ void backward(const Engine<T>& engine, const Parallel& parallel, const NamedRows
   b.b_u = filled_up(unit.b_u, unit.hidden), b.b_v = filled_up(unit.b_v, unit.hidden);
   b.b_c = filled_up(unit.b_c, unit.combined), b.w_s = filled_up(unit.w_s, unit.combined);
 
-  const auto slab = [&](int64_t count, int64_t panels) {
-    const int64_t rows = engine.slab_rows(count);
-    return Slab<T>{arena.take<T>(rows * panels * lanes), rows};
-  };
-  const auto sum_slab = [&](int64_t panels) {
-    const int64_t rows = engine.slab_rows(b.rows.count);
-    return Slab<T>{arena.take_zeroed<T>(rows * panels * lanes), rows};
+  const auto slab = [&](int64_t count, int64_t panels, bool zeroed = false) {
+    const int64_t rows = engine.slab_rows(count), size = rows * panels * lanes;
+    return Slab<T>{zeroed ? arena.take_zeroed<T>(size) : arena.take<T>(size), rows};
   };
   b.f = slab(b.rows.count, b.dim_panels), b.a = slab(b.rows.count, b.hidden_panels);
-  b.d_f = sum_slab(b.dim_panels), b.d_a = sum_slab(b.hidden_panels);
+  b.d_f = slab(b.rows.count, b.dim_panels, true), b.d_a = slab(b.rows.count, b.hidden_panels, true);
   b.norm = arena.take<T>(b.rows.count);
 
   const int64_t of_input = unit.normalize_input ? 3 : 2;  // u, d|u|, and v
@@ -67,6 +63,7 @@ void backward(const Engine<T>& engine, const Parallel& parallel, const NamedRows
   const int64_t longest = std::max({b.dim_panels, 2 * b.hidden_panels, b.combined_panels});
   std::vector<T*> panel(static_cast<size_t>(parallel.threads));
   for (T*& p : panel) p = arena.take<T>(longest * lanes * lanes);
+  static_assert(static_cast<int>(Stage::back_unit_rows) < kMostStages, "all of them may follow each other");
   const auto run = [&](Stage from, Stage to) {
     const auto stage = [&](int s) { return static_cast<Stage>(static_cast<int>(from) + s); };
     share_in_turn(

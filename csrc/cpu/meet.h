@@ -12,7 +12,7 @@
 // which lane.
 #pragma once
 
-#include "backward.h"
+#include "panels.h"
 
 namespace pddm::PDDM_ISA {
 

@@ -52,12 +52,14 @@ inline int64_t workers(const Parallel& parallel, int64_t count) {
   return parallel.threads < count ? parallel.threads : count < 1 ? 1 : count;
 }
 
-// body(worker, stage, part) for parts(stage) parts of each of a few stages, a stage when all of the one before is done.
-// To gather the threads for every stage would cost more than small stages do: here a thread waits for parts that
+constexpr int kMostStages = 12;
+
+// body(worker, stage, part) for parts(stage) parts of at most so many stages, a stage when all of the one before is
+// done. To gather the threads for every stage would cost more than small stages do: here a thread waits for parts that
 // another has taken, and for nothing else, and does all of them if no other comes.
 template <class Parts, class Body>
 void share_in_turn(const Parallel& parallel, int stages, const Parts& parts, const Body& body) {
-  constexpr int kMostStages = 12, kSpins = 2000;
+  constexpr int kSpins = 2000;
   struct alignas(64) Stage {
     std::atomic<int64_t> next{0}, done{0};
     int64_t count = 0;

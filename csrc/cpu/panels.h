@@ -106,6 +106,39 @@ PDDM_INLINE T sum_lanes(Vec<T> a, Vec<T> b) {
   return lane[0];
 }
 
+// The first n elements of a vector, or all of it; zeros for the rest.
+template <class T>
+PDDM_INLINE Vec<T> load_some(const T* p, int64_t n) {
+  if (n >= kWidth<T>) return load(p);
+  Vec<T> v{};
+  if (n > 0) std::memcpy(&v, p, sizeof(T) * n);
+  return v;
+}
+
+template <class T>
+PDDM_INLINE void store_some(T* p, Vec<T> v, int64_t n) {
+  if (n >= kWidth<T>) return store(p, v);
+  if (n > 0) std::memcpy(p, &v, sizeof(T) * n);
+}
+
+// Rows [c, c + kLanes) of a matrix as a panel, (step, lane), zero where it has ended; `steps` columns of it, and room
+// for whole vectors. Of weights these are outputs of x · Wᵀ.
+template <class T>
+PDDM_INLINE void pack_rows(T* panel, const T* matrix, int64_t stride, int64_t rows, int64_t c, int64_t steps) {
+  constexpr int width = kWidth<T>, lanes = kLanes<T>;
+  for (int64_t k = 0; k < steps; k += width)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t first = c + half * width;
+      Vec<T> v[width];
+      PDDM_UNROLL
+      for (int r = 0; r < width; ++r)
+        v[r] = first + r < rows ? load_some(matrix + (first + r) * stride + k, steps - k) : Vec<T>{};
+      transpose<T>(v);
+      PDDM_UNROLL
+      for (int r = 0; r < width; ++r) store(panel + (k + r) * lanes + half * width, v[r]);
+    }
+}
+
 // Packing of weights: strip by strip of kStrip outputs, (step, output) within a strip.
 
 PDDM_INLINE float fold_weights(const float* x, const Plain<float>*) { return x[0]; }

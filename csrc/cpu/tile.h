@@ -132,4 +132,13 @@ PDDM_INLINE void for_strip(int64_t n, int64_t index, const Body& body) {
   body(Columns<kUnit>{}, c);
 }
 
+// A whole panel of columns in strips as even as can be, so that none has too few accumulators to hide a multiply-add.
+template <class T, class Body>
+PDDM_INLINE void for_even_strips(int64_t n, const Body& body) {
+  constexpr int lanes = kLanes<T>, strips = (lanes + kStrip - 1) / kStrip, even = lanes / strips, more = lanes % strips;
+  if (n < lanes) return for_strips(n, body);
+  for (int s = 0; s < more; ++s) body(Columns<even + 1>{}, s * (even + 1));
+  for (int s = more; s < strips; ++s) body(Columns<even>{}, s * even + more);
+}
+
 }  // namespace pddm::PDDM_ISA

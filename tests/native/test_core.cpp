@@ -1,6 +1,7 @@
 // test_core SET: the drivers and kernels of one instruction set against arithmetic anyone can check by eye.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -333,6 +334,34 @@ void test_chunks(const cpu::Engine<T>& engine, const Case& c, double tolerance) 
   for (int k = 0; k < 8; ++k) CHECK(close(dense.p[k], listed.p[k]), "parameter %d of the dense backward", k);
 }
 
+// Stages follow each other, every part is done once, and a part that throws holds nobody up.
+void test_stages() {
+  const auto run = [](int64_t count, void (*body)(void*, int64_t), void* context) {
+    std::vector<std::thread> pool;
+    for (int64_t t = 0; t < count; ++t)
+      pool.emplace_back([=] {
+        try {
+          body(context, t);
+        } catch (int) {
+        }
+      });
+    for (std::thread& t : pool) t.join();
+  };
+  for (const bool throws : {false, true}) {
+    std::atomic<int> done[3] = {};
+    std::atomic<bool> in_turn{true};
+    cpu::share_in_turn(
+        {3, run}, 3, [](int stage) { return 40 - 10 * stage; },
+        [&](int64_t, int stage, int64_t part) {
+          if (stage && done[stage - 1] < 50 - 10 * stage) in_turn = false;
+          ++done[stage];
+          if (throws && stage == 0 && part == 7) throw 1;
+        });
+    CHECK(in_turn && done[0] == 40 && done[1] == 30 && done[2] == 20, "parts of stages that follow each other%s",
+          throws ? ", one of which throws" : "");
+  }
+}
+
 // Rows of small numbers, whose products are exact, so that many are equal.
 template <class T>
 void test_nearest(const cpu::Engine<T>& engine) {
@@ -423,6 +452,7 @@ int main(int argc, char** argv) {
   test_nearest(*float64);
   test_nearest(*float32);
   test_counters(*float32);
+  test_stages();
   // Operands are rounded to 8 bits: u, u', v' and three weights, each by 2^-9 of itself at most, in sums that partly
   // cancel. Its backward runs in float32.
   if (bfloat16) test_engine(*bfloat16, 6e-2, true);
