@@ -12,6 +12,7 @@ from torch import Tensor
 import pddm_ext
 from helpers import (
     ANY_CALL,
+    CAPABILITIES,
     DEVICE,
     FLOATS,
     MODES,
@@ -128,14 +129,27 @@ def test_rows_that_are_all_equal_have_the_lowest(capability):
 
 @cpu_only("a GPU has no threads to choose")
 def test_the_number_of_threads_does_not_show(capability):
-    feats, labels = make_features(1100, 19), make_labels(1100)
-    for shift in (0.0, 30.0):  # of rows that nearly agree, too
-        rows = candidates.rows_of(feats + shift, labels)
-        found = []
-        for count in (1, 2, 3, 8):
-            with threads(count):
-                found.append(candidates.nearest(rows, None, 12))
-        assert all(torch.equal(f, found[0]) for f in found)
+    labels = make_labels(1100)
+    for dim in (19, 40):
+        for shift in (0.0, 30.0):  # of rows that nearly agree, too
+            rows = candidates.rows_of(make_features(1100, dim) + shift, labels)
+            found = []
+            for count in (1, 2, 3, 8):
+                with threads(count):
+                    found.append(candidates.nearest(rows, None, 12))
+            assert all(torch.equal(f, found[0]) for f in found)
+
+
+@cpu_only("a GPU's products are torch's")
+@pytest.mark.skipif("avx512_bf16" not in CAPABILITIES, reason="without products of whole numbers")
+@pytest.mark.parametrize("dim", [32, 131])
+def test_products_of_whole_numbers_leave_the_choice_as_it_is(dim):
+    feats, labels = make_features(1300, dim), make_labels(1300)
+    feats[1100:] = feats[:200] + 1e-4 * feats[200:400]  # some are nearly alike
+    rows = candidates.rows_of(feats, labels)
+    with instruction_set("avx512"):
+        expected = candidates.nearest(rows, None, 9)
+    assert torch.equal(candidates.nearest(rows, None, 9), expected)
 
 
 @cpu_only("torch's own memory is not counted")

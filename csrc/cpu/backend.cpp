@@ -13,6 +13,7 @@
 #include "loss.h"
 #include "mine.h"
 #include "nearest.h"
+#include "rounded.h"
 
 namespace pddm {
 
@@ -25,10 +26,16 @@ struct InstructionSet {
   const Engine<float>* (*float32)();
   const Engine<double>* (*float64)();
   const Engine<float>* (*bfloat16)();
+  const RoundedEngine* (*rounded)();
 };
 
-#define PDDM_SET(isa, supported) \
-  {#isa, [] { return bool(supported); }, isa::float32_engine, isa::float64_engine, isa::bfloat16_engine}
+#define PDDM_SET(isa, supported)   \
+  {#isa,                           \
+   [] { return bool(supported); }, \
+   isa::float32_engine,            \
+   isa::float64_engine,            \
+   isa::bfloat16_engine,           \
+   isa::rounded_engine}
 
 const InstructionSet kSets[] = {
     PDDM_SET(portable, true),
@@ -37,8 +44,9 @@ const InstructionSet kSets[] = {
     PDDM_SET(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
 #if defined(PDDM_AVX512_BF16)
-    PDDM_SET(avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
+    PDDM_SET(avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                              __builtin_cpu_supports("avx512vl")),
 #endif
 #endif
 };
@@ -154,6 +162,10 @@ void nearest(Precision precision, const Parallel& parallel, const Rows& rows, in
   const InstructionSet* set = chosen();
   if (precision == Precision::float64)
     return Nearest<double>(*set->float64(), parallel, rows, dim, classes, count).write(indices, count);
+  const RoundedEngine* rounded = set->rounded();
+  if (rounded && RoundedNearest::suits(rows.count, dim, count) &&
+      RoundedNearest(*rounded, *set->float32(), parallel, rows, dim, classes, count).write(indices))
+    return;
   Nearest<float>(*set->float32(), parallel, rows, dim, classes, count).write(indices, count);
 }
 

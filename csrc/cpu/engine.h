@@ -98,17 +98,22 @@ struct PackedSizes {
 
 constexpr int64_t kMaxLanes = 32;
 
-// A panel of rows whose dot products with those of another are looked through. Numbers of rows and classes are T's, so
-// that they travel as the products do.
+// Lists of every row of a batch: of products above its floor with rows of other classes, and of these rows. Numbers of
+// rows and classes are T's, so that they travel as the products do.
+template <class T>
+struct ListsOf {
+  T *values, *rows;  // (row, room)
+  int64_t room;      // of lanes and a vector more than a list has when panels meet
+  int32_t* sizes;
+  const T* classes;  // a negative one takes no part
+};
+
+// A panel of rows whose dot products with those of another are looked through.
 template <class T>
 struct Side {
-  const T* panel;                       // (step, lane)
-  const T *floors, *classes, *numbers;  // lane by lane
-  // Lists, (lane, room), of products above the lane's floor with rows of other classes, and of these rows. There is
-  // room for as many as lanes, and a vector.
-  T *values, *rows;
-  int64_t room;
-  int32_t* sizes;
+  const T* panel;  // (step, lane)
+  int64_t first;   // of the rows
+  const T* floors;
 };
 
 template <class T>
@@ -141,9 +146,13 @@ class Engine {
   // Rows [first, first + lanes) of a dense (n, dim) matrix as a panel, zero where it has ended.
   virtual void pack_rows(T* panel, const T* rows, int64_t n, int64_t dim, int64_t first) const = 0;
   // Every row of panel a with every row of panel b, which is another or the same; a product is offered to both rows.
-  virtual void meet(const Side<T>& a, const Side<T>& b, int64_t dim) const = 0;
-  // Leaves of a list `least` to `most` entries, those above a floor that is found; returns how many, or 0 where values
-  // are too close together to find one, and nothing is changed.
+  // Returns the size of the longest list that it was offered to.
+  virtual int32_t meet(const ListsOf<T>& lists, const Side<T>& a, const Side<T>& b, int64_t dim) const = 0;
+  // Dot products of a row of such a matrix with others of it, to the last bit those of panels that meet.
+  virtual void products(const T* rows, int64_t dim, int64_t row, const int32_t* others, int64_t count,
+                        T* out) const = 0;
+  // Finds a floor that `least` to `most` entries of a list are above, and leaves them; returns how many, or 0 where
+  // values are too close together, and nothing is changed.
   virtual int64_t thin(T* values, T* rows, int64_t size, int64_t least, int64_t most, T* floor) const = 0;
 
   // The register tile's multiply-adds on registers alone, `rounds` times: the ceiling of every kernel. Returns the
@@ -155,14 +164,39 @@ class Engine {
   ~Engine() = default;
 };
 
+// Dot products of rows of whole numbers: twice as many in an instruction as of floats, and nearly those of the rows
+// that were rounded to them.
+class RoundedEngine {
+ public:
+  int lanes;
+
+  // Whole numbers q ≈ x / scale of a panel x, (step, lane), two steps to an element; |q| < 2¹⁵. Lane by lane
+  // ‖x − scale q‖²; of a row of a negative class all is 0.
+  virtual void round(int32_t* whole, const float* panel, const int32_t* classes, float scale, int64_t dim,
+                     float* error) const = 0;
+  // As the engine's.
+  virtual int32_t meet(const ListsOf<int32_t>& lists, const Side<int32_t>& a, const Side<int32_t>& b,
+                       int64_t steps) const = 0;
+  // Finds a floor that `least` entries of a list are above, or up to `most` where that is quicker, or more where they
+  // are equal; leaves those above it less the margin; returns how many. `floor` comes as one that all entries are
+  // above, and there is room for a vector after them.
+  virtual int64_t thin(int32_t* values, int32_t* rows, int64_t size, int64_t least, int64_t most, int32_t margin,
+                       int32_t* floor) const = 0;
+
+ protected:
+  explicit constexpr RoundedEngine(int lanes) : lanes(lanes) {}
+  ~RoundedEngine() = default;
+};
+
 }  // namespace pddm::cpu
 
-// The instruction sets, lowest first. An engine is null where its set has no such precision.
+// The instruction sets, lowest first. An engine is null where its set has no such products.
 #define PDDM_DECLARE_ENGINES(isa)              \
   namespace pddm::isa {                        \
   const cpu::Engine<float>* float32_engine();  \
   const cpu::Engine<double>* float64_engine(); \
   const cpu::Engine<float>* bfloat16_engine(); \
+  const cpu::RoundedEngine* rounded_engine();  \
   }
 PDDM_DECLARE_ENGINES(portable)
 PDDM_DECLARE_ENGINES(avx2)

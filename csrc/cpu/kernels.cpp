@@ -1,5 +1,5 @@
 // The kernels of one instruction set, behind the Engine interface. Compiled once per set: PDDM_ISA names it,
-// PDDM_VECTOR_BYTES is its register width, PDDM_HAS_BF16 says that it multiplies bfloat16.
+// PDDM_VECTOR_BYTES is its register width, PDDM_HAS_BF16 and PDDM_HAS_INT16 say what else it multiplies.
 #include "backward.h"
 #include "meet.h"
 
@@ -83,7 +83,12 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
   void pack_rows(T* panel, const T* rows, int64_t n, int64_t dim, int64_t first) const override {
     PDDM_ISA::pack_rows<T>(panel, rows, dim, n, first, dim);
   }
-  void meet(const cpu::Side<T>& a, const cpu::Side<T>& b, int64_t dim) const override { meet_panels<T>(a, b, dim); }
+  int32_t meet(const cpu::ListsOf<T>& lists, const cpu::Side<T>& a, const cpu::Side<T>& b, int64_t dim) const override {
+    return meet_panels<Plain<T>>(lists, a, b, dim);
+  }
+  void products(const T* rows, int64_t dim, int64_t row, const int32_t* others, int64_t count, T* out) const override {
+    listed_products<T>(rows, dim, row, others, count, out);
+  }
   int64_t thin(T* values, T* rows, int64_t size, int64_t least, int64_t most, T* floor) const override {
     return thin_list<T>(values, rows, size, least, most, floor);
   }
@@ -106,6 +111,28 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
   }
 };
 
+#if defined(PDDM_HAS_INT16)
+class RoundedKernels final : public cpu::RoundedEngine {
+ public:
+  constexpr RoundedKernels() : cpu::RoundedEngine(kLanes<int32_t>) {}
+
+  void round(int32_t* whole, const float* panel, const int32_t* classes, float scale, int64_t dim,
+             float* error) const override {
+    round_panel(whole, panel, classes, scale, dim, error);
+  }
+  int32_t meet(const cpu::ListsOf<int32_t>& lists, const cpu::Side<int32_t>& a, const cpu::Side<int32_t>& b,
+               int64_t steps) const override {
+    return meet_panels<Int16>(lists, a, b, steps);
+  }
+  int64_t thin(int32_t* values, int32_t* rows, int64_t size, int64_t least, int64_t most, int32_t margin,
+               int32_t* floor) const override {
+    return thin_rounded(values, rows, size, least, most, margin, floor);
+  }
+};
+
+constexpr RoundedKernels kRounded;
+#endif
+
 constexpr Kernels<Plain<float>> kFloat32;
 constexpr Kernels<Plain<double>> kFloat64;
 #if defined(PDDM_HAS_BF16)
@@ -119,6 +146,13 @@ const cpu::Engine<double>* float64_engine() { return &kFloat64; }
 const cpu::Engine<float>* bfloat16_engine() {
 #if defined(PDDM_HAS_BF16)
   return &kBfloat16;
+#else
+  return nullptr;
+#endif
+}
+const cpu::RoundedEngine* rounded_engine() {
+#if defined(PDDM_HAS_INT16)
+  return &kRounded;
 #else
   return nullptr;
 #endif

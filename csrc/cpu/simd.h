@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -179,7 +180,9 @@ PDDM_INLINE void store(T* p, Vec<T> v) {
 template <class T>
 PDDM_INLINE uint32_t lanes_above(Vec<T> x, Vec<T> floor) {
 #if defined(__AVX512F__) && !defined(PDDM_PLAIN_VECTORS)
-  if constexpr (sizeof(T) == 4)
+  if constexpr (std::is_integral_v<T>)
+    return _mm512_cmpgt_epi32_mask(__m512i(x), __m512i(floor));
+  else if constexpr (sizeof(T) == 4)
     return _mm512_cmp_ps_mask(__m512(x), __m512(floor), _CMP_GT_OQ);
   else
     return _mm512_cmp_pd_mask(__m512d(x), __m512d(floor), _CMP_GT_OQ);
@@ -255,6 +258,29 @@ PDDM_INLINE Vec<float> dot_bf16(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b
   return sum + high(a) * high(b) + low(a) * low(b);
 #else
   return Vec<float>(_mm512_dpbf16_ps(__m512(sum), (__m512bh)__m512i(a), (__m512bh)__m512i(b)));
+#endif
+}
+
+#endif
+
+#if defined(PDDM_HAS_INT16)
+
+// To the nearest, of two equally near the even one, of |x| < 2²².
+PDDM_INLINE Vec<int32_t> round_to_int(Vec<float> x) {
+  constexpr float kNoFraction = 3 << 22;
+  Vec<float> shifted = x + kNoFraction;
+  PDDM_OPAQUE(shifted);
+  return __builtin_convertvector(shifted - kNoFraction, Vec<int32_t>);
+}
+
+PDDM_INLINE Vec<float> to_float(Vec<int32_t> x) { return __builtin_convertvector(x, Vec<float>); }
+
+// sum + the products of the halves of each lane.
+PDDM_INLINE Vec<int32_t> dot_int16(Vec<int32_t> sum, Vec<int32_t> a, Vec<int32_t> b) {
+#if defined(PDDM_EMULATE_INT16)
+  return sum + (a >> 16) * (b >> 16) + ((a << 16) >> 16) * ((b << 16) >> 16);
+#else
+  return Vec<int32_t>(_mm512_dpwssd_epi32(__m512i(sum), __m512i(a), __m512i(b)));
 #endif
 }
 

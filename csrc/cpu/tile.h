@@ -46,6 +46,17 @@ struct Bf16 {
 };
 #endif
 
+#if defined(PDDM_HAS_INT16)
+struct Int16 {
+  using Scalar = int32_t;
+  using Element = int32_t;
+  static constexpr int kFold = 2;
+  static PDDM_INLINE Vec<int32_t> multiply_add(Vec<int32_t> sum, Vec<int32_t> a, Vec<int32_t> b) {
+    return dot_int16(sum, a, b);
+  }
+};
+#endif
+
 template <class T>
 constexpr int kLanes = 2 * kWidth<T>;
 // What is padded to lanes has room for whole units.

@@ -15,6 +15,7 @@
 #include "../../csrc/cpu/gradient.h"
 #include "../../csrc/cpu/mine.h"
 #include "../../csrc/cpu/nearest.h"
+#include "../../csrc/cpu/rounded.h"
 #include "check.h"
 
 namespace pddm {
@@ -26,6 +27,7 @@ namespace emulated {
 const cpu::Engine<float>* float32_engine();
 const cpu::Engine<double>* float64_engine();
 const cpu::Engine<float>* bfloat16_engine();
+const cpu::RoundedEngine* rounded_engine();
 }  // namespace emulated
 }  // namespace pddm
 
@@ -392,6 +394,52 @@ void test_nearest(const cpu::Engine<T>& engine) {
   }
 }
 
+enum class Kind { far_apart, clusters, among_some, among_many, sizes, all_alike, zero, nobody };
+
+// By whole numbers the choice is the same, or none is made.
+void test_rounded(const cpu::RoundedEngine& rounded, const cpu::Engine<float>& engine) {
+  std::mt19937 random(8);
+  for (const auto& [n, dim, count] :
+       {std::array<int64_t, 3>{600, 1, 3}, {1100, 17, 1}, {1500, 130, 32}, {400, 33, 399}})
+    for (const Kind kind : {Kind::far_apart, Kind::clusters, Kind::among_some, Kind::among_many, Kind::sizes,
+                            Kind::all_alike, Kind::zero, Kind::nobody}) {
+      const int64_t equals = kind == Kind::among_some ? 60 : kind == Kind::among_many ? 300 : 0;
+      std::vector<float> rows(n * dim), centres(8 * dim);
+      std::vector<int64_t> classes(n);
+      for (float& x : centres) x = float(normal(random));
+      for (int64_t i = 0; i < n; ++i) {
+        classes[i] = kind == Kind::nobody || i % 41 == 7 ? -1 : i / 3;
+        double size = 0;
+        for (int64_t k = 0; k < dim; ++k) {
+          float& x = rows[i * dim + k];
+          const double centre = centres[i % 8 * dim + k], own = normal(random);
+          x = kind == Kind::clusters ? float(centre + own / 8) : kind == Kind::all_alike ? 1.f : float(own);
+          if (k == 0 && i <= equals) x = 0;
+          size += double(x) * x;
+        }
+        for (int64_t k = 0; k < dim; ++k) {
+          float& x = rows[i * dim + k];
+          x = kind == Kind::zero ? 0.f : float(x / std::sqrt(size)) * (kind == Kind::sizes && i % 5 ? 1e-3f : 1.f);
+          // The first row has others that are as good as each other, but for their rounding.
+          if (i == 0 && equals) x = k == 0 ? 1.f : 0.f;
+          if (i > 0 && i <= equals) x = k == 0 ? 0.7f + 1e-6f * float(random() % 3) : 0.7f * x;
+          if (i % 41 == 7) x = std::nanf("");
+        }
+      }
+      std::vector<int64_t> expected(n * count), got(n * count, -7), untouched = got;
+      cpu::Nearest<float>(engine, threads(1), {rows.data(), n}, dim, classes.data(), count)
+          .write(expected.data(), count);
+      for (const int workers : {1, 3}) {
+        cpu::RoundedNearest nearest(rounded, engine, threads(workers), {rows.data(), n}, dim, classes.data(), count);
+        const bool made = nearest.write(got.data());
+        CHECK(got == (made ? expected : untouched), "kind %d: the %ld nearest of %ld rows by whole numbers, %d threads",
+              int(kind), long(count), long(n), workers);
+        if (dim > 17 && kind < Kind::sizes) CHECK(made, "kind %d of %ld rows", int(kind), long(n));
+        if (kind == Kind::zero || kind == Kind::nobody) CHECK(!made, "kind %d of %ld rows", int(kind), long(n));
+      }
+    }
+}
+
 void test_counters(const cpu::Engine<float>& engine) {
   const Case c({90, 8, 8, 8, false}, 3, true);
   const Typed<float> t(c);
@@ -427,6 +475,7 @@ int main(int argc, char** argv) {
   const cpu::Engine<float>* float32 = nullptr;
   const cpu::Engine<double>* float64 = nullptr;
   const cpu::Engine<float>* bfloat16 = nullptr;
+  const cpu::RoundedEngine* rounded = nullptr;
   bool supported = false;
 #define PDDM_USE(isa, test) \
   if (set == #isa && (supported = (test))) float32 = isa::float32_engine(), float64 = isa::float64_engine()
@@ -437,10 +486,11 @@ int main(int argc, char** argv) {
   PDDM_USE(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
   PDDM_USE(avx512, avx512);
   PDDM_USE(emulated, avx512);
-  if (set == "emulated" && supported) bfloat16 = emulated::bfloat16_engine();
+  if (set == "emulated" && supported) bfloat16 = emulated::bfloat16_engine(), rounded = emulated::rounded_engine();
 #if defined(PDDM_AVX512_BF16)
-  PDDM_USE(avx512_bf16, __builtin_cpu_supports("avx512bf16"));
-  if (set == "avx512_bf16" && supported) bfloat16 = avx512_bf16::bfloat16_engine();
+  PDDM_USE(avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"));
+  if (set == "avx512_bf16" && supported)
+    bfloat16 = avx512_bf16::bfloat16_engine(), rounded = avx512_bf16::rounded_engine();
 #endif
 #endif
   if (!supported) {
@@ -451,6 +501,7 @@ int main(int argc, char** argv) {
   test_engine(*float32, 2e-5, true);
   test_nearest(*float64);
   test_nearest(*float32);
+  if (rounded) test_rounded(*rounded, *float32);
   test_counters(*float32);
   test_stages();
   // Operands are rounded to 8 bits: u, u', v' and three weights, each by 2^-9 of itself at most, in sums that partly

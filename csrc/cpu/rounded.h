@@ -1,0 +1,199 @@
+// The nearest rows once more, most of the work in whole numbers: x = s q + e, where q is rounded and e is what it
+// leaves.
+//
+//   x_i · x_j = s² q_i · q_j + s q_i · e_j + e_i · x_j,  of which the rest is less than a margin, the same for all
+//
+// A row keeps what may be among its best, give or take the margin. In the end it is certain of most of these, and only
+// of the others are the true products made, in the order of operations of nearest.h: the choice is its choice. Where
+// too many others of a row are nearly as good as each other all of its products are made; where there are many such
+// rows the whole is left to nearest.h.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "lists.h"
+
+namespace pddm::cpu {
+
+class RoundedNearest {
+ public:
+  // Whether it is worth while: of few rows most would be kept, and few columns are quickly multiplied as they are.
+  static bool suits(int64_t n, int64_t dim, int64_t count) {
+    return n >= kLeastRows && room_of(count) <= n / 8 && dim >= kLeastDim && dim <= kMostDim;
+  }
+
+  RoundedNearest(const RoundedEngine& rounded, const Engine<float>& engine, const Parallel& parallel, const Rows& rows,
+                 int64_t dim, const int64_t* classes, int64_t count)
+      : rounded_(rounded),
+        engine_(engine),
+        parallel_(parallel),
+        rows_(static_cast<const float*>(rows.data)),
+        dim_(dim),
+        lanes_(rounded.lanes),
+        steps_((dim + 1) / 2),
+        wanted_(count),
+        lists_(arena_, rows.count, lanes_, classes, room_of(count)) {}
+
+  // Every row's in ascending order, (n, count), −1 where there are fewer; false where nothing was written.
+  bool write(int64_t* out) {
+    if (!round()) return false;
+    every_two_panels(parallel_, lists_.panels, kChunkBytes / (steps_ * lanes_ * int64_t(sizeof(int32_t))),
+                     [&](int64_t, int64_t a, int64_t b) { block(a, b); });
+    if (hopeless()) return false;
+    share(parallel_, lists_.panels, [&](int64_t, int64_t p) {
+      Finish finish(*this);
+      for (int64_t row = p * lanes_; row < std::min(lists_.n, (p + 1) * lanes_); ++row)
+        finish(row, out + row * wanted_);
+    });
+    return true;
+  }
+
+ private:
+  static constexpr int64_t kLeastRows = 1024, kLeastDim = 32, kMostDim = 1 << 16;
+  static constexpr int64_t kChunkBytes = 512 << 10;  // of the second-level cache
+  static constexpr int64_t kPatience = 128;          // of so many rows one may have all of its products made
+  // A row's largest norm, so that products and twice the margin on top of them are whole numbers of 32 bits; what no
+  // product is below; and what none is above.
+  static constexpr int32_t kLargest = 32000, kNone = -1100000000, kNothing = std::numeric_limits<int32_t>::max();
+  static constexpr int32_t kWidestMargin = 1 << 28;
+
+  static int64_t room_of(int64_t count) { return count + std::max<int64_t>(count, 64); }
+
+  bool round() {
+    const int64_t padded = lists_.panels * lanes_;
+    data_ = arena_.take<int32_t>(padded * steps_);
+    floor_ = arena_.take<int32_t>(padded);
+    std::fill_n(floor_, padded, kNone);
+    auto *size = arena_.take<float>(padded), *error = arena_.take<float>(padded);
+    share(parallel_, lists_.panels, [&](int64_t, int64_t p) {
+      for (int64_t row = p * lanes_; row < (p + 1) * lanes_; ++row)
+        size[row] = lists_.classes[row] < 0 ? 0 : squared(rows_ + row * dim_);
+    });
+    const double rounding = double(dim_ + 4) / (1 << 24), more = 1 + rounding;
+    const double largest = std::sqrt(double(*std::max_element(size, size + padded))) * more;
+    if (!(largest > 1e-15 && largest < 1e15)) return false;  // squares and their sums are well within float32
+    const float scale = float(largest / kLargest);
+    auto* scratch = arena_.take<float>(parallel_.threads * engine_.stride(dim_) * lanes_);
+    share(parallel_, lists_.panels, [&](int64_t worker, int64_t p) {
+      const int64_t first = p * lanes_;
+      float* panel = scratch + worker * engine_.stride(dim_) * lanes_;
+      engine_.pack_rows(panel, rows_, lists_.n, dim_, first);
+      rounded_.round(data_ + first * steps_, panel, lists_.classes + first, scale, dim_, error + first);
+    });
+    const double widest = std::sqrt(double(*std::max_element(error, error + padded))) * more;
+    // Of what rounding leaves of both rows, and of what true products lose in float32.
+    const double margin = widest * (2 * largest + widest) * more + 2 * rounding * largest * largest;
+    margin_ = std::ceil(std::min(margin / scale / scale, double(kWidestMargin)));
+    return true;
+  }
+
+  float squared(const float* row) const {
+    float sums[8] = {};
+    int64_t k = 0;
+    for (; k + 8 <= dim_; k += 8)
+      for (int64_t t = 0; t < 8; ++t) sums[t] += row[k + t] * row[k + t];
+    for (; k < dim_; ++k) sums[0] += row[k] * row[k];
+    for (int64_t t = 1; t < 8; ++t) sums[0] += sums[t];
+    return sums[0];
+  }
+
+  bool hopeless() const { return without_bounds_.load(std::memory_order_relaxed) > lists_.n / kPatience; }
+
+  void block(int64_t a, int64_t b) {
+    if (hopeless()) return;
+    const auto side = [&](int64_t p) {
+      const int64_t first = p * lanes_;
+      return Side<int32_t>{data_ + first * steps_, first, floor_ + first};
+    };
+    lists_.cut_full(rounded_.meet(lists_, side(a), side(b), steps_), a, b, [&](int64_t row) {
+      if (thin(row, wanted_ + wanted_ / 8) <= lists_.full - lists_.full / 4) {
+        floor_[row] -= 2 * margin_;
+        return;
+      }
+      floor_[row] = kNothing;
+      without_bounds_.fetch_add(1, std::memory_order_relaxed);
+    });
+  }
+
+  // Leaves what may be among the best, and in floor_ a number that as many as are wanted, or up to `most`, are above.
+  int64_t thin(int64_t row, int64_t most) {
+    int32_t& size = lists_.sizes[row];
+    size = int32_t(rounded_.thin(lists_.values + row * lists_.room, lists_.rows + row * lists_.room, size, wanted_,
+                                 most, 2 * margin_, floor_ + row));
+    return size;
+  }
+
+  // The best of one row after the other.
+  class Finish {
+   public:
+    explicit Finish(RoundedNearest& all) : all_(all) {}
+
+    void operator()(int64_t row, int64_t* out) {
+      const Lists<int32_t>& lists = all_.lists_;
+      const int64_t wanted = all_.wanted_;
+      const int32_t *values = lists.values + row * lists.room, *rows = lists.rows + row * lists.room;
+      sure_.clear(), unsure_.clear();
+      if (all_.floor_[row] == kNothing) {
+        const int32_t own = lists.classes[row];
+        for (int64_t other = 0; other < lists.n; ++other)
+          if (lists.classes[other] >= 0 && lists.classes[other] != own) unsure_.push_back(int32_t(other));
+      } else if (lists.sizes[row] <= wanted) {
+        sure_.assign(rows, rows + lists.sizes[row]);
+      } else {
+        // As many as are wanted are above the floor: the true value of one that is above the best of the others, and
+        // not by the margin of both alone, is among the largest.
+        all_.thin(row, wanted);
+        const int32_t size = lists.sizes[row], floor = all_.floor_[row];
+        int32_t next = kNone, last = kNothing;
+        int64_t above = 0;
+        for (int32_t t = 0; t < size; ++t)
+          if (values[t] > floor)
+            last = std::min(last, values[t]), ++above;
+          else
+            next = std::max(next, values[t]);
+        if (above > wanted) next = last;  // equal ones
+        for (int32_t t = 0; t < size; ++t)
+          if (values[t] > next + 2 * all_.margin_)
+            sure_.push_back(rows[t]);
+          else if (values[t] >= last - 2 * all_.margin_)
+            unsure_.push_back(rows[t]);
+      }
+      choose(row, wanted - int64_t(sure_.size()));
+      write_rows(sure_.data(), int64_t(sure_.size()), out, wanted);
+    }
+
+   private:
+    void choose(int64_t row, int64_t count) {
+      if (int64_t(unsure_.size()) > count) {
+        products_.resize(unsure_.size()), list_.resize(unsure_.size());
+        all_.engine_.products(all_.rows_, all_.dim_, row, unsure_.data(), int64_t(unsure_.size()), products_.data());
+        for (size_t t = 0; t < list_.size(); ++t) list_[t] = {products_[t], float(unsure_[t])};
+        std::nth_element(list_.begin(), list_.begin() + count, list_.end());
+        for (int64_t t = 0; t < count; ++t) unsure_[t] = int32_t(list_[t].row);
+        unsure_.resize(count);
+      }
+      sure_.insert(sure_.end(), unsure_.begin(), unsure_.end());
+    }
+
+    RoundedNearest& all_;
+    std::vector<int32_t> sure_, unsure_;
+    std::vector<float> products_;
+    std::vector<Entry<float>> list_;
+  };
+
+  const RoundedEngine& rounded_;
+  const Engine<float>& engine_;
+  const Parallel& parallel_;
+  const float* rows_;
+  const int64_t dim_, lanes_, steps_, wanted_;
+  Arena arena_;
+  Lists<int32_t> lists_;
+  int32_t* data_ = nullptr;  // (panel, step, lane)
+  int32_t* floor_ = nullptr;
+  int32_t margin_ = 0;
+  std::atomic<int64_t> without_bounds_{0};
+};
+
+}  // namespace pddm::cpu
