@@ -70,10 +70,11 @@ PDDM_INLINE void hidden_layer(const Workspace<typename Op::Scalar>& w, const Blo
   using T = typename Op::Scalar;
   constexpr int width = kWidth<T>, lanes = kLanes<T>, fold = Op::kFold;
   const int64_t dim = folded<Op>(w.dim) * fold, hidden = padded(w.hidden, kUnit);
+  const auto next = [&](int64_t g) -> const Group& { return groups[g + 1 < count ? g + 1 : g]; };
 
   for (int64_t g = 0; g < count; ++g) {
     Vec<T> square[2] = {};
-    for_each_step<T, fold, Difference>(w.f, w.f_panels, w.f_stride, groups[g], dim,
+    for_each_step<T, fold, Difference>(w.f, w.f_panels, w.f_stride, groups[g], next(g), dim,
                                        [&](int64_t k, const Vec<T>(*u)[2]) {
                                          store_steps<Op>(b.x + g * b.x_size, k, u);
                                          if (w.normalize_input)
@@ -119,29 +120,31 @@ PDDM_INLINE void hidden_layer(const Workspace<typename Op::Scalar>& w, const Blo
     Lanes<T>& lane = b.lanes[g];
     Vec<T> square[2] = {};
     if (w.normalize_input)
-      for_each_step<T, fold, Sum>(w.f, w.f_panels, w.f_stride, groups[g], dim, [&](int64_t, const Vec<T>(*v)[2]) {
-        for (int p = 0; p < fold; ++p)
-          for (int half = 0; half < 2; ++half) square[half] += v[p][half] * v[p][half];
-      });
+      for_each_step<T, fold, Sum>(w.f, w.f_panels, w.f_stride, groups[g], next(g), dim,
+                                  [&](int64_t, const Vec<T>(*v)[2]) {
+                                    for (int p = 0; p < fold; ++p)
+                                      for (int half = 0; half < 2; ++half) square[half] += v[p][half] * v[p][half];
+                                  });
     store(lane.scale_v, square[0]), store(lane.scale_v + width, square[1]);
     for (int l = 0; l < lanes; ++l)
       lane.scale_v[l] = w.normalize_input ? T(0.5) / clamped(T(0.5) * root(lane.scale_v[l])) : T(0.5);
 
     const Vec<T> scale[2] = {load(lane.scale_v), load(lane.scale_v + width)};
     square[0] = square[1] = Vec<T>{};
-    for_each_step<T, fold, Sum>(w.a, w.a_panels, w.a_stride, groups[g], hidden, [&](int64_t k, const Vec<T>(*a)[2]) {
-      Vec<T> v[fold][2];
-      PDDM_UNROLL
-      for (int p = 0; p < fold; ++p) {
-        const Vec<T> bias = broadcast(w.b_v[k + p]);
-        PDDM_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          v[p][half] = relu<T>(a[p][half] * scale[half] + bias);
-          square[half] += v[p][half] * v[p][half];
-        }
-      }
-      store_steps<Op>(b.x + g * b.x_size, k, v);
-    });
+    for_each_step<T, fold, Sum>(w.a, w.a_panels, w.a_stride, groups[g], next(g), hidden,
+                                [&](int64_t k, const Vec<T>(*a)[2]) {
+                                  Vec<T> v[fold][2];
+                                  PDDM_UNROLL
+                                  for (int p = 0; p < fold; ++p) {
+                                    const Vec<T> bias = broadcast(w.b_v[k + p]);
+                                    PDDM_UNROLL
+                                    for (int half = 0; half < 2; ++half) {
+                                      v[p][half] = relu<T>(a[p][half] * scale[half] + bias);
+                                      square[half] += v[p][half] * v[p][half];
+                                    }
+                                  }
+                                  store_steps<Op>(b.x + g * b.x_size, k, v);
+                                });
     store(lane.norm_v, square[0]), store(lane.norm_v + width, square[1]);
     for (int l = 0; l < lanes; ++l) {
       lane.norm_u[l] = clamped(root(lane.norm_u[l]));

@@ -23,10 +23,10 @@ struct Sum {
 };
 
 // emit(k, x): x[p][half] is Combine(i, j) at step k + p, for p < Fold. Runs over `steps` (a multiple of Fold) steps of
-// rows that are `stride` long.
+// rows that are `stride` long. Rows of listed pairs lie anywhere: those of the next group are asked for meanwhile.
 template <class T, int Fold, template <class> class Combine, class Emit>
-PDDM_INLINE void for_each_step(const T* rows, const T* panels, int64_t stride, const Group& g, int64_t steps,
-                               const Emit& emit) {
+PDDM_INLINE void for_each_step(const T* rows, const T* panels, int64_t stride, const Group& g, const Group& next,
+                               int64_t steps, const Emit& emit) {
   constexpr int width = kWidth<T>;
   if (g.panel >= 0) {
     const T* row = rows + g.row * stride;
@@ -43,7 +43,12 @@ PDDM_INLINE void for_each_step(const T* rows, const T* panels, int64_t stride, c
     }
     return;
   }
+  const bool listed = next.panel < 0;
   for (int64_t k0 = 0; k0 < steps; k0 += width) {
+    for (int lane = 0; listed && lane < kLanes<T>; ++lane) {
+      PDDM_PREFETCH(rows + next.i[lane] * stride + k0);
+      PDDM_PREFETCH(rows + next.j[lane] * stride + k0);
+    }
     Vec<T> x[width][2];
     for (int half = 0; half < 2; ++half) {
       Vec<T> v[width];
