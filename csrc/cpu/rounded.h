@@ -112,7 +112,7 @@ class RoundedNearest {
         floor_[row] -= 2 * margin_;
         return;
       }
-      floor_[row] = kNothing;
+      floor_[row] = kNothing, lists_.sizes[row] = 0;
       without_bounds_.fetch_add(1, std::memory_order_relaxed);
     });
   }

@@ -426,11 +426,14 @@ void test_rounded(const cpu::RoundedEngine& rounded, const cpu::Engine<float>& e
           if (i % 41 == 7) x = std::nanf("");
         }
       }
-      std::vector<int64_t> expected(n * count), got(n * count, -7), untouched = got;
+      const std::vector<int64_t> untouched(n * count, -7);
+      std::vector<int64_t> expected = untouched;
       cpu::Nearest<float>(engine, threads(1), {rows.data(), n}, dim, classes.data(), count)
           .write(expected.data(), count);
       for (const int workers : {1, 3}) {
-        cpu::RoundedNearest nearest(rounded, engine, threads(workers), {rows.data(), n}, dim, classes.data(), count);
+        std::vector<int64_t> got = untouched;
+        const Parallel parallel = threads(workers);
+        cpu::RoundedNearest nearest(rounded, engine, parallel, {rows.data(), n}, dim, classes.data(), count);
         const bool made = nearest.write(got.data());
         CHECK(got == (made ? expected : untouched), "kind %d: the %ld nearest of %ld rows by whole numbers, %d threads",
               int(kind), long(count), long(n), workers);
