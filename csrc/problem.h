@@ -97,6 +97,12 @@ class Backend {
   virtual void topk(const Rows& queries, const Rows& gallery, int64_t k, const Unit& unit, void* scores,
                     int64_t* indices) const = 0;
 
+  // Of each row of a matrix the columns of other classes with the `count` largest values, in ascending order, −1 where
+  // there are fewer. NaN is the least, of equal ones the lowest columns are taken; a negative class takes no part. `own`
+  // has the rows' classes.
+  virtual void largest(const void* values, int64_t rows, int64_t columns, const int64_t* own, const int64_t* classes,
+                       int64_t count, int64_t* indices) const = 0;
+
   // Gradients of Σ_p weight[p] · S(i[p], j[p]). Pairs with a negative index or a zero weight are skipped.
   virtual void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,
                                     void* rows_gradient, const UnitGradient& gradient) const = 0;

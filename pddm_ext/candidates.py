@@ -17,7 +17,7 @@ from . import ops
 from .precision import no_autocast, score_dtype
 from .quadruplets import MODES
 
-#: Dot products in memory at once. A GPU takes more of them at a time, for each part costs it some thirty launches.
+#: Dot products in memory at once: a GPU would not be busy with fewer.
 _ENTRIES, _ENTRIES_OF_GPU = 2**22, 2**24
 
 _Score = Callable[[Tensor], Tensor]
@@ -55,18 +55,15 @@ def nearest(rows: Rows, of: Tensor | None, count: int) -> Tensor:
         of: (m,), whose; None is every row.
         count: from 1 to n − 1.
     """
+    classes = torch.where(rows.finite, rows.classes, -1)
     if of is None and rows.unit.is_cpu:  # a product of two rows serves both of them
-        chosen: Tensor = torch.ops.pddm.nearest(rows.unit, torch.where(rows.finite, rows.classes, -1), count)
+        chosen: Tensor = torch.ops.pddm.nearest(rows.unit, classes, count)
         return chosen
     of = torch.arange(len(rows.unit), device=rows.unit.device) if of is None else of
-    all_finite = bool(rows.finite.all())
-    found = [of.new_empty(0, count)]
+    parts = [of.new_empty(0, count)]
     for at in torch.split(of, _at_once(rows.unit)):
-        but = rows.classes[at, None] == rows.classes
-        if not all_finite:
-            but |= ~rows.finite | ~rows.finite[at, None]
-        found.append(_first(rows.unit[at] @ rows.unit.T, but, count))
-    return torch.cat(found)
+        parts.append(torch.ops.pddm.largest(rows.unit[at] @ rows.unit.T, classes[at], classes, count))
+    return torch.cat(parts)
 
 
 def farthest(rows: Rows, count: int) -> Tensor:
@@ -88,35 +85,16 @@ def farthest(rows: Rows, count: int) -> Tensor:
     if largest > count:
         for c in (rows.sizes - 1 > count).nonzero().flatten().tolist():
             own = order[begin[c] : begin[c] + rows.sizes[c]]
-            for part in torch.split(torch.arange(len(own), device=device), _at_once(own)):
-                itself = part[:, None] == torch.arange(len(own), device=device)
-                far[own[part]] = own[_first(-(rows.unit[own[part]] @ rows.unit[own].T), itself, most)]
+            every = torch.arange(len(own), device=device)
+            for part in torch.split(every, _at_once(own)):  # of all but itself
+                alike = rows.unit[own[part]] @ rows.unit[own].T
+                far[own[part]] = own[torch.ops.pddm.largest(-alike, part, every, most)]
     return far
 
 
 def _at_once(others: Tensor) -> int:
     """How many rows have their dot products with so many others in memory."""
     return max(1, (_ENTRIES if others.device.type == "cpu" else _ENTRIES_OF_GPU) // len(others))
-
-
-def _first(values: Tensor, but: Tensor, count: int) -> Tensor:
-    """Columns of each row's largest values in ascending order, −1 where there are fewer; NaN is the least.
-
-    Args:
-        values: (r, c), which are changed.
-        but: (r, c), which do not count.
-    """
-    values.nan_to_num_(nan=torch.finfo(values.dtype).min)
-    values.masked_fill_(but, -torch.inf)
-    found, columns = values.topk(min(count + 1, values.shape[1]))
-    if found.shape[1] > count:
-        # topk takes any of equal values; where they are the last ones wanted, a stable sort takes the lowest columns.
-        tied = (found[:, count - 1] == found[:, count]) & (found[:, count] > -torch.inf)
-        found, columns = found[:, :count], columns[:, :count]
-        if bool(tied.any()):
-            columns[tied] = values[tied].sort(dim=1, descending=True, stable=True).indices[:, :count]
-    columns = torch.where(found > -torch.inf, columns, values.shape[1]).sort(dim=1).values
-    return torch.where(columns < values.shape[1], columns, -1)
 
 
 def _mine(feats: Tensor, labels: Tensor, *unit_mode_and_count: Any) -> tuple[Tensor, ...]:

@@ -95,6 +95,11 @@ def _(queries: Tensor, gallery: Tensor, k: int, *unit: Any) -> tuple[Tensor, Ten
     return queries.new_empty(shape, dtype=score_dtype(queries)), queries.new_empty(shape, dtype=torch.int64)
 
 
+@shapes("largest")
+def _(values: Tensor, own: Tensor, classes: Tensor, count: int) -> Tensor:
+    return values.new_empty((values.shape[0], count), dtype=torch.int64)
+
+
 @shapes("nearest")
 def _(rows: Tensor, classes: Tensor, count: int) -> Tensor:
     return rows.new_empty((rows.shape[0], count), dtype=torch.int64)

@@ -180,6 +180,43 @@ def test_a_direct_call_cannot_reach_foreign_memory(change, message):
         torch.ops.pddm.nearest(**given)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.ones(6)}, "a matrix"),
+        ({"values": torch.ones(3, 4).bfloat16()}, "float32 or float64"),
+        ({"values": torch.ones(3, 4).long()}, "float32 or float64"),
+        ({"own": torch.arange(4)}, "one class per row"),
+        ({"classes": torch.arange(3)}, "one class per row"),
+        ({"count": 0}, "count is 0"),
+        ({"count": -1}, "count is -1"),
+    ],
+)
+def test_a_direct_call_for_the_largest_cannot_either(change, message):
+    given = {"values": torch.ones(3, 4), "own": torch.arange(3), "classes": torch.arange(4), "count": 2, **change}
+    with pytest.raises(RuntimeError, match=f"pddm: .*{message}"):
+        torch.ops.pddm.largest(**{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in given.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 255), (2, 256), (5, 257), (2, 5000), (0, 4), (3, 0)])
+def test_the_largest_are_what_sorting_finds(dtype, rows, columns):
+    generator = torch.Generator().manual_seed(rows + columns)
+    values = torch.randint(-4, 5, (rows, columns), generator=generator).to(dtype)
+    values[values == 4], values[values == -4], values[values == 3] = torch.inf, -torch.inf, -0.0
+    values[torch.rand(rows, columns, generator=generator) < 0.1] = torch.nan
+    own = torch.arange(rows) % 4 - 1
+    classes = torch.randint(-1, 4, (columns,), generator=generator)
+    there = (own[:, None] != classes) & (own[:, None] >= 0) & (classes >= 0)
+    order = torch.where(values.isnan(), -1e30, values.clamp(-1e20, 1e20)).masked_fill(~there, -torch.inf)
+    order = order.sort(dim=1, descending=True, stable=True).indices
+    for count in {1, 2, 100, columns + 3}:
+        best = torch.where(there.gather(1, order), order, columns)[:, :count].sort(dim=1).values
+        expected = F.pad(torch.where(best < columns, best, -1), (0, max(0, count - columns)), value=-1)
+        found = torch.ops.pddm.largest(*(t.to(DEVICE) for t in (values, own, classes)), count)
+        assert torch.equal(found.cpu(), expected)
+
+
 @host_only("the operator is the CPU's")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_products_beyond_the_largest_number_are_equal(dtype):

@@ -99,6 +99,12 @@ def test_opcheck_of_the_choice_of_candidates(dtype):
     torch.library.opcheck(torch.ops.pddm.nearest.default, (rows, classes, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_of_the_largest(dtype):
+    values, labels = make_features(20, 9, dtype=dtype).T, make_labels(29)
+    torch.library.opcheck(torch.ops.pddm.largest.default, (values, labels[:9], labels[9:], 3))
+
+
 def test_opcheck_of_strided_inputs():
     unit, x = make_unit(5).requires_grad_(False), make_features(5, 9).T
     torch.library.opcheck(torch.ops.pddm.mine.default, (x, make_labels(18)[::2], *ops.unit_arguments(unit), 1))

@@ -272,7 +272,27 @@ std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, in
   return {scores, indices};
 }
 
-// The CPU's alone: other devices have torch's own products and topk. A row of a negative class takes no part.
+// Of each row of products with others the columns of other classes with the largest. `own` has the rows' classes.
+Tensor largest(const Tensor& values, const Tensor& own, const Tensor& classes, int64_t count) {
+  const ScalarType dtype = values.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "pddm: values must be float32 or float64");
+  Call call(values, false);
+  const Tensor given = dense(values, dtype), rows = dense(own, ScalarType::Long);
+  const Tensor columns = dense(classes, ScalarType::Long);
+  STD_TORCH_CHECK(given.dim() == 2, "pddm: values must be a matrix");
+  STD_TORCH_CHECK(rows.numel() == given.size(0) && columns.numel() == given.size(1) && same_device(given, rows) &&
+                      same_device(given, columns),
+                  "pddm: one class per row and per column, on their device");
+  STD_TORCH_CHECK(count > 0, "pddm: count is ", count);
+  const auto data = [](const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); };
+  Tensor found = empty(given, {given.size(0), count}, ScalarType::Long);
+  call.backend->largest(given.const_data_ptr(), given.size(0), given.size(1), data(rows), data(columns), count,
+                        static_cast<int64_t*>(found.mutable_data_ptr()));
+  return found;
+}
+
+// The CPU's alone: other devices have torch's own products. A row of a negative class takes no part.
 Tensor nearest(const Tensor& rows, const Tensor& classes, int64_t count) {
   const ScalarType dtype = rows.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "pddm: rows must be float32 or float64");
@@ -435,6 +455,7 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.def("score_pairs(Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA ") -> Tensor");
   m.def("score_matrix(Tensor feats, SymInt split, " PDDM_UNIT_SCHEMA ") -> Tensor");
   m.def("topk(Tensor queries, Tensor gallery, SymInt k, " PDDM_UNIT_SCHEMA ") -> (Tensor scores, Tensor indices)");
+  m.def("largest(Tensor values, Tensor own, Tensor classes, SymInt count) -> Tensor");
   m.def("nearest(Tensor rows, Tensor classes, SymInt count) -> Tensor");
   m.def("score_pairs_backward(Tensor weight, Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA
         ") -> " PDDM_GRADIENTS_SCHEMA);
@@ -450,6 +471,7 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.impl("score_pairs", TORCH_BOX(&pddm::score_pairs));                     \
   m.impl("score_matrix", TORCH_BOX(&pddm::score_matrix));                   \
   m.impl("topk", TORCH_BOX(&pddm::topk));                                   \
+  m.impl("largest", TORCH_BOX(&pddm::largest));                             \
   m.impl("score_pairs_backward", TORCH_BOX(&pddm::score_pairs_backward));   \
   m.impl("score_matrix_backward", TORCH_BOX(&pddm::score_matrix_backward)); \
   m.impl("quadruplet_loss", TORCH_BOX(&pddm::quadruplet_loss));             \

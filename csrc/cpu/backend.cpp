@@ -10,6 +10,7 @@
 
 #include "dense.h"
 #include "gradient.h"
+#include "largest.h"
 #include "loss.h"
 #include "mine.h"
 #include "nearest.h"
@@ -88,6 +89,10 @@ class CpuBackend final : public Backend {
   void topk(const Rows& queries, const Rows& gallery, int64_t k, const Unit& unit, void* scores,
             int64_t* indices) const override {
     cpu::topk<T>(engine_, parallel_, queries, gallery, k, unit, static_cast<T*>(scores), indices);
+  }
+  void largest(const void* values, int64_t rows, int64_t columns, const int64_t* own, const int64_t* classes,
+               int64_t count, int64_t* indices) const override {
+    cpu::largest(parallel_, static_cast<const T*>(values), rows, columns, own, classes, count, indices);
   }
   void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,
                             void* rows_gradient, const UnitGradient& gradient) const override {

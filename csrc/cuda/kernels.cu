@@ -2,6 +2,7 @@
 #include "dense.cuh"
 #include "gradient.cuh"
 #include "kernels.h"
+#include "largest.cuh"
 #include "loss.cuh"
 #include "mine.cuh"
 #include "topk.cuh"
@@ -37,6 +38,10 @@ class CudaBackend final : public Backend {
   void topk(const Rows& queries, const Rows& gallery, int64_t k, const Unit& unit, void* scores,
             int64_t* indices) const override {
     cuda::topk<Forward>(context_, queries, gallery, k, unit, static_cast<Real*>(scores), indices);
+  }
+  void largest(const void* values, int64_t rows, int64_t columns, const int64_t* own, const int64_t* classes,
+               int64_t count, int64_t* indices) const override {
+    cuda::largest(context_, static_cast<const Real*>(values), rows, columns, own, classes, count, indices);
   }
   void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,
                             void* rows_gradient, const UnitGradient& gradient) const override {

@@ -94,6 +94,22 @@ Answers<T> ask(const Backend& backend, const Sizes& z) {
   backend.topk({rows.data(), split}, given, k, unit, best.data(), a.ranked.data());
   a.listed.insert(a.listed.end(), best.begin(), best.end());
 
+  // Values of which many are equal and some NaN, and classes of which one takes no part.
+  for (const int64_t columns : {z.n, 3 * z.n + 700}) {
+    const int64_t some = std::min<int64_t>(z.n, 8);
+    std::vector<T> values(static_cast<size_t>(some * columns));
+    std::vector<int64_t> own(static_cast<size_t>(some)), classes(static_cast<size_t>(columns));
+    for (int64_t e = 0; e < int64_t(values.size()); ++e)
+      values[e] = e % 11 == 5 ? T(NAN) : T((e * 7919) % 23 - 9) * T(e % 3 ? 0.125 : 1e6);
+    for (int64_t r = 0; r < some; ++r) own[r] = r % 6 - 1;
+    for (int64_t c = 0; c < columns; ++c) classes[c] = c % 5 - 1;
+    for (const int64_t count : {int64_t(1), columns / 3 + 1, columns + 2}) {
+      std::vector<int64_t> found(static_cast<size_t>(some * count), -7);
+      backend.largest(values.data(), some, columns, own.data(), classes.data(), count, found.data());
+      a.ranked.insert(a.ranked.end(), found.begin(), found.end());
+    }
+  }
+
   const std::vector<T> weights = filled(std::max<int64_t>(z.n * z.n, 3));
   for (int which = 0; which < 3; ++which) {
     std::vector<T> d_rows(rows.size(), T(0)), d[8];
