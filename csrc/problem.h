@@ -71,6 +71,16 @@ struct Margins {
   double alpha, beta, weight;  // of the scores, of the squared distances, and the weight of these
 };
 
+// Of every row a list of rows, in ascending order, −1 after: (rows, room).
+struct Asked {
+  const int64_t* lists;
+  int64_t rows, room;
+
+  // Of an entry, before its pair's place is known: whether it is none, the one that its pair is listed with, or the
+  // pair is listed with the other row, with entry kOthers − place of its list.
+  static constexpr int64_t kNone = -1, kOwn = -2, kOthers = -3;
+};
+
 // Calls body(context, 0..count-1) from the host framework's threads and returns when all have returned.
 struct Parallel {
   int threads;
@@ -98,10 +108,21 @@ class Backend {
                     int64_t* indices) const = 0;
 
   // Of each row of a matrix the columns of other classes with the `count` largest values, in ascending order, −1 where
-  // there are fewer. NaN is the least, of equal ones the lowest columns are taken; a negative class takes no part. `own`
-  // has the rows' classes.
+  // there are fewer. NaN is the least, of equal ones the lowest columns are taken; a negative class takes no part.
+  // `own` has the rows' classes.
   virtual void largest(const void* values, int64_t rows, int64_t columns, const int64_t* own, const int64_t* classes,
                        int64_t count, int64_t* indices) const = 0;
+
+  // The pairs that lists name, each once: begins[r] of them are listed with a row before r, r from 0 to `rows`. Returns
+  // how many there are; `places`, one for each entry of the lists, is for the other call.
+  virtual int64_t count_asked(const Asked& asked, int64_t* begins, int64_t* places) const = 0;
+  // These pairs, i ≤ j, and for each entry of the lists which is its pair, −1 for none.
+  virtual void write_asked(const Asked& asked, const int64_t* begins, int64_t* i, int64_t* j,
+                           int64_t* places) const = 0;
+  // Of each list the row with the largest of the pairs' `count` scores, or the lowest, that is no NaN; of equal ones
+  // the first. −1 and a score of 0 where there is none.
+  virtual void best_asked(const Asked& asked, const int64_t* places, const void* scores, int64_t count, bool lowest,
+                          int64_t* columns, void* best, bool* found) const = 0;
 
   // Gradients of Σ_p weight[p] · S(i[p], j[p]). Pairs with a negative index or a zero weight are skipped.
   virtual void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,

@@ -20,8 +20,8 @@ from .quadruplets import MODES
 #: Dot products in memory at once: a GPU would not be busy with fewer.
 _ENTRIES, _ENTRIES_OF_GPU = 2**22, 2**24
 
-_Score = Callable[[Tensor], Tensor]
-"""Scores of pairs of rows, i·n + j."""
+_Score = Callable[[Tensor, Tensor], Tensor]
+"""Scores of pairs of rows i and j."""
 
 
 class Rows(NamedTuple):
@@ -98,14 +98,11 @@ def _at_once(others: Tensor) -> int:
 
 
 def _mine(feats: Tensor, labels: Tensor, *unit_mode_and_count: Any) -> tuple[Tensor, ...]:
-    """What the operator ``mine`` gives, of candidates alone; in mode ``"pair"`` of the positive pairs that are scored.
-
-    Each unordered pair is scored once, though both of its rows may ask for it.
-    """
+    """What the operator ``mine`` gives, of candidates alone; in mode ``"pair"`` of the positive pairs that are scored."""
     *unit, mode, count = unit_mode_and_count
 
-    def score(pairs: Tensor) -> Tensor:
-        scored: Tensor = torch.ops.pddm.score_pairs(feats, pairs // len(feats), pairs % len(feats), *unit)
+    def score(i: Tensor, j: Tensor) -> Tensor:
+        scored: Tensor = torch.ops.pddm.score_pairs(feats, i, j, *unit)
         return scored
 
     with no_autocast(feats):
@@ -117,32 +114,36 @@ def _mine(feats: Tensor, labels: Tensor, *unit_mode_and_count: Any) -> tuple[Ten
 
 def _hardest(rows: Rows, score: _Score, count: int) -> tuple[Tensor, ...]:
     """The quadruplet of the hardest positive pair: the candidates of two rows are enough."""
-    n = len(rows.unit)
-    every = torch.arange(n, device=rows.unit.device)
-    pairs = _Asked.of(every, farthest(rows, count), n).pairs
-    pair, s_ij, valid = _largest(-score(pairs)[None], pairs[None])
-    both = torch.cat([pair // n, pair % n])
+    i, j, _ = torch.ops.pddm.asked_pairs(farthest(rows, count))
+    order = (i * len(rows.unit) + j).argsort()
+    i, j = i[order], j[order]
+    at, s_ij, valid = first_largest(-score(i, j)[None])
+    both = torch.cat([i, j]).new_zeros(2) if len(i) == 0 else torch.cat([i[at], j[at]])
     near = nearest(rows, both, count)
-    negative = _Asked.of(both, near, n)
-    k, s_k, found = _largest(negative.spread(score(negative.pairs)), near)
-    i, j, s_ik, s_jl = both[:1], both[1:], s_k[:1], s_k[1:]
-    return slots(valid & found.all(), (i, j, k[:1], k[1:]), (-s_ij, s_ik, s_jl))
+    entries = (near >= 0).nonzero()
+    scores = rows.unit.new_full(near.shape, torch.nan)
+    scores[entries[:, 0], entries[:, 1]] = score(both[entries[:, 0]], near[entries[:, 0], entries[:, 1]])
+    at, s_k, found = first_largest(scores)
+    k = near.gather(1, at[:, None])[:, 0]
+    return slots(valid & found.all(), (both[:1], both[1:], k[:1], k[1:]), (-s_ij, s_k[:1], s_k[1:]))
 
 
 def _hard(rows: Rows, score: _Score, count: int, *, anchors: bool) -> tuple[Tensor, ...]:
-    """The quadruplet of each row with its own hardest positive, or of each positive pair that is scored."""
-    n = len(rows.unit)
-    every = torch.arange(n, device=rows.unit.device)
+    """The quadruplet of each row with its own hardest positive, or of each positive pair that is scored.
+
+    Each unordered pair is scored once, though both of its rows may ask for it.
+    """
     near, far = nearest(rows, None, count), farthest(rows, count)
-    negative, positive = _Asked.of(every, near, n), _Asked.of(every, far, n)
-    scores = score(torch.cat([negative.pairs, positive.pairs]))
-    negatives, positives = scores[: len(negative.pairs)], scores[len(negative.pairs) :]
-    k, s_k, found = _largest(negative.spread(negatives), near)
+    negative, positive = torch.ops.pddm.asked_pairs(near), torch.ops.pddm.asked_pairs(far)
+    scores = score(*(torch.cat([negative[side], positive[side]]) for side in (0, 1)))
+    negatives, positives = scores[: len(negative[0])], scores[len(negative[0]) :]
+    k, s_k, found = torch.ops.pddm.best_asked(negatives, negative[2], near, False)
     if anchors:
-        i, (j, s_ij, valid) = every, _largest(-positive.spread(positives), far)
-        s_ij = -s_ij
+        i = torch.arange(len(near), device=near.device)
+        j, s_ij, valid = torch.ops.pddm.best_asked(positives, positive[2], far, True)
     else:
-        i, j, s_ij = positive.pairs // n, positive.pairs % n, positives
+        order = (positive[0] * len(near) + positive[1]).argsort()
+        i, j, s_ij = positive[0][order], positive[1][order], positives[order]
         valid = torch.ones_like(i, dtype=torch.bool)
     return slots(valid & found[i] & found[j], (i, j, k[i], k[j]), (s_ij, s_k[i], s_k[j]))
 
@@ -154,44 +155,6 @@ def slots(valid: Tensor, indices: tuple[Tensor, ...], scores: tuple[Tensor, ...]
         *(torch.where(valid, index, -1) for index in indices),
         valid,
     )
-
-
-class _Asked(NamedTuple):
-    """What rows ask for, each unordered pair once."""
-
-    #: (r, c), the shape of the question.
-    shape: torch.Size
-    #: Which of its entries ask for a row, flat.
-    entries: Tensor
-    #: i·n + j of i < j, in ascending order.
-    pairs: Tensor
-    #: (entries,), where in the pairs each is.
-    places: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor, asked: Tensor, n: int) -> _Asked:
-        """Of rows (r,) and what they ask for, (r, c), −1 for nothing."""
-        entries = (asked.flatten() >= 0).nonzero()[:, 0]
-        others = asked.flatten()[entries]
-        rows = rows[entries // max(1, asked.shape[1])]
-        keys = torch.minimum(rows, others) * n + torch.maximum(rows, others)
-        pairs, places = torch.unique(keys, return_inverse=True)
-        return cls(asked.shape, entries, pairs, places)
-
-    def spread(self, scores: Tensor) -> Tensor:
-        """Scores of the pairs, in the entries that ask for them; NaN elsewhere."""
-        spread = scores.new_full((self.shape.numel(),), torch.nan)
-        spread[self.entries] = scores[self.places]
-        return spread.reshape(self.shape)
-
-
-def _largest(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the column of its largest score that is no NaN (the first of equal ones), the score, and whether
-    there is one; column 0 where there is none at all."""
-    at, score, found = first_largest(scores)
-    if scores.shape[1] == 0:
-        return at, score, found
-    return columns.gather(1, at[:, None])[:, 0], score, found
 
 
 def first_largest(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,6 +100,22 @@ def _(values: Tensor, own: Tensor, classes: Tensor, count: int) -> Tensor:
     return values.new_empty((values.shape[0], count), dtype=torch.int64)
 
 
+@shapes("asked_pairs")
+def _(lists: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = torch.library.get_ctx().new_dynamic_size()
+    return (
+        lists.new_empty(pairs),
+        lists.new_empty(pairs),
+        torch.empty_like(lists, memory_format=torch.contiguous_format),
+    )
+
+
+@shapes("best_asked")
+def _(scores: Tensor, places: Tensor, lists: Tensor, lowest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows = lists.shape[0]
+    return lists.new_empty(rows), scores.new_empty(rows), lists.new_empty(rows, dtype=torch.bool)
+
+
 @shapes("nearest")
 def _(rows: Tensor, classes: Tensor, count: int) -> Tensor:
     return rows.new_empty((rows.shape[0], count), dtype=torch.int64)

@@ -217,6 +217,61 @@ def test_the_largest_are_what_sorting_finds(dtype, rows, columns):
         assert torch.equal(found.cpu(), expected)
 
 
+def lists_of_rows(n: int, room: int) -> Tensor:
+    """Of each row some others, in ascending order, −1 after; some have none."""
+    generator = torch.Generator().manual_seed(n + room)
+    asks = torch.rand(n, n, generator=generator) < torch.rand(n, 1, generator=generator) * room / max(n, 1)
+    lists = torch.where(asks & ~torch.eye(n, dtype=torch.bool), torch.arange(n), n).sort(dim=1).values[:, :room]
+    return F.pad(torch.where(lists < n, lists, -1), (0, max(0, room - n)), value=-1)
+
+
+@pytest.mark.parametrize(("n", "room"), [(0, 3), (4, 0), (1, 2), (5, 1), (70, 8), (33, 40), (300, 33)])
+def test_a_pair_is_listed_once_whoever_asks(n, room):
+    lists = lists_of_rows(n, room)
+    i, j, places = (t.cpu() for t in torch.ops.pddm.asked_pairs(lists.to(DEVICE)))
+    rows = torch.arange(n)[:, None].expand_as(lists)
+    there = lists >= 0
+    low, high = torch.minimum(rows, lists)[there], torch.maximum(rows, lists)[there]
+    pairs = [*zip(i.tolist(), j.tolist(), strict=True)]
+    assert sorted(pairs) == sorted({*zip(low.tolist(), high.tolist(), strict=True)})
+    assert torch.equal(places >= 0, there)
+    assert torch.equal(i[places[there]], low)
+    assert torch.equal(j[places[there]], high)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lowest", [False, True])
+def test_the_best_of_a_list_is_its_first_that_is_no_nan(dtype, lowest):
+    lists = lists_of_rows(70, 40)
+    i, _, places = (t.cpu() for t in torch.ops.pddm.asked_pairs(lists.to(DEVICE)))
+    scores = torch.randint(-3, 4, i.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    scores[scores == 3], scores[scores == -3], scores[scores == 0] = torch.nan, -torch.inf, torch.inf
+    scores[places[20]] = torch.nan
+    found = torch.ops.pddm.best_asked(*(t.to(DEVICE) for t in (scores, places, lists)), lowest)
+    for row, (column, score, there) in enumerate(zip(*(t.tolist() for t in found), strict=True)):
+        own = [(scores[p].item(), c) for p, c in zip(places[row].tolist(), lists[row].tolist(), strict=True) if p >= 0]
+        own = [(-s if lowest else s, -c) for s, c in own if s == s]
+        assert there == bool(own)
+        expected = max(own) if own else (0.0, 1)
+        assert (column, score) == (-expected[1], -expected[0] if lowest and own else expected[0])
+
+
+@host_only("a GPU's kernels stop the process")
+def test_lists_that_name_what_is_not_there_are_refused():
+    lists = torch.tensor([[1, 2], [0, -1], [3, -1]], device=DEVICE)
+    with pytest.raises(IndexError, match="pddm: a list names a row that is not there"):
+        torch.ops.pddm.asked_pairs(lists)
+    with pytest.raises(RuntimeError, match="pddm: lists must be a matrix"):
+        torch.ops.pddm.asked_pairs(lists[0])
+    scores = torch.ones(2, device=DEVICE)
+    with pytest.raises(IndexError, match="pddm: a list names a score that is not there"):
+        torch.ops.pddm.best_asked(scores, lists, lists, False)
+    with pytest.raises(RuntimeError, match="one place per entry"):
+        torch.ops.pddm.best_asked(scores, lists[:2], lists, False)
+    with pytest.raises(RuntimeError, match="float32 or float64"):
+        torch.ops.pddm.best_asked(scores.half(), lists, lists, False)
+
+
 @host_only("the operator is the CPU's")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_products_beyond_the_largest_number_are_equal(dtype):

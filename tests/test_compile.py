@@ -105,6 +105,13 @@ def test_opcheck_of_the_largest(dtype):
     torch.library.opcheck(torch.ops.pddm.largest.default, (values, labels[:9], labels[9:], 3))
 
 
+def test_opcheck_of_what_rows_ask_for():
+    lists = torch.tensor([[1, 2], [0, -1], [-1, -1]], device=DEVICE)
+    torch.library.opcheck(torch.ops.pddm.asked_pairs.default, (lists,))
+    scores, places = make_features(2, 2)[0], torch.tensor([[0, 1], [0, -1], [-1, -1]], device=DEVICE)
+    torch.library.opcheck(torch.ops.pddm.best_asked.default, (scores, places, lists, True))
+
+
 def test_opcheck_of_strided_inputs():
     unit, x = make_unit(5).requires_grad_(False), make_features(5, 9).T
     torch.library.opcheck(torch.ops.pddm.mine.default, (x, make_labels(18)[::2], *ops.unit_arguments(unit), 1))

@@ -146,19 +146,20 @@ class Call {
   std::unique_ptr<const Backend> backend;
   bool on_host = true;  // what tensors point to can be read here
 
-  Call(const Tensor& feats, bool allow_tf32)
-      : precision(precision_of(feats, allow_tf32)), dtype(storage_of(precision)) {
+  Call(const Tensor& feats, bool allow_tf32) : Call(feats, precision_of(feats, allow_tf32)) {
     STD_TORCH_CHECK(feats.dim() == 2, "pddm: features must be a matrix");
+  }
+  Call(const Tensor& like, Precision wanted) : precision(wanted), dtype(storage_of(precision)) {
 #if defined(PDDM_CUDA)
-    like_ = &feats;
+    like_ = &like;
     caller_ = {0, nullptr, allocate, this, kSlab};
 #if defined(PDDM_EMULATED)
     backend = cuda::make_backend(precision, caller_);
     return;
 #else
-    if (!feats.is_cpu()) {
+    if (!like.is_cpu()) {
       on_host = false;
-      caller_.device = feats.get_device();
+      caller_.device = like.get_device();
       guard_.emplace(caller_.device);
       caller_.stream = current_stream(caller_.device);
       backend = cuda::make_backend(precision, caller_);
@@ -275,9 +276,8 @@ std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, in
 // Of each row of products with others the columns of other classes with the largest. `own` has the rows' classes.
 Tensor largest(const Tensor& values, const Tensor& own, const Tensor& classes, int64_t count) {
   const ScalarType dtype = values.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "pddm: values must be float32 or float64");
-  Call call(values, false);
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "pddm: values must be float32 or float64");
+  const Call call(values, precision_of(values, false));
   const Tensor given = dense(values, dtype), rows = dense(own, ScalarType::Long);
   const Tensor columns = dense(classes, ScalarType::Long);
   STD_TORCH_CHECK(given.dim() == 2, "pddm: values must be a matrix");
@@ -290,6 +290,40 @@ Tensor largest(const Tensor& values, const Tensor& own, const Tensor& classes, i
   call.backend->largest(given.const_data_ptr(), given.size(0), given.size(1), data(rows), data(columns), count,
                         static_cast<int64_t*>(found.mutable_data_ptr()));
   return found;
+}
+
+// Each pair that lists of rows name once, and for each entry of the lists which of the pairs it is.
+std::tuple<Tensor, Tensor, Tensor> asked_pairs(const Tensor& lists) {
+  const Tensor given = dense(lists, ScalarType::Long);
+  STD_TORCH_CHECK(given.dim() == 2, "pddm: lists must be a matrix");
+  const Call call(given, Precision::float32);
+  const Asked asked{static_cast<const int64_t*>(given.const_data_ptr()), given.size(0), given.size(1)};
+  Tensor begins = empty(given, {asked.rows + 1}), places = empty(given, given.sizes());
+  auto* const begin = static_cast<int64_t*>(begins.mutable_data_ptr());
+  const auto data = [](const Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); };
+  const int64_t count = call.backend->count_asked(asked, begin, data(places));
+  Tensor i = empty(given, {count}), j = empty(given, {count});
+  call.backend->write_asked(asked, begin, data(i), data(j), data(places));
+  return {i, j, places};
+}
+
+std::tuple<Tensor, Tensor, Tensor> best_asked(const Tensor& scores, const Tensor& places, const Tensor& lists,
+                                              bool lowest) {
+  const ScalarType dtype = scores.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "pddm: scores must be float32 or float64");
+  const Tensor given = dense(lists, ScalarType::Long), at = dense(places, ScalarType::Long);
+  STD_TORCH_CHECK(given.dim() == 2 && at.dim() == 2 && at.size(0) == given.size(0) && at.size(1) == given.size(1) &&
+                      same_device(given, scores) && same_device(at, scores),
+                  "pddm: one place per entry of the lists, on the scores' device");
+  const Tensor values = dense(scores, dtype);
+  const int64_t n = given.size(0);
+  Tensor columns = empty(given, {n}), best = empty(values, {n}), found = empty(given, {n}, ScalarType::Bool);
+  const Call call(values, precision_of(values, false));
+  call.backend->best_asked({static_cast<const int64_t*>(given.const_data_ptr()), n, given.size(1)},
+                           static_cast<const int64_t*>(at.const_data_ptr()), values.const_data_ptr(), values.numel(),
+                           lowest, static_cast<int64_t*>(columns.mutable_data_ptr()), best.mutable_data_ptr(),
+                           static_cast<bool*>(found.mutable_data_ptr()));
+  return {columns, best, found};
 }
 
 // The CPU's alone: other devices have torch's own products. A row of a negative class takes no part.
@@ -456,6 +490,8 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.def("score_matrix(Tensor feats, SymInt split, " PDDM_UNIT_SCHEMA ") -> Tensor");
   m.def("topk(Tensor queries, Tensor gallery, SymInt k, " PDDM_UNIT_SCHEMA ") -> (Tensor scores, Tensor indices)");
   m.def("largest(Tensor values, Tensor own, Tensor classes, SymInt count) -> Tensor");
+  m.def("asked_pairs(Tensor lists) -> (Tensor i, Tensor j, Tensor places)");
+  m.def("best_asked(Tensor scores, Tensor places, Tensor lists, bool lowest) -> (Tensor, Tensor, Tensor)");
   m.def("nearest(Tensor rows, Tensor classes, SymInt count) -> Tensor");
   m.def("score_pairs_backward(Tensor weight, Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA
         ") -> " PDDM_GRADIENTS_SCHEMA);
@@ -472,6 +508,8 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.impl("score_matrix", TORCH_BOX(&pddm::score_matrix));                   \
   m.impl("topk", TORCH_BOX(&pddm::topk));                                   \
   m.impl("largest", TORCH_BOX(&pddm::largest));                             \
+  m.impl("asked_pairs", TORCH_BOX(&pddm::asked_pairs));                     \
+  m.impl("best_asked", TORCH_BOX(&pddm::best_asked));                       \
   m.impl("score_pairs_backward", TORCH_BOX(&pddm::score_pairs_backward));   \
   m.impl("score_matrix_backward", TORCH_BOX(&pddm::score_matrix_backward)); \
   m.impl("quadruplet_loss", TORCH_BOX(&pddm::quadruplet_loss));             \

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "asked.h"
 #include "dense.h"
 #include "gradient.h"
 #include "largest.h"
@@ -94,6 +95,17 @@ class CpuBackend final : public Backend {
                int64_t count, int64_t* indices) const override {
     cpu::largest(parallel_, static_cast<const T*>(values), rows, columns, own, classes, count, indices);
   }
+  int64_t count_asked(const Asked& asked, int64_t* begins, int64_t* places) const override {
+    return cpu::count_asked(parallel_, asked, begins, places);
+  }
+  void write_asked(const Asked& asked, const int64_t* begins, int64_t* i, int64_t* j, int64_t* places) const override {
+    cpu::write_asked(parallel_, asked, begins, i, j, places);
+  }
+  void best_asked(const Asked& asked, const int64_t* places, const void* scores, int64_t count, bool lowest,
+                  int64_t* columns, void* best, bool* found) const override {
+    cpu::best_asked(parallel_, asked, places, static_cast<const T*>(scores), count, lowest, columns,
+                    static_cast<T*>(best), found);
+  }
   void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,
                             void* rows_gradient, const UnitGradient& gradient) const override {
     cpu::score_pairs_backward<T>(engine_, parallel_, rows, pairs, static_cast<const T*>(weight), unit,
@@ -169,7 +181,7 @@ void nearest(Precision precision, const Parallel& parallel, const Rows& rows, in
     return Nearest<double>(*set->float64(), parallel, rows, dim, classes, count).write(indices, count);
   const RoundedEngine* rounded = set->rounded();
   if (rounded && RoundedNearest::suits(rows.count, dim, count) &&
-      RoundedNearest(*rounded, *set->float32(), parallel, rows, dim, classes, count).write(indices))
+      RoundedNearest(*rounded, *set->float32(), parallel, rows, dim, classes, count).find(indices))
     return;
   Nearest<float>(*set->float32(), parallel, rows, dim, classes, count).write(indices, count);
 }

@@ -28,7 +28,7 @@ std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel&
 
 // Of every row the `count` rows of other classes with the largest dot products, in ascending order: (n, count), −1
 // where there are fewer. Of equal products those of the lowest rows; a row of a negative class is nobody's, and has
-// none.
+// none. A product that is NaN or −∞ is nobody's, either.
 void nearest(Precision precision, const Parallel& parallel, const Rows& rows, int64_t dim, const int64_t* classes,
              int64_t count, int64_t* indices);
 

@@ -1,4 +1,5 @@
-// What the drivers (mining, matrix, top-k, gradient) need of an instruction set, and nothing of how it is done.
+// What the drivers (mining, matrix, top-k, nearest, gradient) need of an instruction set, and nothing of how it is
+// done.
 //
 // The kernels behind it are compiled once per instruction set; the drivers once, for the baseline. Pairs travel in
 // groups of `lanes`: either a row against a whole panel of consecutive rows (no gather), or any listed pairs.
@@ -128,7 +129,7 @@ class Engine {
   virtual int64_t block_groups(const Workspace<T>& w) const = 0;  // groups whose panels fit the second-level cache
   virtual int64_t score_scratch_bytes(const Workspace<T>& w, int64_t groups) const = 0;
 
-  // Fills the packed weights; `part` of `parts()` independent tasks.
+  // Fills the packed weights; `part` of `pack_parts()` independent tasks.
   virtual int64_t pack_parts(const Workspace<T>& w) const = 0;
   virtual void pack(const Workspace<T>& w, const Unit& unit, int64_t part) const = 0;
 
@@ -146,13 +147,13 @@ class Engine {
   // Rows [first, first + lanes) of a dense (n, dim) matrix as a panel, zero where it has ended.
   virtual void pack_rows(T* panel, const T* rows, int64_t n, int64_t dim, int64_t first) const = 0;
   // Every row of panel a with every row of panel b, which is another or the same; a product is offered to both rows.
-  // Returns the size of the longest list that it was offered to.
+  // Returns the size of the longest list that something was offered to.
   virtual int32_t meet(const ListsOf<T>& lists, const Side<T>& a, const Side<T>& b, int64_t dim) const = 0;
-  // Dot products of a row of such a matrix with others of it, to the last bit those of panels that meet.
+  // Dot products of a row of a dense (n, dim) matrix with others of it, to the last bit those of panels that meet.
   virtual void products(const T* rows, int64_t dim, int64_t row, const int32_t* others, int64_t count,
                         T* out) const = 0;
   // Finds a floor that `least` to `most` entries of a list are above, and leaves them; returns how many, or 0 where
-  // values are too close together, and nothing is changed.
+  // values are too close together, and no entry is changed. There is room for a vector after them.
   virtual int64_t thin(T* values, T* rows, int64_t size, int64_t least, int64_t most, T* floor) const = 0;
 
   // The register tile's multiply-adds on registers alone, `rounds` times: the ceiling of every kernel. Returns the

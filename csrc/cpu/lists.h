@@ -22,24 +22,22 @@ namespace pddm::cpu {
 // Whenever a list is full it is cut down, and what it holds says how good a product must be from then on.
 template <class T>
 struct Lists : ListsOf<T> {
-  // Numbers of rows and classes are exact in T.
+  // Numbers of rows and classes that take part are exact in T.
   Lists(Arena& arena, int64_t n, int64_t lanes, const int64_t* class_of, int64_t full)
       : n(n), lanes(lanes), panels((n + lanes - 1) / lanes), full(full) {
     const int64_t padded = panels * lanes, room = full + 2 * lanes;
     T* numbers = arena.take<T>(padded);
-    for (int64_t row = 0; row < padded; ++row) numbers[row] = T(row < n ? class_of[row] : -1);
-    ListsOf<T>& lists = *this;
-    lists = {arena.take<T>(padded * room), arena.take<T>(padded * room), room, arena.take_zeroed<int32_t>(padded),
-             numbers};
+    for (int64_t row = 0; row < padded; ++row) numbers[row] = T(row < n ? std::max<int64_t>(class_of[row], -1) : -1);
+    this->values = arena.take<T>(padded * room), this->rows = arena.take<T>(padded * room), this->room = room;
+    this->sizes = arena.take_zeroed<int32_t>(padded), this->classes = numbers;
   }
 
-  // Cuts those of panels a and b that are full, after which nothing was offered but by `meet`, which returned this.
+  // After panels a and b have met, which returned the size of the longest list: cuts those that are full.
   template <class Cut>
   void cut_full(int32_t longest, int64_t a, int64_t b, const Cut& cut) {
-    for (int64_t row = a * lanes; longest > full && row < (a + 1) * lanes; ++row)
-      if (this->sizes[row] > full) cut(row);
-    for (int64_t row = b * lanes; longest > full && row < (b + 1) * lanes; ++row)
-      if (this->sizes[row] > full) cut(row);
+    for (const int64_t first : {a * lanes, b * lanes})
+      for (int64_t row = first; longest > full && row < first + lanes; ++row)
+        if (this->sizes[row] > full) cut(row);
   }
 
   const int64_t n, lanes, panels, full;

@@ -2,8 +2,8 @@
 //
 //                  panel b: kLanes rows, (step, lane)
 //                 ┌────────────────────────────┐   one call, owned by one thread: kLanes × kLanes products. Both
-//   panel a:      │ dim steps pass by          │   panels, of 128 steps in float32, and the products fit the
-//   kLanes rows,  └────────────────────────────┘   first-level cache.
+//   panel a:      │ dim steps pass by          │   panels, of 128 steps, and the products fit a first-level cache of
+//   kLanes rows,  └────────────────────────────┘   48 KiB.
 //   laid out      ┌────────────────────────────┐   Before they leave the registers a bit says which are above the
 //   likewise   ──►│ C rows × 2 vectors of acc  │   floor of their row or of their column. These are few, and go one
 //                 └────────────────────────────┘   by one into the list of the row, of the column, or of both.
@@ -18,6 +18,10 @@ namespace pddm::PDDM_ISA {
 
 using cpu::ListsOf;
 using cpu::Side;
+
+#if defined(PDDM_HAS_INT16)
+static_assert(kLanes<float> == kLanes<int32_t>);
+#endif
 
 template <class Op>
 PDDM_INLINE int32_t meet_panels(const ListsOf<typename Op::Scalar>& lists, const Side<typename Op::Scalar>& a,
@@ -88,41 +92,55 @@ PDDM_INLINE void listed_products(const T* rows, int64_t dim, int64_t row, const 
   }
 }
 
-// By bisection between the least value and the largest.
+// A list was written a while ago.
 template <class T>
-PDDM_INLINE int64_t thin_list(T* values, T* rows, int64_t size, int64_t least, int64_t most, T* floor) {
-  constexpr int width = kWidth<T>;
-  constexpr int kTries = 24;
-  const auto above = [&](int64_t t, T than) {
-    const uint32_t there = size - t < width ? (1u << (size - t)) - 1 : ~0u;
-    return lanes_above<T>(load(values + t), broadcast(than)) & there;
-  };
-  for (int64_t t = 0; t < size; t += width) {
+PDDM_INLINE void ask_for_list(const T* values, const T* rows, int64_t size) {
+  for (int64_t t = 0; t < size; t += kWidth<T>) {
     PDDM_PREFETCH(values + t);
     PDDM_PREFETCH(rows + t);
   }
+}
+
+// Of a list, after which there is a vector that is not above `than`.
+template <class T>
+PDDM_INLINE int64_t count_above(const T* values, int64_t size, T than) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < size; t += kWidth<T>)
+    count += __builtin_popcount(lanes_above<T>(load(values + t), broadcast(than)));
+  return count;
+}
+template <class T>
+PDDM_INLINE int64_t keep_above(T* values, T* rows, int64_t size, T than) {
+  int64_t left = 0;
+  for (int64_t t = 0; t < size; t += kWidth<T>) {
+    const uint32_t lanes = lanes_above<T>(load(values + t), broadcast(than));
+    store_lanes<T>(rows + left, load(rows + t), lanes);
+    store_lanes<T>(values + left, load(values + t), lanes);
+    left += __builtin_popcount(lanes);
+  }
+  return left;
+}
+
+// By bisection between the least value and the largest.
+template <class T>
+PDDM_INLINE int64_t thin_list(T* values, T* rows, int64_t size, int64_t least, int64_t most, T* floor) {
+  constexpr int kTries = 24;
+  ask_for_list(values, rows, size);
   T low = values[0], high = low;
   for (int64_t t = 1; t < size; ++t)
     low = values[t] < low ? values[t] : low, high = values[t] > high ? values[t] : high;
+  store(values + size, broadcast(low));
   for (int tries = 0; tries < kTries; ++tries) {
     const T middle = low + (high - low) / 2;
     if (!(middle > low)) break;
-    int64_t count = 0;
-    for (int64_t t = 0; t < size; t += width) count += __builtin_popcount(above(t, middle));
-    if (count > most) {
+    const int64_t above = count_above(values, size, middle);
+    if (above > most) {
       low = middle;
-    } else if (count < least) {
+    } else if (above < least) {
       high = middle;
     } else {
-      int64_t left = 0;
-      for (int64_t t = 0; t < size; t += width) {
-        const uint32_t lanes = above(t, middle);
-        store_lanes<T>(rows + left, load(rows + t), lanes);
-        store_lanes<T>(values + left, load(values + t), lanes);
-        left += __builtin_popcount(lanes);
-      }
       *floor = middle;
-      return left;
+      return keep_above(values, rows, size, middle);
     }
   }
   return 0;
@@ -151,17 +169,14 @@ PDDM_INLINE void round_panel(int32_t* whole, const float* panel, const int32_t* 
   }
 }
 
-// By bisection, too.
+// By bisection, too, to the end if need be.
 PDDM_INLINE int64_t thin_rounded(int32_t* values, int32_t* rows, int64_t size, int64_t least, int64_t most,
                                  int32_t margin, int32_t* floor) {
   constexpr int width = kWidth<int32_t>;
-  store(values + size, broadcast(*floor));  // above nothing
+  ask_for_list(values, rows, size);
+  store(values + size, broadcast(INT32_MIN));
+  Vec<int32_t> best = broadcast(values[0]), worst = best;
   for (int64_t t = 0; t < size; t += width) {
-    PDDM_PREFETCH(values + t);
-    PDDM_PREFETCH(rows + t);
-  }
-  Vec<int32_t> best = load(values), worst = best;
-  for (int64_t t = width; t < size; t += width) {
     const Vec<int32_t> next = load(values + t), there = next > *floor ? next : best;
     best = best > next ? best : next, worst = worst < there ? worst : there;
   }
@@ -175,22 +190,12 @@ PDDM_INLINE int64_t thin_rounded(int32_t* values, int32_t* rows, int64_t size, i
   int32_t low = lowest[0] - 1, high = highest[0];
   for (int64_t count = size; count > most && high - low > 1;) {
     const int32_t middle = low + (high - low) / 2;
-    int64_t above = 0;
-    for (int64_t t = 0; t < size; t += width)
-      above += __builtin_popcount(lanes_above<int32_t>(load(values + t), broadcast(middle)));
+    const int64_t above = count_above(values, size, middle);
     const bool few = above < least;  // as often as not: no branch
     high = few ? middle : high, low = few ? low : middle, count = few ? count : above;
   }
-  int64_t left = 0;
-  for (int64_t t = 0; t < size; t += width) {
-    const uint32_t lanes = lanes_above<int32_t>(load(values + t), broadcast(low - margin));
-    const int64_t there = size - t < width ? (1u << (size - t)) - 1 : ~0u;
-    store_lanes<int32_t>(rows + left, load(rows + t), lanes & there);
-    store_lanes<int32_t>(values + left, load(values + t), lanes & there);
-    left += __builtin_popcount(lanes & there);
-  }
   *floor = low;
-  return left;
+  return keep_above(values, rows, size, low - margin);
 }
 
 #endif

@@ -49,7 +49,7 @@ class Nearest {
   static constexpr int64_t kLeastSlack = 32;         // entries beyond those that are wanted
   static constexpr int64_t kChunkBytes = 512 << 10;  // of the second-level cache
 
-  // What takes no part is NaN, and so are its products, which are above nothing.
+  // What takes no part is NaN, and so are its products, which are above nothing and cost no look at the classes.
   void pack(const T* rows, int64_t p) {
     T* panel = data_ + p * panel_size_;
     engine_.pack_rows(panel, rows, lists_.n, dim_, p * lanes_);

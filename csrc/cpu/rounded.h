@@ -1,12 +1,13 @@
 // The nearest rows once more, most of the work in whole numbers: x = s q + e, where q is rounded and e is what it
 // leaves.
 //
-//   x_i · x_j = s² q_i · q_j + s q_i · e_j + e_i · x_j,  of which the rest is less than a margin, the same for all
+//   x_i · x_j = s² q_i · q_j + s q_i · e_j + e_i · x_j,  |rest| ≤ ‖e‖ (2 ‖x‖ + ‖e‖) of the largest norms
 //
-// A row keeps what may be among its best, give or take the margin. In the end it is certain of most of these, and only
-// of the others are the true products made, in the order of operations of nearest.h: the choice is its choice. Where
-// too many others of a row are nearly as good as each other all of its products are made; where there are many such
-// rows the whole is left to nearest.h.
+// With what nearest.h itself loses in float32 this is the margin, the same for all. A row keeps what may be among its
+// best, give or take the margin. In the end it is certain of most of these, and only of the others are the true
+// products made, in the order of operations of nearest.h: the choice is its choice. Where too many others of a row are
+// nearly as good as each other all of its products are made; where there are many such rows the whole is left to
+// nearest.h.
 #pragma once
 
 #include <atomic>
@@ -24,6 +25,7 @@ class RoundedNearest {
     return n >= kLeastRows && room_of(count) <= n / 8 && dim >= kLeastDim && dim <= kMostDim;
   }
 
+  // Refers to all that it is given.
   RoundedNearest(const RoundedEngine& rounded, const Engine<float>& engine, const Parallel& parallel, const Rows& rows,
                  int64_t dim, const int64_t* classes, int64_t count)
       : rounded_(rounded),
@@ -36,9 +38,9 @@ class RoundedNearest {
         wanted_(count),
         lists_(arena_, rows.count, lanes_, classes, room_of(count)) {}
 
-  // Every row's in ascending order, (n, count), −1 where there are fewer; false where nothing was written.
-  bool write(int64_t* out) {
-    if (!round()) return false;
+  // Finds, once, every row's in ascending order, (n, count), −1 where there are fewer; false where nothing was written.
+  bool find(int64_t* out) {
+    if (lists_.n == 0 || !round()) return false;
     every_two_panels(parallel_, lists_.panels, kChunkBytes / (steps_ * lanes_ * int64_t(sizeof(int32_t))),
                      [&](int64_t, int64_t a, int64_t b) { block(a, b); });
     if (hopeless()) return false;
@@ -54,10 +56,10 @@ class RoundedNearest {
   static constexpr int64_t kLeastRows = 1024, kLeastDim = 32, kMostDim = 1 << 16;
   static constexpr int64_t kChunkBytes = 512 << 10;  // of the second-level cache
   static constexpr int64_t kPatience = 128;          // of so many rows one may have all of its products made
-  // A row's largest norm, so that products and twice the margin on top of them are whole numbers of 32 bits; what no
-  // product is below; and what none is above.
+  // The largest norm of a row of whole numbers, give or take its rounding; what no product is below; what none is
+  // above. From the lowest product to the largest is less than 2³¹, and so is a product and two margins on top: a
+  // margin is below 2²⁴ up to the largest dimension.
   static constexpr int32_t kLargest = 32000, kNone = -1100000000, kNothing = std::numeric_limits<int32_t>::max();
-  static constexpr int32_t kWidestMargin = 1 << 28;
 
   static int64_t room_of(int64_t count) { return count + std::max<int64_t>(count, 64); }
 
@@ -65,15 +67,17 @@ class RoundedNearest {
     const int64_t padded = lists_.panels * lanes_;
     data_ = arena_.take<int32_t>(padded * steps_);
     floor_ = arena_.take<int32_t>(padded);
-    std::fill_n(floor_, padded, kNone);
+    for (int64_t row = 0; row < padded; ++row) floor_[row] = lists_.classes[row] < 0 ? kNothing : kNone;
     auto *size = arena_.take<float>(padded), *error = arena_.take<float>(padded);
     share(parallel_, lists_.panels, [&](int64_t, int64_t p) {
       for (int64_t row = p * lanes_; row < (p + 1) * lanes_; ++row)
         size[row] = lists_.classes[row] < 0 ? 0 : squared(rows_ + row * dim_);
     });
     const double rounding = double(dim_ + 4) / (1 << 24), more = 1 + rounding;
+    const bool numbers = std::none_of(size, size + padded, [](float x) { return std::isnan(x); });
     const double largest = std::sqrt(double(*std::max_element(size, size + padded))) * more;
-    if (!(largest > 1e-15 && largest < 1e15)) return false;  // squares and their sums are well within float32
+    // Squares are well within float32, those of what is left, too, or are nothing beside the margin.
+    if (!numbers || !(largest > 1e-12 && largest < 1e15)) return false;
     const float scale = float(largest / kLargest);
     auto* scratch = arena_.take<float>(parallel_.threads * engine_.stride(dim_) * lanes_);
     share(parallel_, lists_.panels, [&](int64_t worker, int64_t p) {
@@ -85,7 +89,7 @@ class RoundedNearest {
     const double widest = std::sqrt(double(*std::max_element(error, error + padded))) * more;
     // Of what rounding leaves of both rows, and of what true products lose in float32.
     const double margin = widest * (2 * largest + widest) * more + 2 * rounding * largest * largest;
-    margin_ = std::ceil(std::min(margin / scale / scale, double(kWidestMargin)));
+    margin_ = int32_t(std::ceil(margin / scale / scale));
     return true;
   }
 
@@ -135,15 +139,15 @@ class RoundedNearest {
       const int64_t wanted = all_.wanted_;
       const int32_t *values = lists.values + row * lists.room, *rows = lists.rows + row * lists.room;
       sure_.clear(), unsure_.clear();
+      const int32_t own = lists.classes[row];
       if (all_.floor_[row] == kNothing) {
-        const int32_t own = lists.classes[row];
-        for (int64_t other = 0; other < lists.n; ++other)
+        for (int64_t other = 0; own >= 0 && other < lists.n; ++other)
           if (lists.classes[other] >= 0 && lists.classes[other] != own) unsure_.push_back(int32_t(other));
       } else if (lists.sizes[row] <= wanted) {
         sure_.assign(rows, rows + lists.sizes[row]);
       } else {
-        // As many as are wanted are above the floor: the true value of one that is above the best of the others, and
-        // not by the margin of both alone, is among the largest.
+        // As many as are wanted are above the floor. What is more than two margins above the best of the others is
+        // among the largest; what is as far below the last of the wanted is not.
         all_.thin(row, wanted);
         const int32_t size = lists.sizes[row], floor = all_.floor_[row];
         int32_t next = kNone, last = kNothing;

@@ -176,7 +176,7 @@ PDDM_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Bit by bit the lanes where x > floor, of which NaN is not one, or a ≠ b.
+// Bit by bit the lanes where x > floor, of which NaN is not one.
 template <class T>
 PDDM_INLINE uint32_t lanes_above(Vec<T> x, Vec<T> floor) {
 #if defined(__AVX512F__) && !defined(PDDM_PLAIN_VECTORS)

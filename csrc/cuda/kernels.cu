@@ -1,4 +1,5 @@
 // Every kernel of one arithmetic (PDDM_ARITHMETIC: F32, F64, Tf32, Bf16 or F16), compiled once for each.
+#include "asked.cuh"
 #include "dense.cuh"
 #include "gradient.cuh"
 #include "kernels.h"
@@ -42,6 +43,17 @@ class CudaBackend final : public Backend {
   void largest(const void* values, int64_t rows, int64_t columns, const int64_t* own, const int64_t* classes,
                int64_t count, int64_t* indices) const override {
     cuda::largest(context_, static_cast<const Real*>(values), rows, columns, own, classes, count, indices);
+  }
+  int64_t count_asked(const Asked& asked, int64_t* begins, int64_t* places) const override {
+    return cuda::count_asked(context_, asked, begins, places);
+  }
+  void write_asked(const Asked& asked, const int64_t* begins, int64_t* i, int64_t* j, int64_t* places) const override {
+    cuda::write_asked(context_, asked, begins, i, j, places);
+  }
+  void best_asked(const Asked& asked, const int64_t* places, const void* scores, int64_t count, bool lowest,
+                  int64_t* columns, void* best, bool* found) const override {
+    cuda::best_asked(context_, asked, places, static_cast<const Real*>(scores), count, lowest, columns,
+                     static_cast<Real*>(best), found);
   }
   void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,
                             void* rows_gradient, const UnitGradient& gradient) const override {

@@ -1,5 +1,5 @@
-// Of each row of a matrix the largest values, a block for each row: digit by digit, from the highest, it finds the least
-// value that is taken, and how many of those that equal it. Then the columns are written in their order.
+// Of each row of a matrix the largest values, a block for each row: digit by digit, from the highest, it finds the
+// least value that is taken, and how many of those that equal it. Then the columns are written in their order.
 #pragma once
 
 #include "topk.cuh"

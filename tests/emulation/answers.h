@@ -110,6 +110,29 @@ Answers<T> ask(const Backend& backend, const Sizes& z) {
     }
   }
 
+  // Lists of different lengths, which name rows that name them or do not, and scores of which some are NaN or equal.
+  for (const int64_t room : {int64_t(0), int64_t(3), int64_t(70)}) {
+    std::vector<int64_t> lists(static_cast<size_t>(z.n * room), -1), begins(static_cast<size_t>(z.n) + 1);
+    std::vector<int64_t> places(lists.size()), columns(static_cast<size_t>(z.n));
+    for (int64_t r = 0; r < z.n; ++r)
+      for (int64_t other = r * 5 % 3, e = 0; other < z.n && e < room && e < r; other += 1 + other * r % 3)
+        if (other != r) lists[r * room + e++] = other;
+    const Asked asked{lists.data(), z.n, room};
+    const int64_t count = backend.count_asked(asked, begins.data(), places.data());
+    std::vector<int64_t> first(static_cast<size_t>(count)), second(first.size());
+    backend.write_asked(asked, begins.data(), first.data(), second.data(), places.data());
+    std::vector<T> scores(first.size()), most(static_cast<size_t>(z.n));
+    for (size_t t = 0; t < scores.size(); ++t) scores[t] = t % 7 == 3 ? T(NAN) : T((t * 31) % 13) - 6;
+    for (const bool lowest : {false, true}) {
+      const std::unique_ptr<bool[]> found(new bool[static_cast<size_t>(z.n)]);
+      backend.best_asked(asked, places.data(), scores.data(), count, lowest, columns.data(), most.data(), found.get());
+      a.listed.insert(a.listed.end(), most.begin(), most.end());
+      for (int64_t r = 0; r < z.n; ++r) columns[r] += found[r] * 1000;
+      a.ranked.insert(a.ranked.end(), columns.begin(), columns.end());
+    }
+    for (const auto& v : {begins, first, second, places}) a.ranked.insert(a.ranked.end(), v.begin(), v.end());
+  }
+
   const std::vector<T> weights = filled(std::max<int64_t>(z.n * z.n, 3));
   for (int which = 0; which < 3; ++which) {
     std::vector<T> d_rows(rows.size(), T(0)), d[8];

@@ -394,21 +394,22 @@ void test_nearest(const cpu::Engine<T>& engine) {
   }
 }
 
-enum class Kind { far_apart, clusters, among_some, among_many, sizes, all_alike, zero, nobody };
+enum class Kind { far_apart, clusters, among_some, among_many, low_classes, sizes, tiny, nan, all_alike, zero, nobody };
 
 // By whole numbers the choice is the same, or none is made.
 void test_rounded(const cpu::RoundedEngine& rounded, const cpu::Engine<float>& engine) {
   std::mt19937 random(8);
   for (const auto& [n, dim, count] :
        {std::array<int64_t, 3>{600, 1, 3}, {1100, 17, 1}, {1500, 130, 32}, {400, 33, 399}})
-    for (const Kind kind : {Kind::far_apart, Kind::clusters, Kind::among_some, Kind::among_many, Kind::sizes,
-                            Kind::all_alike, Kind::zero, Kind::nobody}) {
+    for (const Kind kind : {Kind::far_apart, Kind::clusters, Kind::among_some, Kind::among_many, Kind::low_classes,
+                            Kind::sizes, Kind::tiny, Kind::nan, Kind::all_alike, Kind::zero, Kind::nobody}) {
       const int64_t equals = kind == Kind::among_some ? 60 : kind == Kind::among_many ? 300 : 0;
       std::vector<float> rows(n * dim), centres(8 * dim);
       std::vector<int64_t> classes(n);
       for (float& x : centres) x = float(normal(random));
       for (int64_t i = 0; i < n; ++i) {
         classes[i] = kind == Kind::nobody || i % 41 == 7 ? -1 : i / 3;
+        if (kind == Kind::low_classes && i % 5 == 3) classes[i] = -(int64_t(1) << (31 + i % 32)) - i % 2;
         double size = 0;
         for (int64_t k = 0; k < dim; ++k) {
           float& x = rows[i * dim + k];
@@ -423,7 +424,8 @@ void test_rounded(const cpu::RoundedEngine& rounded, const cpu::Engine<float>& e
           // The first row has others that are as good as each other, but for their rounding.
           if (i == 0 && equals) x = k == 0 ? 1.f : 0.f;
           if (i > 0 && i <= equals) x = k == 0 ? 0.7f + 1e-6f * float(random() % 3) : 0.7f * x;
-          if (i % 41 == 7) x = std::nanf("");
+          if (i % 41 == 7 || (kind == Kind::nan && i % 300 == 5 && k == dim / 2)) x = std::nanf("");
+          if (kind == Kind::tiny) x *= 1e-11f;
         }
       }
       const std::vector<int64_t> untouched(n * count, -7);
@@ -434,11 +436,12 @@ void test_rounded(const cpu::RoundedEngine& rounded, const cpu::Engine<float>& e
         std::vector<int64_t> got = untouched;
         const Parallel parallel = threads(workers);
         cpu::RoundedNearest nearest(rounded, engine, parallel, {rows.data(), n}, dim, classes.data(), count);
-        const bool made = nearest.write(got.data());
+        const bool made = nearest.find(got.data());
         CHECK(got == (made ? expected : untouched), "kind %d: the %ld nearest of %ld rows by whole numbers, %d threads",
               int(kind), long(count), long(n), workers);
         if (dim > 17 && kind < Kind::sizes) CHECK(made, "kind %d of %ld rows", int(kind), long(n));
-        if (kind == Kind::zero || kind == Kind::nobody) CHECK(!made, "kind %d of %ld rows", int(kind), long(n));
+        if (kind == Kind::nan || kind == Kind::zero || kind == Kind::nobody)
+          CHECK(!made, "kind %d of %ld rows", int(kind), long(n));
       }
     }
 }
