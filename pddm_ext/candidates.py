@@ -98,7 +98,7 @@ def _at_once(others: Tensor) -> int:
 
 
 def _mine(feats: Tensor, labels: Tensor, *unit_mode_and_count: Any) -> tuple[Tensor, ...]:
-    """What the operator ``mine`` gives, of candidates alone; in mode ``"pair"`` of the positive pairs that are scored."""
+    """What the operator ``mine`` gives, of candidates alone; mode ``"pair"`` of the positive pairs that are scored."""
     *unit, mode, count = unit_mode_and_count
 
     def score(i: Tensor, j: Tensor) -> Tensor:

@@ -103,11 +103,7 @@ def _(values: Tensor, own: Tensor, classes: Tensor, count: int) -> Tensor:
 @shapes("asked_pairs")
 def _(lists: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pairs = torch.library.get_ctx().new_dynamic_size()
-    return (
-        lists.new_empty(pairs),
-        lists.new_empty(pairs),
-        torch.empty_like(lists, memory_format=torch.contiguous_format),
-    )
+    return lists.new_empty(pairs), lists.new_empty(pairs), lists.new_empty(lists.shape)
 
 
 @shapes("best_asked")

@@ -256,7 +256,7 @@ def test_the_best_of_a_list_is_its_first_that_is_no_nan(dtype, lowest):
         assert (column, score) == (-expected[1], -expected[0] if lowest and own else expected[0])
 
 
-@host_only("a GPU's kernels stop the process")
+@cpu_only("a GPU's kernels stop the process")
 def test_lists_that_name_what_is_not_there_are_refused():
     lists = torch.tensor([[1, 2], [0, -1], [3, -1]], device=DEVICE)
     with pytest.raises(IndexError, match="pddm: a list names a row that is not there"):
