@@ -51,6 +51,6 @@ def test_growth(benchmark: Any) -> None:
         **{
             "÷ n=4096": (ratio["n=32768"], -12),
             "÷ n=4096, the choice among n=32768 alone": (ratio["choice"], 0),
-            "÷ n=4096, each dot product once at the multiply-add peak": (32768**2 * 128 / peak / ours, 0),
+            "÷ n=4096, each dot product once at float32's multiply-add peak": (32768**2 * 128 / peak / ours, 0),
         },
     )

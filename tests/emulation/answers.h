@@ -41,6 +41,7 @@ struct Normal {
 template <class T>
 struct Answers {
   std::vector<int64_t> mined[3], ranked;
+  std::vector<int64_t> chosen;              // of given values, so exactly
   std::vector<T> scores, listed, gradient;  // of the matrix, of the list, of everything through both
   std::vector<T> sloped;                    // what the loss's gradients are
 };
@@ -106,7 +107,7 @@ Answers<T> ask(const Backend& backend, const Sizes& z) {
     for (const int64_t count : {int64_t(1), columns / 3 + 1, columns + 2}) {
       std::vector<int64_t> found(static_cast<size_t>(some * count), -7);
       backend.largest(values.data(), some, columns, own.data(), classes.data(), count, found.data());
-      a.ranked.insert(a.ranked.end(), found.begin(), found.end());
+      a.chosen.insert(a.chosen.end(), found.begin(), found.end());
     }
   }
 
@@ -128,9 +129,9 @@ Answers<T> ask(const Backend& backend, const Sizes& z) {
       backend.best_asked(asked, places.data(), scores.data(), count, lowest, columns.data(), most.data(), found.get());
       a.listed.insert(a.listed.end(), most.begin(), most.end());
       for (int64_t r = 0; r < z.n; ++r) columns[r] += found[r] * 1000;
-      a.ranked.insert(a.ranked.end(), columns.begin(), columns.end());
+      a.chosen.insert(a.chosen.end(), columns.begin(), columns.end());
     }
-    for (const auto& v : {begins, first, second, places}) a.ranked.insert(a.ranked.end(), v.begin(), v.end());
+    for (const auto& v : {begins, first, second, places}) a.chosen.insert(a.chosen.end(), v.begin(), v.end());
   }
 
   const std::vector<T> weights = filled(std::max<int64_t>(z.n * z.n, 3));

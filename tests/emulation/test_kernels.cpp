@@ -42,6 +42,7 @@ void compare(Precision precision, const char* name, double tolerance, const std:
           apart(got.gradient, expected.gradient));
     CHECK(apart(got.sloped, expected.sloped) <= 20 * tolerance, "%s n=%ld: %g", name, long(z.n),
           apart(got.sloped, expected.sloped));
+    CHECK(got.chosen == expected.chosen, "%s n=%ld", name, long(z.n));
     // Rounding this coarse may choose another pair.
     if (tolerance > 1e-4) continue;
     CHECK(apart(got.listed, expected.listed) <= tolerance, "%s n=%ld", name, long(z.n));

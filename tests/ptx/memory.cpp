@@ -79,15 +79,17 @@ void add_space(Forms& f, const char* where) {
   add_accesses<space, float>(f, where, ".f32"), add_accesses<space, double>(f, where, ".f64");
 }
 
-uint64_t* atomic(Thread& thread, const Instruction& i) {
-  return reinterpret_cast<uint64_t*>(thread.memory(Space::global, thread.address(i.operands + 1), 8, true));
+template <Space space, class T>
+T* atomic(Thread& thread, const Instruction& i) {
+  return reinterpret_cast<T*>(thread.memory(space, thread.address(i.operands + 1), sizeof(T), true));
 }
+template <Space space, class T>
 void atomic_add(Thread& thread, const Instruction& i) {
-  thread.put(i.operands[0],
-             __atomic_fetch_add(atomic(thread, i), thread.get<uint64_t>(i.operands[4]), __ATOMIC_RELAXED));
+  T* const at = atomic<space, T>(thread, i);
+  thread.put(i.operands[0], __atomic_fetch_add(at, thread.get<T>(i.operands[4]), __ATOMIC_RELAXED));
 }
 void atomic_max(Thread& thread, const Instruction& i) {
-  uint64_t *const at = atomic(thread, i), old = __atomic_load_n(at, __ATOMIC_RELAXED);
+  uint64_t *const at = atomic<Space::global, uint64_t>(thread, i), old = __atomic_load_n(at, __ATOMIC_RELAXED);
   const uint64_t x = thread.get<uint64_t>(i.operands[4]);
   while (old < x && !__atomic_compare_exchange_n(at, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
@@ -119,7 +121,8 @@ void global_to_generic(Thread& thread, const Instruction& i) {
 void add_memory(Forms& f) {
   add_space<Space::generic>(f, ""), add_space<Space::global>(f, ".global"), add_space<Space::shared>(f, ".shared");
   add_space<Space::local>(f, ".local"), add_space<Space::parameter>(f, ".param");
-  f["atom.global.add.u64"] = {atomic_add, "lml"};
+  f["atom.global.add.u64"] = {atomic_add<Space::global, uint64_t>, "lml"};
+  f["atom.shared.add.u32"] = {atomic_add<Space::shared, uint32_t>, "wmw"};
   f["atom.global.max.u64"] = {atomic_max, "lml"};
   f["cp.async.cg.shared.global"] = {copy, "mmn"};
   f["cp.async.commit_group"] = {commit, ""};

@@ -390,6 +390,12 @@ void check_memory() {
           "st.global.u64 [%to+32], %rd5;",
           1, {10, 0, 0, 0, 9});
   CHECK(ran.error.empty() && ran.words == (std::vector<uint64_t>{40, 10, 15, 40, 0}), "atomics: %s", ran.error.c_str());
+  ran =
+      run("mov.u32 %r1, shared_bytes;\nst.shared.u32 [%r1+8], 7;\natom.shared.add.u32 %r2, [%r1+8], 5;\n"
+          "ld.shared.u32 %r3, [%r1+8];\nst.global.v2.u32 [%to], {%r2, %r3};");
+  CHECK(ran.error.empty() && ran.words[0] == (uint64_t(12) << 32 | 7), "atomics in shared memory: %s",
+        ran.error.c_str());
+  expect_refused("a global address", run("atom.shared.add.u32 %r2, [%to], 5;"), "is not in the block's shared memory");
 
   ran = run("add.s64 %rd1, %to, 16;\nld.global.u64 %rd2, [%rd1+-8];\nst.global.u64 [%rd1+-16], %rd2;", 1, {0, 7, 0});
   CHECK(ran.error.empty() && ran.words[0] == 7, "negative offsets: %s", ran.error.c_str());
