@@ -62,7 +62,6 @@ __global__ void __launch_bounds__(kLargestThreads)
   Word least = 1, known = 0;  // of the least word: what is known, and where
   auto equal = unsigned(count < columns ? count : columns);
   for (int shift = 8 * int(sizeof(Real) - 1); shift >= 0; shift -= 8) {
-    __syncthreads();  // what was there may still be read
     for (int d = thread; d < kDigits; d += kLargestThreads) shared.counts[d] = 0;
     __syncthreads();
     for (int64_t c = thread; c < columns; c += kLargestThreads) {
