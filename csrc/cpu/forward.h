@@ -70,7 +70,9 @@ PDDM_INLINE void hidden_layer(const Workspace<typename Op::Scalar>& w, const Blo
   using T = typename Op::Scalar;
   constexpr int width = kWidth<T>, lanes = kLanes<T>, fold = Op::kFold;
   const int64_t dim = folded<Op>(w.dim) * fold, hidden = padded(w.hidden, kUnit);
-  const auto next = [&](int64_t g) -> const Group& { return groups[g + 1 < count ? g + 1 : g]; };
+  constexpr int64_t kNear = 512 << 10;  // bytes of rows that stay in the second-level cache by themselves
+  const bool scattered = w.rows * (w.f_stride + w.a_stride) * int64_t(sizeof(T)) > kNear;
+  const auto next = [&](int64_t g) { return scattered && g + 1 < count ? groups + g + 1 : nullptr; };
 
   for (int64_t g = 0; g < count; ++g) {
     Vec<T> square[2] = {};

@@ -23,9 +23,10 @@ struct Sum {
 };
 
 // emit(k, x): x[p][half] is Combine(i, j) at step k + p, for p < Fold. Runs over `steps` (a multiple of Fold) steps of
-// rows that are `stride` long. Rows of listed pairs lie anywhere: those of the next group are asked for meanwhile.
+// rows that are `stride` long. Rows of listed pairs lie anywhere: those of the next group, if one is named, are asked
+// for meanwhile.
 template <class T, int Fold, template <class> class Combine, class Emit>
-PDDM_INLINE void for_each_step(const T* rows, const T* panels, int64_t stride, const Group& g, const Group& next,
+PDDM_INLINE void for_each_step(const T* rows, const T* panels, int64_t stride, const Group& g, const Group* next,
                                int64_t steps, const Emit& emit) {
   constexpr int width = kWidth<T>;
   if (g.panel >= 0) {
@@ -43,11 +44,11 @@ PDDM_INLINE void for_each_step(const T* rows, const T* panels, int64_t stride, c
     }
     return;
   }
-  const bool listed = next.panel < 0;
+  const bool listed = next && next->panel < 0;
   for (int64_t k0 = 0; k0 < steps; k0 += width) {
     for (int lane = 0; listed && lane < kLanes<T>; ++lane) {
-      PDDM_PREFETCH(rows + next.i[lane] * stride + k0);
-      PDDM_PREFETCH(rows + next.j[lane] * stride + k0);
+      PDDM_PREFETCH(rows + next->i[lane] * stride + k0);
+      PDDM_PREFETCH(rows + next->j[lane] * stride + k0);
     }
     Vec<T> x[width][2];
     for (int half = 0; half < 2; ++half) {
