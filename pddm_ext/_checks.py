@@ -250,9 +250,9 @@ def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> None:
     _devices(feats, i, j, weight)
     if readable(feats):  # the kernels repeat it
         for name, index in (("i", i), ("j", j)):
-            bad = (index.long() < 0) | (index.long() >= feats.shape[0])
-            if bad.any():
-                at = int(bad.nonzero()[0])
+            low, high = index.long().aminmax() if len(index) else (0, -1)
+            if low < 0 or high >= feats.shape[0]:
+                at = int(((index.long() < 0) | (index.long() >= feats.shape[0])).nonzero()[0])
                 raise IndexError(f"{name}[{at}] is {int(index[at])}; feats has {feats.shape[0]} rows")
 
 
