@@ -1,7 +1,7 @@
 """Mining that scores no more pairs than a row has candidates: the rows of other classes nearest to it by dot product.
 
 The dot products are n², too, but of 2d operations each, where a score has 2dh + 4hm; they are made block by block, on
-the CPU by an operator of its own, and nothing but each row's nearest is kept of them.
+the CPU by an operator that makes each once for both of its rows, and nothing but each row's nearest is kept of them.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _hardest(rows: Rows, score: _Score, count: int) -> tuple[Tensor, ...]:
     order = (i * len(rows.unit) + j).argsort()
     i, j = i[order], j[order]
     at, s_ij, valid = first_largest(-score(i, j)[None])
-    both = torch.cat([i, j]).new_zeros(2) if len(i) == 0 else torch.cat([i[at], j[at]])
+    both = torch.cat([i[at], j[at]]) if len(i) else i.new_zeros(2)
     near = nearest(rows, both, count)
     entries = (near >= 0).nonzero()
     scores = rows.unit.new_full(near.shape, torch.nan)
