@@ -273,10 +273,16 @@ std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, in
   return {scores, indices};
 }
 
+ScalarType real_dtype(const Tensor& given, const char* what) {
+  const ScalarType dtype = given.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "pddm: ", what,
+                  " must be float32 or float64");
+  return dtype;
+}
+
 // Of each row of products with others the columns of other classes with the largest. `own` has the rows' classes.
 Tensor largest(const Tensor& values, const Tensor& own, const Tensor& classes, int64_t count) {
-  const ScalarType dtype = values.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "pddm: values must be float32 or float64");
+  const ScalarType dtype = real_dtype(values, "values");
   const Call call(values, precision_of(values, false));
   const Tensor given = dense(values, dtype), rows = dense(own, ScalarType::Long);
   const Tensor columns = dense(classes, ScalarType::Long);
@@ -309,8 +315,7 @@ std::tuple<Tensor, Tensor, Tensor> asked_pairs(const Tensor& lists) {
 
 std::tuple<Tensor, Tensor, Tensor> best_asked(const Tensor& scores, const Tensor& places, const Tensor& lists,
                                               bool lowest) {
-  const ScalarType dtype = scores.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "pddm: scores must be float32 or float64");
+  const ScalarType dtype = real_dtype(scores, "scores");
   const Tensor given = dense(lists, ScalarType::Long), at = dense(places, ScalarType::Long);
   STD_TORCH_CHECK(given.dim() == 2 && at.dim() == 2 && at.size(0) == given.size(0) && at.size(1) == given.size(1) &&
                       same_device(given, scores) && same_device(at, scores),
@@ -328,8 +333,7 @@ std::tuple<Tensor, Tensor, Tensor> best_asked(const Tensor& scores, const Tensor
 
 // The CPU's alone: other devices have torch's own products. A row of a negative class takes no part.
 Tensor nearest(const Tensor& rows, const Tensor& classes, int64_t count) {
-  const ScalarType dtype = rows.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "pddm: rows must be float32 or float64");
+  const ScalarType dtype = real_dtype(rows, "rows");
   const Tensor given = dense(rows, dtype), numbers = dense(classes, ScalarType::Long);
   STD_TORCH_CHECK(given.dim() == 2 && given.size(1) > 0, "pddm: rows must be a matrix");
   const int64_t n = given.size(0), most = int64_t(1) << 24;  // numbers that float32 holds

@@ -21,13 +21,12 @@ inline int64_t place_in_list(const Asked& asked, int64_t row, int64_t other) {
   return *at == other ? at - begin : -1;
 }
 
-constexpr int64_t kAskedRows = 64;  // of a part
-
 // body(row) for every row.
 template <class Body>
 void share_rows(const Parallel& parallel, int64_t rows, const Body& body) {
-  share(parallel, (rows + kAskedRows - 1) / kAskedRows, [&](int64_t, int64_t part) {
-    for (int64_t row = part * kAskedRows; row < std::min(rows, (part + 1) * kAskedRows); ++row) body(row);
+  constexpr int64_t kRows = 64;  // of a part
+  share(parallel, (rows + kRows - 1) / kRows, [&](int64_t, int64_t part) {
+    for (int64_t row = part * kRows; row < std::min(rows, (part + 1) * kRows); ++row) body(row);
   });
 }
 

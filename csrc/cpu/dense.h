@@ -3,6 +3,7 @@
 
 #include <mutex>
 
+#include "largest.h"
 #include "scan.h"
 
 namespace pddm::cpu {
@@ -79,12 +80,7 @@ void topk(const Engine<T>& engine, const Parallel& parallel, const Rows& queries
     T score;
     int64_t index;
   };
-  const auto better = [](const Entry& a, const Entry& b) {
-    const bool a_nan = a.score != a.score, b_nan = b.score != b.score;
-    if (a_nan != b_nan) return b_nan;
-    if (!a_nan && a.score != b.score) return a.score > b.score;
-    return a.index < b.index;
-  };
+  const auto better = [](const Entry& a, const Entry& b) { return comes_before(a.score, a.index, b.score, b.index); };
   const int64_t q = queries.count;
   if (q == 0 || k == 0) return;
   const int lanes = engine.lanes;

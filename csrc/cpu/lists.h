@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "engine.h"
-#include "memory.h"
+#include "largest.h"
 
 namespace pddm::cpu {
 
@@ -43,7 +43,7 @@ struct Lists : ListsOf<T> {
   const int64_t n, lanes, panels, full;
 };
 
-// block(worker, a, b) for every two panels a ≤ b once, a panel and itself included, and nobody is at a panel that
+// block(a, b) for every two panels a ≤ b once, a panel and itself included, and nobody is at a panel that
 // another is at. `chunk` panels stay while others pass by.
 //
 // Every group of panels meets itself, then every other, in the order of a tournament: one stays, the others go round
@@ -55,24 +55,24 @@ void every_two_panels(const Parallel& parallel, int64_t panels, int64_t chunk, c
   const int64_t most = parallel.threads > 1 ? kGroups * int64_t(parallel.threads) : 1;
   const int64_t groups = std::max<int64_t>(1, std::min(most, panels / kLeastPanels / 2 * 2));
   const int64_t pairs = groups / 2, others = groups - 1;
-  const auto visit = [&](int64_t worker, int64_t g, int64_t h) {
+  const auto visit = [&](int64_t g, int64_t h) {
     const auto begin = [&](int64_t group) { return group * panels / groups; };
     for (int64_t first = begin(g), end; first < begin(g + 1); first = end) {
       end = std::min(begin(g + 1), first + std::max<int64_t>(1, chunk));
       for (int64_t b = g == h ? first : begin(h); b < begin(h + 1); ++b)
-        for (int64_t a = first; a < end && (g != h || a <= b); ++a) block(worker, a, b);
+        for (int64_t a = first; a < end && (g != h || a <= b); ++a) block(a, b);
     }
   };
   std::vector<std::mutex> locks(static_cast<size_t>(groups));
-  share(parallel, groups + pairs * others, [&](int64_t worker, int64_t task) {
+  share(parallel, groups + pairs * others, [&](int64_t, int64_t task) {
     if (task < groups) {
       const std::lock_guard<std::mutex> guard(locks[task]);
-      return visit(worker, task, task);
+      return visit(task, task);
     }
     const int64_t round = (task - groups) / pairs, k = (task - groups) % pairs;
     const int64_t g = k ? (round + k) % others : others, h = (round + others - k) % others;
     const std::scoped_lock guard(locks[g], locks[h]);
-    visit(worker, g, h);
+    visit(g, h);
   });
 }
 
@@ -84,13 +84,5 @@ struct Entry {
     return value > other.value || (value == other.value && row < other.row);
   }
 };
-
-// Row numbers in ascending order, and −1 up to `count` of them.
-template <class T>
-void write_rows(const T* rows, int64_t size, int64_t* out, int64_t count) {
-  int64_t* end = std::copy(rows, rows + size, out);
-  std::sort(out, end);
-  std::fill(end, out + count, int64_t(-1));
-}
 
 }  // namespace pddm::cpu

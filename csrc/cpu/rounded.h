@@ -42,7 +42,7 @@ class RoundedNearest {
   bool find(int64_t* out) {
     if (lists_.n == 0 || !round()) return false;
     every_two_panels(parallel_, lists_.panels, kChunkBytes / (steps_ * lanes_ * int64_t(sizeof(int32_t))),
-                     [&](int64_t, int64_t a, int64_t b) { block(a, b); });
+                     [&](int64_t a, int64_t b) { block(a, b); });
     if (hopeless()) return false;
     share(parallel_, lists_.panels, [&](int64_t, int64_t p) {
       Finish finish(*this);

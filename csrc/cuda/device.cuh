@@ -120,6 +120,17 @@ __device__ __forceinline__ T lanes_sum(T x) {
   return x;
 }
 
+// Sum over this lane and those before it.
+template <class T>
+__device__ __forceinline__ T lanes_prefix(T x) {
+#pragma unroll
+  for (int apart = 1; apart < kWarp; apart *= 2) {
+    const T other = __shfl_up_sync(~0u, x, apart);
+    if (lane_index() >= apart) x += other;
+  }
+  return x;
+}
+
 // A NaN stays one.
 __device__ __forceinline__ double relu(double x) { return x < 0 ? 0 : x; }
 __device__ __forceinline__ float relu(float x) {

@@ -35,11 +35,7 @@ __device__ __forceinline__ void find_digit(LargestShared& shared, unsigned wante
   const int lane = lane_index(), first = kDigits - 1 - lane * kEach;  // downwards
   unsigned own = 0;
   for (int d = 0; d < kEach; ++d) own += shared.counts[first - d];
-  unsigned sum = own;
-  for (int apart = 1; apart < kWarp; apart *= 2) {
-    const unsigned other = __shfl_up_sync(~0u, sum, apart);
-    if (lane >= apart) sum += other;
-  }
+  const unsigned sum = lanes_prefix(own);
   if (lane == kWarp - 1) shared.all = sum;
   unsigned above = sum - own;
   if (above < wanted && wanted <= sum) {

@@ -138,11 +138,7 @@ static __global__ void __launch_bounds__(kScanThreads)
   for (int64_t start = 0; start < n; start += kScanThreads) {
     const int64_t at = start + threadIdx.x;
     const long long own = at < n ? scan.counts[at] : 0;
-    long long sum = own;
-    for (int apart = 1; apart < kWarp; apart *= 2) {
-      const long long other = __shfl_up_sync(~0u, sum, apart);
-      if (lane >= apart) sum += other;
-    }
+    long long sum = lanes_prefix(own);
     if (lane == kWarp - 1) by_warp[warp] = sum;
     __syncthreads();
     long long round = 0;
