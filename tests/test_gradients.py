@@ -344,6 +344,17 @@ def test_chunks_of_any_length_add_up(capability, count):
 
 
 @pytest.mark.parametrize("normalize_input", [False, True])
+@pytest.mark.parametrize("count", [1024, 1025, 2048, 2500])
+def test_chunks_of_layers_in_several_panels_add_up(capability, count, normalize_input):
+    unit = make_unit(70, 37, 90, normalize_input=normalize_input).double()
+    x = make_features(50, 70, dtype=torch.float64)
+    i, j = random_rows(50, 2, count, seed=count)
+    fused = gradients(lambda x, unit: pddm_ext.score_pairs(x, i, j, unit), x, unit)
+    plain = gradients(lambda x, unit: reference.score_pairs(x, i, j, unit), x, in_double(unit))
+    assert_close_relatively(fused, plain, 1e-11)
+
+
+@pytest.mark.parametrize("normalize_input", [False, True])
 @pytest.mark.parametrize("size", [(130, None), (9, 1100), (1100, 9)], ids=str)
 def test_matrices_of_more_than_one_chunk_add_up(capability, size, normalize_input):
     n, columns = size

@@ -45,7 +45,7 @@ struct Slab {
 
 // The way back, stage by stage. Each is a number of independent parts, and needs all of the one before it.
 enum class Stage {
-  unit_rows,      // f                                        the rows, once
+  unit_rows,      // f, and weights packed where chunks share them    the rows, once
   inputs,         // u                                        the pairs, chunk by chunk
   hidden,         // u' = relu(u W_uᵀ + b_u); with the first chunk, a = f W_vᵀ of the rows
   norms,          // û, v̂
@@ -70,6 +70,10 @@ struct PairNumbers {
 // Everything of one backward call. W_v is linear before its relu, so its gradient waits until all pairs are in. With
 // normalize_input a pair of nearly opposite rows has a da of 1/‖v‖, which cancels in dW_v but would take all other
 // pairs' digits with it; there dW_v is summed by pairs, as dW_u is.
+//
+// Between chunks sums over pairs lie in tiles of (lanes outputs, lanes inputs), (panel of outputs, panel of inputs): a
+// page of memory each, where rows of the gradient are a page apart. Weights that several chunks read are packed once.
+// Both are null where there is one chunk.
 template <class T>
 struct Backward {
   Unit unit;
@@ -85,11 +89,16 @@ struct Backward {
 
   int64_t pairs;  // of the chunk
   bool first;     // the parameters' gradients hold nothing yet
+  bool last;      // and nothing comes after
   const int64_t *i, *j;
   const T* weight;              // upstream gradient
   Slab<T> u, v, uv, d_c, d_uv;  // v, over its norm, with normalize_input only
   Slab<T> d_input;              // d|u|
   PairNumbers<T>* numbers;
+
+  T *packed_u, *packed_c;            // panels of outputs of W_u and of either half of W_c, (panel, input, lane),
+  T *packed_back_u, *packed_back_c;  // and of inputs of both, (panel, output, lane)
+  T *tiles_u, *tiles_v, *tiles_c;    // sums; of v with normalize_input only
 };
 
 // Bytes of the packed weights.

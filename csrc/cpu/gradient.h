@@ -8,9 +8,10 @@
 
 namespace pddm::cpu {
 
-// Bytes of a chunk's buffers; the pairs in it follow from the dimensions alone.
-constexpr int64_t kChunkBytes = 16 << 20;
-constexpr int64_t kMaxChunkPairs = 1024;
+// A chunk's pairs follow from the dimensions and their number alone. Where there are many, a chunk's buffers stay in
+// the nearer caches, but each chunk is worth another pass over the weights and their gradients. Few are one chunk.
+constexpr int64_t kChunkBytes = 4 << 20, kMostChunkBytes = 16 << 20;
+constexpr int64_t kLeastChunkPairs = 288, kMostChunkPairs = 1024;
 
 // The rows that the pairs name; see Backward.
 template <class T>
@@ -49,8 +50,10 @@ void backward(const Engine<T>& engine, const Parallel& parallel, const NamedRows
 
   const int64_t of_input = unit.normalize_input ? 3 : 2;  // u, d|u|, and v
   const int64_t per_pair = lanes * (of_input * b.dim_panels + 4 * b.hidden_panels + b.combined_panels);
-  const int64_t fit = std::min({kChunkBytes / (per_pair * int64_t(sizeof(T))), kMaxChunkPairs, most});
-  const int64_t capacity = std::max<int64_t>(fit, 1);
+  const auto fit = [&](int64_t bytes) { return bytes / (per_pair * int64_t(sizeof(T))); };
+  const int64_t room = std::min(fit(kMostChunkBytes), kMostChunkPairs);
+  const int64_t of_many = std::min(std::max(fit(kChunkBytes), kLeastChunkPairs), room);
+  const int64_t capacity = std::max<int64_t>(most > room ? of_many : most, 1);
   b.u = slab(capacity, b.dim_panels), b.d_input = slab(capacity, b.dim_panels);
   b.uv = slab(capacity, 2 * b.hidden_panels), b.d_uv = slab(capacity, 2 * b.hidden_panels);
   b.d_c = slab(capacity, b.combined_panels);
@@ -59,6 +62,15 @@ void backward(const Engine<T>& engine, const Parallel& parallel, const NamedRows
   int64_t *i = arena.take<int64_t>(capacity), *j = arena.take<int64_t>(capacity);
   T* weight = arena.take<T>(capacity);
   b.i = i, b.j = j, b.weight = weight;
+
+  if (most > capacity) {
+    const int64_t of_u = b.hidden_panels * b.dim_panels * lanes * lanes;
+    const int64_t of_c = 2 * b.hidden_panels * b.combined_panels * lanes * lanes;
+    b.packed_u = arena.take<T>(of_u), b.packed_c = arena.take<T>(of_c);
+    b.packed_back_u = arena.take<T>(of_u), b.packed_back_c = arena.take<T>(of_c);
+    b.tiles_u = arena.take<T>(of_u), b.tiles_c = arena.take<T>(of_c);
+    if (unit.normalize_input) b.tiles_v = arena.take<T>(of_u);
+  }
 
   const int64_t longest = std::max({b.dim_panels, 2 * b.hidden_panels, b.combined_panels});
   std::vector<T*> panel(static_cast<size_t>(parallel.threads));
@@ -75,16 +87,18 @@ void backward(const Engine<T>& engine, const Parallel& parallel, const NamedRows
   };
 
   T& b_s = *static_cast<T*>(out.b_s) = T(0);
+  int64_t next_i, next_j;
+  T next_weight;
   b.first = true;
-  for (bool more = true; more; b.first = false) {
-    b.pairs = 0;
-    while (b.pairs < capacity && (more = next(i + b.pairs, j + b.pairs, weight + b.pairs))) ++b.pairs;
+  for (bool more = next(&next_i, &next_j, &next_weight); b.first || more; b.first = false) {
+    for (b.pairs = 0; more && b.pairs < capacity; more = next(&next_i, &next_j, &next_weight)) {
+      i[b.pairs] = next_i, j[b.pairs] = next_j, weight[b.pairs] = next_weight;
+      ++b.pairs;
+    }
+    b.last = !more;
     count_pairs(b.pairs);
     b_s += std::accumulate(weight, weight + b.pairs, T(0));
-    run(b.first   ? Stage::unit_rows
-        : b.pairs ? Stage::inputs
-                  : Stage::back_rows,
-        more ? Stage::to_rows : Stage::back_unit_rows);
+    run(b.first ? Stage::unit_rows : Stage::inputs, b.last ? Stage::back_unit_rows : Stage::to_rows);
   }
 }
 

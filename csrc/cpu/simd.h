@@ -33,8 +33,10 @@
 
 #if defined(__GNUC__)
 #define PDDM_PREFETCH(address) __builtin_prefetch(address)
+#define PDDM_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 2)  // into the second-level cache only
 #else
 #define PDDM_PREFETCH(address) (void)(address)
+#define PDDM_PREFETCH_FAR(address) (void)(address)
 #endif
 
 // The compiler may assume nothing of this vector's value from here on.
