@@ -51,6 +51,8 @@ def read_run(subject: str, path: Path) -> dict[str, Any]:
 def text(name: str, value: float) -> str:
     if name == "peak":
         return f"{value:.0%} of the multiply-add peak"
+    if name.startswith("peak, "):
+        return f"{value:.0%}, {name.removeprefix('peak, ')}"
     if name == "matmul":
         return f"{value:.0%} of torch.matmul's rate"
     if name == "MiB":
