@@ -8,8 +8,9 @@
 //
 //     weight gradient         C columns of d's panel, broadcast  ⊗   a panel of the layer's input: a step is a pair
 //
-// so that few pairs cost little more than reading the weights and writing their gradients once. A sum over pairs is
-// taken in their order by one owner, and is the same whoever that is.
+// so that few pairs cost little more than reading the weights and writing their gradients once. Of many, chunk after
+// chunk reads panels that were packed once. A sum over pairs is taken in their order by one owner, and is the same
+// whoever that is.
 #pragma once
 
 #include "forward.h"

@@ -45,7 +45,7 @@ struct Slab {
 
 // The way back, stage by stage. Each is a number of independent parts, and needs all of the one before it.
 enum class Stage {
-  unit_rows,      // f, and weights packed where chunks share them    the rows, once
+  unit_rows,      // f;                                       weights that chunks share, packed        the rows, once
   inputs,         // u                                        the pairs, chunk by chunk
   hidden,         // u' = relu(u W_uᵀ + b_u); with the first chunk, a = f W_vᵀ of the rows
   norms,          // û, v̂
