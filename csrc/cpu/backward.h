@@ -338,6 +338,7 @@ PDDM_INLINE void add_to_rows(const Backward<T>& b, int64_t panel) {
 
 // Pairs of one part where a pair's own row is all there is to do.
 constexpr int64_t kPairs = 16;
+constexpr int64_t parts_of(int64_t pairs) { return (pairs + kPairs - 1) / kPairs; }
 
 // The weights that a stage's product of pairs reads: panels of `size` elements.
 template <class T>
@@ -378,11 +379,15 @@ constexpr Stage kReadWeights[] = {Stage::hidden, Stage::combined, Stage::back_co
 
 template <class T>
 PDDM_INLINE int64_t stage_part_count(const Backward<T>& b, Stage stage) {
-  const int64_t pairs = (b.pairs + kPairs - 1) / kPairs, rows = (b.rows.count + kPairs - 1) / kPairs;
+  const int64_t pairs = parts_of(b.pairs), rows = parts_of(b.rows.count);
   const int64_t dim = b.dim_panels, hidden = b.hidden_panels, combined = b.combined_panels;
   const auto products = [&](int64_t of, int64_t panels) { return row_blocks(b, of, panels) * panels; };
   switch (stage) {
-    case Stage::unit_rows: return rows + (b.packed_u ? 3 * hidden + combined + dim : 0);
+    case Stage::unit_rows: {
+      int64_t packed = 0;
+      for (const Stage read : kReadWeights) packed += b.packed_u ? weights_of(b, read).panels : 0;
+      return rows + packed;
+    }
     case Stage::inputs: return pairs;
     case Stage::hidden: return products(b.pairs, hidden) + (b.first ? products(b.rows.count, hidden) : 0);
     case Stage::norms: return pairs;
@@ -421,7 +426,7 @@ PDDM_INLINE void run_stage(const Backward<T>& b, Stage stage, int64_t part, T* p
 
   switch (stage) {
     case Stage::unit_rows: {
-      const int64_t rows = (b.rows.count + kPairs - 1) / kPairs;
+      const int64_t rows = parts_of(b.rows.count);
       if (part < rows) return each(b.rows.count, [&](int64_t row) { unit_row(b, row); });
       part -= rows;
       for (const Stage read : kReadWeights) {

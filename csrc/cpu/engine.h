@@ -73,7 +73,7 @@ struct PairNumbers {
 //
 // Between chunks sums over pairs lie in tiles of (lanes outputs, lanes inputs), (panel of outputs, panel of inputs): a
 // page of memory each, where rows of the gradient are a page apart. Weights that several chunks read are packed once.
-// Both are null where there is one chunk.
+// Both are null where one chunk has room for all pairs.
 template <class T>
 struct Backward {
   Unit unit;

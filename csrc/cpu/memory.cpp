@@ -14,6 +14,7 @@ namespace pddm {
 namespace {
 
 std::atomic<int64_t> pairs_scored{0}, bytes_alive{0}, bytes_peak{0};
+
 // Blocks kept from one call to the next: fresh memory costs a page fault every 4 KiB, which a small batch would feel.
 constexpr int64_t kKeptBytes = 32 << 20;
 
@@ -26,8 +27,7 @@ constexpr int64_t kSharedBytes = 256 << 10;
 #endif
 
 // From this size on a block lies in huge pages where the system has them: the rows of a large batch are read in any
-// order, and each would need a look at tables that no processor holds in full. Fresh ones are 512 page faults less,
-// too.
+// order, and each would need a look at tables that no processor holds in full.
 constexpr int64_t kHugeBytes = 4 << 20;
 
 std::align_val_t alignment(int64_t size) { return std::align_val_t(size < kHugeBytes ? 64 : 2 << 20); }
