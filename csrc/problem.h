@@ -71,14 +71,22 @@ struct Margins {
   double alpha, beta, weight;  // of the scores, of the squared distances, and the weight of these
 };
 
-// Of every row a list of rows, in ascending order, −1 after: (rows, room).
+// Of every row a list of rows, in ascending order, −1 after: (rows, room). From entry `split` on it is a second list,
+// of rows that are none of the first, as the row is none of the first of theirs.
 struct Asked {
   const int64_t* lists;
-  int64_t rows, room;
+  int64_t rows, room, split;
 
   // Of an entry, before its pair's place is known: whether it is none, the one that its pair is listed with, or the
   // pair is listed with the other row, with entry kOthers − place of its list.
   static constexpr int64_t kNone = -1, kOwn = -2, kOthers = -3;
+};
+
+// Of every row the best of a list, −1 and a score of 0 where there is none.
+struct BestAsked {
+  int64_t* rows;
+  void* scores;
+  bool* found;
 };
 
 // Calls body(context, 0..count-1) from the host framework's threads and returns when all have returned.
@@ -119,10 +127,13 @@ class Backend {
   // These pairs, i ≤ j, and for each entry of the lists which is its pair, −1 for none.
   virtual void write_asked(const Asked& asked, const int64_t* begins, int64_t* i, int64_t* j,
                            int64_t* places) const = 0;
-  // Of each list the row with the largest of the pairs' `count` scores, or the lowest, that is no NaN; of equal ones
-  // the first. −1 and a score of 0 where there is none.
-  virtual void best_asked(const Asked& asked, const int64_t* places, const void* scores, int64_t count, bool lowest,
-                          int64_t* columns, void* best, bool* found) const = 0;
+  // Of each first list, or second, the row with the largest of the pairs' `count` scores, or the lowest, that is no
+  // NaN; of equal ones the first.
+  virtual void best_asked(const Asked& asked, bool second, const int64_t* places, const void* scores, int64_t count,
+                          bool lowest, const BestAsked& best) const = 0;
+  // The quadruplet of each row with its best positive: k is its own best negative, l that one's.
+  virtual void join_best(int64_t n, const BestAsked& positive, const BestAsked& negative,
+                         const Quadruplets& out) const = 0;
 
   // Gradients of Σ_p weight[p] · S(i[p], j[p]). Pairs with a negative index or a zero weight are skipped.
   virtual void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,

@@ -93,6 +93,28 @@ def farthest(rows: Rows, count: int) -> Tensor:
     return far
 
 
+def lists(feats: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Each row's nearest and its positives side by side: (n, ≥ count), the positives from column ``count`` on."""
+    if not ops.on_device(feats):
+        rows = rows_of(feats, labels)
+        return torch.cat([nearest(rows, None, count), farthest(rows, count)], dim=1)
+    n = len(feats)
+    unit, weights, classes = torch.ops.pddm.candidate_rows(feats, labels)
+    of_all, at_once = unit.T, _at_once(unit)
+    parts = [
+        torch.ops.pddm.candidates(_products(unit[at : at + at_once], of_all), at, weights, classes, count)
+        for at in range(0, n, at_once)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _products(rows: Tensor, others: Tensor) -> Tensor:
+    """In float32 of half precisions, where every product of two numbers is exact."""
+    if rows.dtype not in (torch.bfloat16, torch.float16):
+        return rows @ others
+    return torch.mm(rows, others, out_dtype=torch.float32) if rows.is_cuda else rows.float() @ others.float()
+
+
 def _at_once(others: Tensor) -> int:
     """How many rows have their dot products with so many others in memory."""
     return max(1, (_ENTRIES if others.device.type == "cpu" else _ENTRIES_OF_GPU) // len(others))
@@ -107,10 +129,13 @@ def _mine(feats: Tensor, labels: Tensor, *unit_mode_and_count: Any) -> tuple[Ten
         return scored
 
     with no_autocast(feats):
-        rows = rows_of(feats, labels)
         if MODES[mode] == "batch":
-            return _hardest(rows, score, count)
-        return _hard(rows, score, count, anchors=MODES[mode] == "anchor")
+            return _hardest(rows_of(feats, labels), score, count)
+        near_and_far = lists(feats, labels, count)
+        if MODES[mode] == "anchor":
+            mined: tuple[Tensor, ...] = torch.ops.pddm.mine_listed(feats, near_and_far, count, *unit)
+            return mined
+        return _hard(near_and_far[:, :count], near_and_far[:, count:], score)
 
 
 def _hardest(rows: Rows, score: _Score, count: int) -> tuple[Tensor, ...]:
@@ -129,24 +154,16 @@ def _hardest(rows: Rows, score: _Score, count: int) -> tuple[Tensor, ...]:
     return slots(valid & found.all(), (both[:1], both[1:], k[:1], k[1:]), (-s_ij, s_k[:1], s_k[1:]))
 
 
-def _hard(rows: Rows, score: _Score, count: int, *, anchors: bool) -> tuple[Tensor, ...]:
-    """The quadruplet of each row with its own hardest positive, or of each positive pair that is scored.
-
-    Each unordered pair is scored once, though both of its rows may ask for it.
-    """
-    near, far = nearest(rows, None, count), farthest(rows, count)
+def _hard(near: Tensor, far: Tensor, score: _Score) -> tuple[Tensor, ...]:
+    """The quadruplet of each positive pair that is scored. Each unordered pair is scored once, though both of its rows
+    may ask for it."""
     negative, positive = torch.ops.pddm.asked_pairs(near), torch.ops.pddm.asked_pairs(far)
     scores = score(*(torch.cat([negative[side], positive[side]]) for side in (0, 1)))
     negatives, positives = scores[: len(negative[0])], scores[len(negative[0]) :]
     k, s_k, found = torch.ops.pddm.best_asked(negatives, negative[2], near, False)
-    if anchors:
-        i = torch.arange(len(near), device=near.device)
-        j, s_ij, valid = torch.ops.pddm.best_asked(positives, positive[2], far, True)
-    else:
-        order = (positive[0] * len(near) + positive[1]).argsort()
-        i, j, s_ij = positive[0][order], positive[1][order], positives[order]
-        valid = torch.ones_like(i, dtype=torch.bool)
-    return slots(valid & found[i] & found[j], (i, j, k[i], k[j]), (s_ij, s_k[i], s_k[j]))
+    order = (positive[0] * len(near) + positive[1]).argsort()
+    i, j = positive[0][order], positive[1][order]
+    return slots(found[i] & found[j], (i, j, k[i], k[j]), (positives[order], s_k[i], s_k[j]))
 
 
 def slots(valid: Tensor, indices: tuple[Tensor, ...], scores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -40,8 +40,13 @@ UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 
 def unit_arguments(unit: Parameters) -> UnitArguments:
     w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s = unit.tensors()
-    rounded = (w_u.is_cuda or _EMULATED) and allow_tf32()  # the CPU's products never are, and torch takes long to ask
+    rounded = on_device(w_u) and allow_tf32()  # the CPU's products never are, and torch takes long to ask
     return w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s, unit.normalize_input, rounded
+
+
+def on_device(x: Tensor) -> bool:
+    """Whether a device's kernels serve it, or the emulation of them."""
+    return x.is_cuda or _EMULATED
 
 
 def _refuse_onnx() -> None:
@@ -110,6 +115,23 @@ def _(lists: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _(scores: Tensor, places: Tensor, lists: Tensor, lowest: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows = lists.shape[0]
     return lists.new_empty(rows), scores.new_empty(rows), lists.new_empty(rows, dtype=torch.bool)
+
+
+@shapes("mine_listed")
+def _(feats: Tensor, lists: Tensor, split: int, *unit: Any) -> tuple[Tensor, ...]:
+    return shapes_of_mining(feats, lists, *unit, 1)
+
+
+@shapes("candidate_rows")
+def _(feats: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n = feats.shape[0]
+    rows = torch.empty_like(feats, memory_format=torch.contiguous_format)
+    return rows, feats.new_empty(n, dtype=score_dtype(feats)), feats.new_empty((4, n), dtype=torch.int32)
+
+
+@shapes("candidates")
+def _(products: Tensor, first: int, weights: Tensor, classes: Tensor, count: int) -> Tensor:
+    return products.new_empty((products.shape[0], 2 * count), dtype=torch.int64)
 
 
 @shapes("nearest")

@@ -18,6 +18,22 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(dtype, parameters):
     assert all(p.grad.dtype == parameters and p.grad.shape == p.shape for p in unit.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_numbers_of_another_dtype_are_what_torch_makes_of_them(entry, dtype, parameters):
+    own, converted, x = make_unit(6, 5, 4), make_unit(6, 5, 4), make_features(20, 6, dtype=dtype)
+    with torch.no_grad():
+        own.u.weight[0] *= 1e-5  # below the normal numbers of float16
+    own.to(parameters)
+    converted.load_state_dict(own.state_dict())
+    scores, _ = entries(20)[entry]
+    assert_same_bits(scores(x, own), scores(x, converted))
+    expected = gradients(scores, x, converted)
+    for got, of, to in zip(gradients(scores, x, own), expected, [dtype] + [parameters] * 8, strict=True):
+        assert_same_bits(got, of.to(to))
+
+
 def test_autocast_goes_back_to_the_features_dtype():
     unit, x, labels = make_unit(9), make_features(20, 9).requires_grad_(), make_labels(20)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):

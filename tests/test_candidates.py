@@ -24,6 +24,7 @@ from helpers import (
     batches,
     counters,
     cpu_only,
+    gpu_only,
     host_only,
     instruction_set,
     make_features,
@@ -46,8 +47,12 @@ def mask(columns: Tensor, n: int) -> Tensor:
 
 def chosen(feats: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Every row's nearest of other classes, and the farthest of its own."""
-    rows = candidates.rows_of(feats, labels)
-    return candidates.nearest(rows, None, count), candidates.farthest(rows, count)
+    both = candidates.lists(feats, labels, count)
+    return both[:, :count], both[:, count:]
+
+
+def named(row: Tensor) -> list[int]:
+    return [column for column in row.tolist() if column >= 0]
 
 
 def cost(call) -> int:
@@ -69,7 +74,7 @@ def assert_largest(found: Tensor, alike: Tensor, allowed: Tensor, count: int) ->
             assert float(alike[row, there].min()) >= float(values[len(there) - 1]) - 1e-5
 
 
-@given(batches(dtypes=(torch.float32, torch.float64)), COUNTS)
+@given(batches(dtypes=FLOATS if ON_GPU_KERNELS else FLOATS[:3]), COUNTS)
 def test_they_are_the_nearest_of_other_classes_and_the_farthest_of_the_own(batch: Batch, count: int):
     feats, labels = batch.feats, batch.labels
     n = len(feats)
@@ -309,9 +314,99 @@ def test_rows_that_are_not_finite_are_nobodys_candidates_and_have_none():
     near, far = chosen(feats, labels, 7)
     assert near[0].tolist() == [2, 4, 5, 7, -1, -1, -1]
     assert near[3].tolist() == near[6].tolist() == [-1] * 7
-    assert far[2].tolist() == [3, -1, -1]
-    assert far[4].tolist() == [5, 6, 7]
+    assert named(far[2]) == [3]
+    assert named(far[4]) == [5, 6, 7]
     assert chosen(feats, labels, 2)[1][4].tolist() == [5, 7]
+
+
+@gpu_only("the operator is a device's")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim", [1, 7, 64, 131])
+def test_rows_to_multiply_times_their_weights_are_unit_rows(dtype, dim):
+    feats = make_features(40, dim, dtype=torch.float64) * 2.0 ** (torch.arange(40, device=DEVICE) % 24 - 12)[:, None]
+    feats[3], feats[4], feats[5] = 0, torch.nan, torch.inf
+    if dtype != torch.float16:  # beyond its range
+        feats[6:9] *= 2.0**-70  # whose squares are none, or less than the least norm
+        feats[9:12] *= 2.0**55
+        feats[12] = 2.0 ** (100 if dim > 1 else 0)  # whose squares are infinite, of which torch has no need for one
+    feats = feats.to(dtype)
+    labels = make_labels(40, per_class=6)
+    rows, weights, classes = torch.ops.pddm.candidate_rows(feats, labels)
+    assert rows.dtype == dtype
+    finite = candidates.rows_of(feats, labels).finite
+    expected = F.normalize(feats.to(weights.dtype), dim=1)
+    # A number of float16 has its last digit at 2^-24 where a row's norm is 1.
+    torch.testing.assert_close(
+        (rows.to(weights.dtype) * weights[:, None])[finite], expected[finite], atol=1e-7, rtol=1e-6
+    )
+    if dtype in (torch.bfloat16, torch.float16):
+        usual = finite & (rows != 0).any(1)
+        usual[6:9] = False
+        norms = rows[usual].double().norm(dim=1)
+        assert bool(((norms > 0.99) & (norms < 2.01)).all())
+    order = labels.argsort(stable=True)
+    begins = torch.searchsorted(labels[order], labels)
+    assert torch.equal(
+        classes.long(), torch.stack([begins.where(finite, -1), begins, (labels[:, None] == labels).sum(1), order])
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS if ON_GPU_KERNELS else FLOATS[:3])
+@pytest.mark.parametrize("count", [1, 32, 128, 129, 400])  # few, and those of which more find no room
+def test_of_many_rows_they_are_what_sorting_finds(dtype, count):
+    feats = torch.randint(-3, 4, (900, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    feats[::2] += 8  # whose products are nearly equal
+    feats[7] = torch.nan
+    labels = torch.arange(900, device=DEVICE) % 7 * (torch.arange(900, device=DEVICE) % 3 > 0)
+    near, far = chosen(feats, labels, count)
+    rows = F.normalize(feats.cpu().double(), dim=1)
+    finite = ~rows.isnan().any(1)
+    rows[~finite] = 0
+    y = labels.cpu()
+    alike, same = rows @ rows.T, y[:, None] == y
+    assert_largest(near.cpu(), alike, ~same & finite & finite[:, None], count)
+    assert not (far == 7).any() or int(same[7].sum()) - 1 <= count
+    far, alike = far.cpu()[finite], alike[finite]
+    alike[:, 7] = 2  # last
+    assert_largest(far, -alike, (same & ~torch.eye(900, dtype=torch.bool))[finite], count)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lists": torch.full((5, 2), -1)}, "lists of each row"),
+        ({"lists": torch.full((6,), -1)}, "lists of each row"),
+        ({"split": -1}, "split is -1 of 2 columns"),
+        ({"split": 3}, "split is 3 of 2 columns"),
+    ],
+)
+def test_a_direct_call_with_lists_cannot_either(change, message):
+    unit = [p.detach() for p in make_unit(3).parameters()]
+    given = {"lists": torch.full((6, 2), -1), "split": 1, **change}
+    with pytest.raises(RuntimeError, match=f"pddm: .*{message}"):
+        torch.ops.pddm.mine_listed(make_features(6, 3), given["lists"].to(DEVICE), given["split"], *unit, False, False)
+
+
+@gpu_only("the operators are a device's")
+def test_direct_calls_of_the_devices_operators_cannot_either():
+    feats, labels = make_features(6, 3), make_labels(6)
+    with pytest.raises(RuntimeError, match="one label per row"):
+        torch.ops.pddm.candidate_rows(feats, labels[:5])
+    with pytest.raises(RuntimeError, match="one label per row"):
+        torch.ops.pddm.candidate_rows(feats[0], labels)
+    rows, weights, classes = torch.ops.pddm.candidate_rows(feats, labels)
+    given = {"products": rows @ rows.T, "first": 0, "weights": weights, "classes": classes, "count": 2}
+    for change, message in [
+        ({"products": rows[0]}, "a matrix"),
+        ({"products": (rows @ rows.T).bfloat16()}, "float32 or float64"),
+        ({"first": 1}, "rows 1 and following"),
+        ({"first": -1}, "rows -1 and following"),
+        ({"weights": weights[:5]}, "a weight and a class"),
+        ({"classes": classes[:3]}, "a weight and a class"),
+        ({"count": 0}, "count is 0"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"pddm: .*{message}"):
+            torch.ops.pddm.candidates(**{**given, **change})
 
 
 @cpu_only(ANY_CALL)

@@ -81,47 +81,6 @@ Parallel torch_threads() { return {static_cast<int>(torch::stable::get_num_threa
 
 namespace {
 
-// The eight parameters, dense and in the arrays' type, kept alive with the pointers into them.
-class UnitTensors {
- public:
-  UnitTensors(const Tensor& rows, const Tensor& w_u, const Tensor& b_u, const Tensor& w_v, const Tensor& b_v,
-              const Tensor& w_c, const Tensor& b_c, const Tensor& w_s, const Tensor& b_s, bool normalize_input)
-      : given_{w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s} {
-    STD_TORCH_CHECK(w_u.dim() == 2 && w_c.dim() == 2, "pddm: the unit's weights must be matrices");
-    const int64_t hidden = w_u.size(0), combined = w_c.size(0), dim = rows.size(1);
-    const int64_t expected[8] = {hidden * dim,          hidden,   hidden * dim, hidden,
-                                 combined * 2 * hidden, combined, combined,     1};
-    STD_TORCH_CHECK(w_u.size(1) == dim && hidden > 0 && combined > 0 && dim > 0,
-                    "pddm: the unit scores features of dimension ", w_u.size(1), ", not ", dim);
-    for (int k = 0; k < 8; ++k) {
-      STD_TORCH_CHECK(given_[k].numel() == expected[k] && same_device(given_[k], rows), "pddm: parameter ", k,
-                      " of the unit has the wrong size or device");
-      dense_[k] = dense(given_[k], rows.scalar_type());
-    }
-    unit = {dim, hidden, combined, normalize_input, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
-  }
-
-  Unit unit;
-
-  // Gradients in the arrays' type, to be filled; `cast` gives them the parameters' own.
-  UnitGradient make_gradient() {
-    for (int k = 0; k < 8; ++k) gradient_[k] = empty(dense_[k], dense_[k].sizes());
-    void* to[8];
-    for (int k = 0; k < 8; ++k) to[k] = gradient_[k]->mutable_data_ptr();
-    return {to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]};
-  }
-  Tensor gradient(int k) const {
-    const ScalarType own = given_[k].scalar_type();
-    return gradient_[k]->scalar_type() == own ? *gradient_[k] : torch::stable::to(*gradient_[k], own);
-  }
-
- private:
-  const void* at(int k) const { return dense_[k].const_data_ptr(); }
-
-  Tensor given_[8], dense_[8];
-  std::optional<Tensor> gradient_[8];
-};
-
 #if defined(PDDM_CUDA) && !defined(PDDM_EMULATED)
 // Looked up in the library that torch has loaded if it has CUDA, so that one build also loads where torch has none.
 void* current_stream(int device) {
@@ -172,6 +131,16 @@ class Call {
   }
   Call(const Call&) = delete;
 
+#if defined(PDDM_CUDA)
+  // Where it is no tensor of the CPU's that is asked about, but for the emulation.
+#if defined(PDDM_EMULATED)
+  bool has_device() const { return true; }
+#else
+  bool has_device() const { return !on_host; }
+#endif
+  const cuda::DeviceBackend& device() const { return static_cast<const cuda::DeviceBackend&>(*backend); }
+#endif
+
   static Rows rows(const Tensor& dense) { return {dense.const_data_ptr(), dense.size(0)}; }
 
  private:
@@ -192,6 +161,89 @@ class Call {
   std::vector<Tensor> scratch_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 #endif
+};
+
+// Tensors, dense and in another dtype; a device fills those that it converts all at once, by run().
+class Conversions {
+ public:
+  explicit Conversions(const Call& call) : call_(call) {}
+
+  Tensor dense(const Tensor& t, ScalarType dtype) {
+#if defined(PDDM_CUDA)
+    const std::optional<cuda::Number> from = number(t.scalar_type()), to = number(dtype);
+    if (call_.has_device() && from && to && from != to && t.is_contiguous()) {
+      Tensor made = empty(t, t.sizes(), dtype);
+      pending_.push_back({t.const_data_ptr(), made.mutable_data_ptr(), t.numel(), *from, *to});
+      kept_.push_back(t);
+      return made;
+    }
+#endif
+    return pddm::dense(t, dtype);
+  }
+  void run() {
+#if defined(PDDM_CUDA)
+    if (!pending_.empty()) call_.device().convert(pending_.data(), int(pending_.size()));
+    pending_.clear(), kept_.clear();
+#endif
+  }
+
+ private:
+  [[maybe_unused]] const Call& call_;
+#if defined(PDDM_CUDA)
+  static std::optional<cuda::Number> number(ScalarType dtype) {
+    switch (dtype) {
+      case ScalarType::Double: return cuda::Number::float64;
+      case ScalarType::Float: return cuda::Number::float32;
+      case ScalarType::BFloat16: return cuda::Number::bfloat16;
+      case ScalarType::Half: return cuda::Number::float16;
+      default: return std::nullopt;
+    }
+  }
+  std::vector<cuda::Conversion> pending_;
+  std::vector<Tensor> kept_;  // what pending ones read
+#endif
+};
+
+// The eight parameters, dense and in the arrays' type, kept alive with the pointers into them. Runs the conversions.
+class UnitTensors {
+ public:
+  UnitTensors(const Tensor& rows, Conversions& conversions, const Tensor& w_u, const Tensor& b_u, const Tensor& w_v,
+              const Tensor& b_v, const Tensor& w_c, const Tensor& b_c, const Tensor& w_s, const Tensor& b_s,
+              bool normalize_input)
+      : given_{w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s} {
+    STD_TORCH_CHECK(w_u.dim() == 2 && w_c.dim() == 2, "pddm: the unit's weights must be matrices");
+    const int64_t hidden = w_u.size(0), combined = w_c.size(0), dim = rows.size(1);
+    const int64_t expected[8] = {hidden * dim,          hidden,   hidden * dim, hidden,
+                                 combined * 2 * hidden, combined, combined,     1};
+    STD_TORCH_CHECK(w_u.size(1) == dim && hidden > 0 && combined > 0 && dim > 0,
+                    "pddm: the unit scores features of dimension ", w_u.size(1), ", not ", dim);
+    for (int k = 0; k < 8; ++k) {
+      STD_TORCH_CHECK(given_[k].numel() == expected[k] && same_device(given_[k], rows), "pddm: parameter ", k,
+                      " of the unit has the wrong size or device");
+      dense_[k] = conversions.dense(given_[k], rows.scalar_type());
+    }
+    conversions.run();
+    unit = {dim, hidden, combined, normalize_input, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+  }
+
+  Unit unit;
+
+  // Gradients in the arrays' type, to be filled; `cast` gives them the parameters' own.
+  UnitGradient make_gradient() {
+    for (int k = 0; k < 8; ++k) gradient_[k] = empty(dense_[k], dense_[k].sizes());
+    void* to[8];
+    for (int k = 0; k < 8; ++k) to[k] = gradient_[k]->mutable_data_ptr();
+    return {to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]};
+  }
+  Tensor gradient(int k, Conversions& conversions) const {
+    return conversions.dense(*gradient_[k], given_[k].scalar_type());
+  }
+
+ private:
+  const void* at(int k) const { return dense_[k].const_data_ptr(); }
+
+  Tensor given_[8], dense_[8];
+  std::optional<Tensor> gradient_[8];
 };
 
 // Another device's indices are checked by its kernels, as torch's own indexing does.
@@ -217,10 +269,11 @@ using Mined = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 Mined mine(const Tensor& feats, const Tensor& labels, PDDM_UNIT, int64_t mode) {
   STD_TORCH_CHECK(mode >= 0 && mode <= 2, "pddm: unknown mode ", mode);
   Call call(feats, allow_tf32);
-  const Tensor rows = dense(feats, call.dtype), y = dense(labels, ScalarType::Long);
+  Conversions conversions(call);
+  const Tensor rows = conversions.dense(feats, call.dtype), y = dense(labels, ScalarType::Long);
   const int64_t n = rows.size(0);
   STD_TORCH_CHECK(y.numel() == n && same_device(rows, y), "pddm: one label per row, on its device");
-  const UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
+  const UnitTensors tensors(rows, conversions, PDDM_UNIT_ARGUMENTS);
   const auto* label = static_cast<const int64_t*>(y.const_data_ptr());
   const Mode wanted = static_cast<Mode>(mode);
   const int64_t slots = wanted == Mode::batch    ? 1
@@ -240,8 +293,10 @@ Mined mine(const Tensor& feats, const Tensor& labels, PDDM_UNIT, int64_t mode) {
 
 Tensor score_pairs(const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_UNIT) {
   Call call(feats, allow_tf32);
-  const Tensor rows = dense(feats, call.dtype), a = dense(i, ScalarType::Long), b = dense(j, ScalarType::Long);
-  const UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
+  Conversions conversions(call);
+  const Tensor rows = conversions.dense(feats, call.dtype);
+  const Tensor a = dense(i, ScalarType::Long), b = dense(j, ScalarType::Long);
+  const UnitTensors tensors(rows, conversions, PDDM_UNIT_ARGUMENTS);
   const Pairs pairs = checked_pairs(call, a, b, rows.size(0), false);
   Tensor scores = empty(rows, {pairs.count}, call.dtype);
   call.backend->score_pairs(Call::rows(rows), pairs, tensors.unit, scores.mutable_data_ptr());
@@ -251,8 +306,9 @@ Tensor score_pairs(const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_U
 // split < 0: all rows against all rows. Otherwise rows[:split] against rows[split:].
 Tensor score_matrix(const Tensor& feats, int64_t split, PDDM_UNIT) {
   Call call(feats, allow_tf32);
-  const Tensor rows = dense(feats, call.dtype);
-  const UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
+  Conversions conversions(call);
+  const Tensor rows = conversions.dense(feats, call.dtype);
+  const UnitTensors tensors(rows, conversions, PDDM_UNIT_ARGUMENTS);
   const int64_t n = rows.size(0);
   STD_TORCH_CHECK(split <= n, "pddm: split is ", split, " of ", n, " rows");
   Tensor scores = empty(rows, {split < 0 ? n : split, split < 0 ? n : n - split}, call.dtype);
@@ -262,10 +318,11 @@ Tensor score_matrix(const Tensor& feats, int64_t split, PDDM_UNIT) {
 
 std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, int64_t k, PDDM_UNIT) {
   Call call(queries, allow_tf32);
-  const Tensor q = dense(queries, call.dtype), g = dense(gallery, call.dtype);
+  Conversions conversions(call);
+  const Tensor q = conversions.dense(queries, call.dtype), g = conversions.dense(gallery, call.dtype);
   STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == q.size(1), "pddm: queries and gallery differ in dimension");
   STD_TORCH_CHECK(k >= 0 && k <= g.size(0), "pddm: k is ", k, " and the gallery has ", g.size(0), " rows");
-  const UnitTensors tensors(q, PDDM_UNIT_ARGUMENTS);
+  const UnitTensors tensors(q, conversions, PDDM_UNIT_ARGUMENTS);
   Tensor scores = empty(q, {q.size(0), k}, call.dtype);
   Tensor indices = empty(q, {q.size(0), k}, ScalarType::Long);
   call.backend->topk(Call::rows(q), Call::rows(g), k, tensors.unit, scores.mutable_data_ptr(),
@@ -279,6 +336,14 @@ ScalarType real_dtype(const Tensor& given, const char* what) {
                   " must be float32 or float64");
   return dtype;
 }
+
+#if defined(PDDM_CUDA)
+cuda::Classes classes_of(const Tensor& t) {
+  const int64_t n = t.numel() / 4;
+  int* const from = static_cast<int*>(t.mutable_data_ptr());
+  return {from, from + n, from + 2 * n, from + 3 * n};
+}
+#endif
 
 // Of each row of products with others the columns of other classes with the largest. `own` has the rows' classes.
 Tensor largest(const Tensor& values, const Tensor& own, const Tensor& classes, int64_t count) {
@@ -303,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor> asked_pairs(const Tensor& lists) {
   const Tensor given = dense(lists, ScalarType::Long);
   STD_TORCH_CHECK(given.dim() == 2, "pddm: lists must be a matrix");
   const Call call(given, Precision::float32);
-  const Asked asked{static_cast<const int64_t*>(given.const_data_ptr()), given.size(0), given.size(1)};
+  const Asked asked{static_cast<const int64_t*>(given.const_data_ptr()), given.size(0), given.size(1), given.size(1)};
   Tensor begins = empty(given, {asked.rows + 1}), places = empty(given, given.sizes());
   auto* const begin = static_cast<int64_t*>(begins.mutable_data_ptr());
   const auto data = [](const Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); };
@@ -324,12 +389,91 @@ std::tuple<Tensor, Tensor, Tensor> best_asked(const Tensor& scores, const Tensor
   const int64_t n = given.size(0);
   Tensor columns = empty(given, {n}), best = empty(values, {n}), found = empty(given, {n}, ScalarType::Bool);
   const Call call(values, precision_of(values, false));
-  call.backend->best_asked({static_cast<const int64_t*>(given.const_data_ptr()), n, given.size(1)},
-                           static_cast<const int64_t*>(at.const_data_ptr()), values.const_data_ptr(), values.numel(),
-                           lowest, static_cast<int64_t*>(columns.mutable_data_ptr()), best.mutable_data_ptr(),
-                           static_cast<bool*>(found.mutable_data_ptr()));
+  call.backend->best_asked({static_cast<const int64_t*>(given.const_data_ptr()), n, given.size(1), given.size(1)},
+                           false, static_cast<const int64_t*>(at.const_data_ptr()), values.const_data_ptr(),
+                           values.numel(), lowest,
+                           {static_cast<int64_t*>(columns.mutable_data_ptr()), best.mutable_data_ptr(),
+                            static_cast<bool*>(found.mutable_data_ptr())});
   return {columns, best, found};
 }
+
+// Every row with the best of its lists: of negatives, and from column `split` on of positives. Each pair is scored
+// once, though both of its rows may name it.
+Mined mine_listed(const Tensor& feats, const Tensor& lists, int64_t split, PDDM_UNIT) {
+  Call call(feats, allow_tf32);
+  Conversions conversions(call);
+  const Tensor rows = conversions.dense(feats, call.dtype), given = dense(lists, ScalarType::Long);
+  const int64_t n = rows.size(0);
+  STD_TORCH_CHECK(given.dim() == 2 && given.size(0) == n && same_device(rows, given),
+                  "pddm: lists of each row, on its device");
+  STD_TORCH_CHECK(split >= 0 && split <= given.size(1), "pddm: split is ", split, " of ", given.size(1), " columns");
+  const UnitTensors tensors(rows, conversions, PDDM_UNIT_ARGUMENTS);
+  const Asked asked{static_cast<const int64_t*>(given.const_data_ptr()), n, given.size(1), split};
+  const auto integers = [&](int64_t count) { return empty(given, {count}); };
+  const auto scores = [&](int64_t count) { return empty(rows, {count}, call.dtype); };
+  const auto index = [](const Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); };
+  Tensor begins = integers(n + 1), places = integers(given.numel());
+  const int64_t count = call.backend->count_asked(asked, index(begins), index(places));
+  Tensor first = integers(count), second = integers(count), scored = scores(count);
+  call.backend->write_asked(asked, index(begins), index(first), index(second), index(places));
+  call.backend->score_pairs(Call::rows(rows), {index(first), index(second), count}, tensors.unit,
+                            scored.mutable_data_ptr());
+
+  struct Found {
+    Tensor rows, scores, found;
+    BestAsked best;
+    Found(const Tensor& of, const Tensor& score, const Tensor& is)
+        : rows(of),
+          scores(score),
+          found(is),
+          best{static_cast<int64_t*>(rows.mutable_data_ptr()), scores.mutable_data_ptr(),
+               static_cast<bool*>(found.mutable_data_ptr())} {}
+  };
+  const auto truths = [&] { return empty(given, {n}, ScalarType::Bool); };
+  const Found negative{integers(n), scores(n), truths()}, positive{integers(n), scores(n), truths()};
+  const auto find = [&](bool second_half, const Found& to) {
+    call.backend->best_asked(asked, second_half, index(places), scored.const_data_ptr(), count, second_half, to.best);
+  };
+  find(false, negative), find(true, positive);
+  Tensor i = integers(n), j = integers(n), k = integers(n), l = integers(n), valid = truths();
+  Tensor s_ij = scores(n), s_ik = scores(n), s_jl = scores(n);
+  call.backend->join_best(n, positive.best, negative.best,
+                          {n, index(i), index(j), index(k), index(l), s_ij.mutable_data_ptr(), s_ik.mutable_data_ptr(),
+                           s_jl.mutable_data_ptr(), static_cast<bool*>(valid.mutable_data_ptr())});
+  return {s_ij, s_ik, s_jl, i, j, k, l, valid};
+}
+
+#if defined(PDDM_CUDA)
+// A device's alone: rows to multiply, what to multiply products with besides, and the rows' classes, (4, n).
+std::tuple<Tensor, Tensor, Tensor> candidate_rows(const Tensor& feats, const Tensor& labels) {
+  const Call call(feats, precision_of(feats, false));
+  const Tensor rows = dense(feats, call.dtype), y = dense(labels, ScalarType::Long);
+  STD_TORCH_CHECK(rows.dim() == 2 && y.numel() == rows.size(0) && same_device(rows, y),
+                  "pddm: one label per row, on its device");
+  const int64_t n = rows.size(0);
+  Tensor to = empty(rows, rows.sizes(), feats.scalar_type()), weights = empty(rows, {n});
+  Tensor classes = empty(rows, {4, n}, ScalarType::Int);
+  call.device().candidate_rows(Call::rows(rows), rows.size(1), static_cast<const int64_t*>(y.const_data_ptr()),
+                               to.mutable_data_ptr(), weights.mutable_data_ptr(), classes_of(classes));
+  return {to, weights, classes};
+}
+
+Tensor candidates(const Tensor& products, int64_t first, const Tensor& weights, const Tensor& classes, int64_t count) {
+  const ScalarType dtype = real_dtype(products, "products");
+  const Call call(products, precision_of(products, false));
+  const Tensor given = dense(products, dtype), factors = dense(weights, dtype), of = dense(classes, ScalarType::Int);
+  STD_TORCH_CHECK(given.dim() == 2, "pddm: products must be a matrix");
+  const int64_t rows = given.size(0), n = given.size(1);
+  STD_TORCH_CHECK(first >= 0 && first + rows <= n && factors.numel() == n && of.numel() == 4 * n &&
+                      same_device(given, factors) && same_device(given, of),
+                  "pddm: products of rows ", first, " and following, with a weight and a class for each column");
+  STD_TORCH_CHECK(count > 0, "pddm: count is ", count);
+  Tensor lists = empty(given, {rows, 2 * count}, ScalarType::Long);
+  call.device().candidates(given.const_data_ptr(), rows, n, first, factors.const_data_ptr(), classes_of(of), count,
+                           static_cast<int64_t*>(lists.mutable_data_ptr()));
+  return lists;
+}
+#endif
 
 // The CPU's alone: other devices have torch's own products. A row of a negative class takes no part.
 Tensor nearest(const Tensor& rows, const Tensor& classes, int64_t count) {
@@ -354,24 +498,27 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 template <class Run>
 Gradients backward(const Tensor& weight, const Tensor& feats, PDDM_UNIT, const Run& run) {
-  Call call(feats, allow_tf32);
-  const Tensor rows = dense(feats, call.dtype), upstream = dense(weight, call.dtype);
-  UnitTensors tensors(rows, PDDM_UNIT_ARGUMENTS);
-  // The CPU's backward pass touches only the rows it must.
-  Tensor d_rows = empty(rows, rows.sizes());
-  if (call.on_host) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(d_rows.get()));
+  std::optional<Call> call(std::in_place, feats, allow_tf32);
+  Conversions in(*call);
+  std::optional<Tensor> rows = in.dense(feats, call->dtype);
+  UnitTensors tensors(*rows, in, PDDM_UNIT_ARGUMENTS);
+  Tensor d_rows = empty(*rows, rows->sizes());
   const UnitGradient gradient = tensors.make_gradient();
-  run(call, Call::rows(rows), upstream, tensors.unit, d_rows.mutable_data_ptr(), gradient);
-  if (feats.scalar_type() != call.dtype) d_rows = torch::stable::to(d_rows, feats.scalar_type());
-  return {d_rows,
-          tensors.gradient(0),
-          tensors.gradient(1),
-          tensors.gradient(2),
-          tensors.gradient(3),
-          tensors.gradient(4),
-          tensors.gradient(5),
-          tensors.gradient(6),
-          tensors.gradient(7)};
+  {
+    const Tensor upstream = dense(weight, call->dtype);
+    // The CPU's backward pass touches only the rows it must.
+    if (call->on_host) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(d_rows.get()));
+    run(*call, Call::rows(*rows), upstream, tensors.unit, d_rows.mutable_data_ptr(), gradient);
+  }
+  // What it took is free for what follows.
+  rows.reset(), call.reset();
+  const Call last(feats, allow_tf32);
+  Conversions out(last);
+  const auto of = [&](int k) { return tensors.gradient(k, out); };
+  const Gradients gradients{
+      out.dense(d_rows, feats.scalar_type()), of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)};
+  out.run();
+  return gradients;
 }
 
 Gradients score_pairs_backward(const Tensor& weight, const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_UNIT) {
@@ -398,13 +545,14 @@ Gradients score_matrix_backward(const Tensor& weight, const Tensor& feats, int64
 
 // Mined quadruplets, in whose scores' dtype their loss is computed. What keeps the pointers of `picked` alive.
 struct PickedTensors {
+  Call call;
   Tensor rows, i, j, k, l, s_ij, s_ik, s_jl, valid;
   Picked picked;
-  Call call;
 
   PickedTensors(const Tensor& feats, const Tensor& s_ij, const Tensor& s_ik, const Tensor& s_jl, const Tensor& i,
                 const Tensor& j, const Tensor& k, const Tensor& l, const Tensor& valid)
-      : rows(dense(feats, s_ij.scalar_type())),
+      : call(s_ij, scored(s_ij)),
+        rows(converted(feats, call)),
         i(dense(i, ScalarType::Long)),
         j(dense(j, ScalarType::Long)),
         k(dense(k, ScalarType::Long)),
@@ -412,8 +560,8 @@ struct PickedTensors {
         s_ij(dense(s_ij, rows.scalar_type())),
         s_ik(dense(s_ik, rows.scalar_type())),
         s_jl(dense(s_jl, rows.scalar_type())),
-        valid(dense(valid, ScalarType::Bool)),
-        call(scored(rows), false) {
+        valid(dense(valid, ScalarType::Bool)) {
+    STD_TORCH_CHECK(rows.dim() == 2, "pddm: features must be a matrix");
     const int64_t slots = valid.numel(), n = rows.size(0);
     for (const Tensor* t : {&this->i, &this->j, &this->k, &this->l, &this->s_ij, &this->s_ik, &this->s_jl})
       STD_TORCH_CHECK(t->numel() == slots && same_device(*t, rows),
@@ -437,11 +585,15 @@ struct PickedTensors {
   }
 
  private:
-  static const Tensor& scored(const Tensor& rows) {
-    const ScalarType dtype = rows.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                    "pddm: scores must be float32 or float64");
-    return rows;
+  static Precision scored(const Tensor& scores) {
+    real_dtype(scores, "scores");
+    return precision_of(scores, false);
+  }
+  static Tensor converted(const Tensor& t, const Call& call) {
+    Conversions conversions(call);
+    Tensor made = conversions.dense(t, call.dtype);
+    conversions.run();
+    return made;
   }
 };
 
@@ -472,7 +624,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quadruplet_loss_backward(const Tensor
       Call::rows(given.rows), given.rows.size(1), given.picked, weight, factor.const_data_ptr(),
       static_cast<const uint8_t*>(hinges.const_data_ptr()), d_rows.mutable_data_ptr(), d_ij.mutable_data_ptr(),
       d_ik.mutable_data_ptr(), d_jl.mutable_data_ptr());
-  if (feats.scalar_type() != d_rows.scalar_type()) d_rows = torch::stable::to(d_rows, feats.scalar_type());
+  Conversions out(given.call);
+  d_rows = out.dense(d_rows, feats.scalar_type());
+  out.run();
   return {d_rows, d_ij, d_ik, d_jl};
 }
 
@@ -496,7 +650,11 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.def("largest(Tensor values, Tensor own, Tensor classes, SymInt count) -> Tensor");
   m.def("asked_pairs(Tensor lists) -> (Tensor i, Tensor j, Tensor places)");
   m.def("best_asked(Tensor scores, Tensor places, Tensor lists, bool lowest) -> (Tensor, Tensor, Tensor)");
+  m.def("mine_listed(Tensor feats, Tensor lists, SymInt split, " PDDM_UNIT_SCHEMA
+        ") -> (Tensor s_ij, Tensor s_ik, Tensor s_jl, Tensor i, Tensor j, Tensor k, Tensor l, Tensor valid)");
   m.def("nearest(Tensor rows, Tensor classes, SymInt count) -> Tensor");
+  m.def("candidate_rows(Tensor feats, Tensor labels) -> (Tensor rows, Tensor weights, Tensor classes)");
+  m.def("candidates(Tensor products, SymInt first, Tensor weights, Tensor classes, SymInt count) -> Tensor");
   m.def("score_pairs_backward(Tensor weight, Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA
         ") -> " PDDM_GRADIENTS_SCHEMA);
   m.def("score_matrix_backward(Tensor weight, Tensor feats, SymInt split, " PDDM_UNIT_SCHEMA
@@ -514,15 +672,26 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.impl("largest", TORCH_BOX(&pddm::largest));                             \
   m.impl("asked_pairs", TORCH_BOX(&pddm::asked_pairs));                     \
   m.impl("best_asked", TORCH_BOX(&pddm::best_asked));                       \
+  m.impl("mine_listed", TORCH_BOX(&pddm::mine_listed));                     \
   m.impl("score_pairs_backward", TORCH_BOX(&pddm::score_pairs_backward));   \
   m.impl("score_matrix_backward", TORCH_BOX(&pddm::score_matrix_backward)); \
   m.impl("quadruplet_loss", TORCH_BOX(&pddm::quadruplet_loss));             \
   m.impl("quadruplet_loss_backward", TORCH_BOX(&pddm::quadruplet_loss_backward))
 
+#define PDDM_DEVICE_KERNELS(m)                                \
+  m.impl("candidate_rows", TORCH_BOX(&pddm::candidate_rows)); \
+  m.impl("candidates", TORCH_BOX(&pddm::candidates))
+
 STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m) {
   PDDM_KERNELS(m);
   m.impl("nearest", TORCH_BOX(&pddm::nearest));
+#if defined(PDDM_EMULATED)
+  PDDM_DEVICE_KERNELS(m);
+#endif
 }
 #if defined(PDDM_CUDA) && !defined(PDDM_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(pddm, CUDA, m) { PDDM_KERNELS(m); }
+STABLE_TORCH_LIBRARY_IMPL(pddm, CUDA, m) {
+  PDDM_KERNELS(m);
+  PDDM_DEVICE_KERNELS(m);
+}
 #endif

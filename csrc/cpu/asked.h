@@ -10,10 +10,10 @@
 
 namespace pddm::cpu {
 
-// Where row `other` is in the list of `row`, −1 if it is not.
-inline int64_t place_in_list(const Asked& asked, int64_t row, int64_t other) {
-  const int64_t *begin = asked.lists + row * asked.room, *at = begin;
-  for (int64_t left = asked.room; left > 1;) {
+// Where row `other` is in the first list of `row`, or the second, −1 if it is not.
+inline int64_t place_in_list(const Asked& asked, bool second, int64_t row, int64_t other) {
+  const int64_t *begin = asked.lists + row * asked.room, *at = begin + (second ? asked.split : 0);
+  for (int64_t left = second ? asked.room - asked.split : asked.split; left > 1;) {
     const int64_t half = left / 2;
     at += uint64_t(at[half]) <= uint64_t(other) ? half : 0;  // nobody's guess: no branch
     left -= half;
@@ -38,7 +38,8 @@ inline int64_t count_asked(const Parallel& parallel, const Asked& asked, int64_t
       const int64_t other = asked.lists[e];
       if (other >= asked.rows) return void(within = false);
       // A pair is listed with its lower row, or with the only one that asks.
-      const int64_t at = other >= 0 && other < row ? place_in_list(asked, other, row) : -1;
+      const bool second = e >= row * asked.room + asked.split;
+      const int64_t at = other >= 0 && other < row ? place_in_list(asked, second, other, row) : -1;
       places[e] = other < 0 ? Asked::kNone : at < 0 ? Asked::kOwn : Asked::kOthers - at;
       own += places[e] == Asked::kOwn;
     }
@@ -67,20 +68,38 @@ inline void write_asked(const Parallel& parallel, const Asked& asked, const int6
 }
 
 template <class T>
-void best_asked(const Parallel& parallel, const Asked& asked, const int64_t* places, const T* scores, int64_t count,
-                bool lowest, int64_t* columns, T* best, bool* found) {
+void best_asked(const Parallel& parallel, const Asked& asked, bool second, const int64_t* places, const T* scores,
+                int64_t count, bool lowest, const BestAsked& of) {
   std::atomic<bool> within{true};
+  T* const best = static_cast<T*>(of.scores);
   share_rows(parallel, asked.rows, [&](int64_t row) {
-    columns[row] = -1, best[row] = T(0), found[row] = false;
-    for (int64_t e = row * asked.room; e < (row + 1) * asked.room; ++e) {
+    of.rows[row] = -1, best[row] = T(0), of.found[row] = false;
+    const int64_t middle = row * asked.room + asked.split;
+    for (int64_t e = second ? middle : row * asked.room; e < (second ? (row + 1) * asked.room : middle); ++e) {
       if (places[e] < 0) continue;
       if (places[e] >= count) return void(within = false);
       const T score = scores[places[e]];
-      if (score != score || (found[row] && !(lowest ? score < best[row] : score > best[row]))) continue;
-      columns[row] = asked.lists[e], best[row] = score, found[row] = true;
+      if (score != score || (of.found[row] && !(lowest ? score < best[row] : score > best[row]))) continue;
+      of.rows[row] = asked.lists[e], best[row] = score, of.found[row] = true;
     }
   });
   if (!within) throw std::out_of_range("pddm: a list names a score that is not there");
+}
+
+template <class T>
+void join_best(const Parallel& parallel, int64_t n, const BestAsked& positive, const BestAsked& negative,
+               const Quadruplets& out) {
+  const auto score = [](const void* scores, int64_t row) { return static_cast<const T*>(scores)[row]; };
+  share_rows(parallel, n, [&](int64_t i) {
+    const int64_t j = positive.rows[i];
+    const bool valid = positive.found[i] && negative.found[i] && negative.found[j];
+    out.valid[i] = valid;
+    out.i[i] = valid ? i : -1, out.j[i] = valid ? j : -1;
+    out.k[i] = valid ? negative.rows[i] : -1, out.l[i] = valid ? negative.rows[j] : -1;
+    static_cast<T*>(out.s_ij)[i] = valid ? score(positive.scores, i) : T(0);
+    static_cast<T*>(out.s_ik)[i] = valid ? score(negative.scores, i) : T(0);
+    static_cast<T*>(out.s_jl)[i] = valid ? score(negative.scores, j) : T(0);
+  });
 }
 
 }  // namespace pddm::cpu

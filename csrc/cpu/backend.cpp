@@ -101,10 +101,13 @@ class CpuBackend final : public Backend {
   void write_asked(const Asked& asked, const int64_t* begins, int64_t* i, int64_t* j, int64_t* places) const override {
     cpu::write_asked(parallel_, asked, begins, i, j, places);
   }
-  void best_asked(const Asked& asked, const int64_t* places, const void* scores, int64_t count, bool lowest,
-                  int64_t* columns, void* best, bool* found) const override {
-    cpu::best_asked(parallel_, asked, places, static_cast<const T*>(scores), count, lowest, columns,
-                    static_cast<T*>(best), found);
+  void best_asked(const Asked& asked, bool second, const int64_t* places, const void* scores, int64_t count,
+                  bool lowest, const BestAsked& best) const override {
+    cpu::best_asked(parallel_, asked, second, places, static_cast<const T*>(scores), count, lowest, best);
+  }
+  void join_best(int64_t n, const BestAsked& positive, const BestAsked& negative,
+                 const Quadruplets& out) const override {
+    cpu::join_best<T>(parallel_, n, positive, negative, out);
   }
   void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,
                             void* rows_gradient, const UnitGradient& gradient) const override {

@@ -6,6 +6,7 @@
 //     share_places_kernel  the same of entries whose pairs are listed with the other row; a thread for each
 //
 //     best_asked_kernel    the best score of the row's list
+//     join_best_kernel     quadruplets of the best; a thread for each
 #pragma once
 
 #include "prepare.cuh"
@@ -20,9 +21,11 @@ __device__ inline void refuse_entry(int64_t entry, int64_t what, int64_t count) 
   __trap();
 }
 
-__device__ __forceinline__ int64_t place_in_list(const Asked& asked, int64_t row, int64_t other) {
+// Where row `other` is in the first list of `row`, or the second, −1 if it is not.
+__device__ __forceinline__ int64_t place_in_list(const Asked& asked, bool second, int64_t row, int64_t other) {
   const int64_t* const list = asked.lists + row * asked.room;
-  int64_t low = 0, high = asked.room;
+  const int64_t end = second ? asked.room : asked.split;
+  int64_t low = second ? asked.split : 0, high = end;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (Word(list[middle]) < Word(other))
@@ -30,7 +33,7 @@ __device__ __forceinline__ int64_t place_in_list(const Asked& asked, int64_t row
     else
       high = middle;
   }
-  return low < asked.room && list[low] == other ? low : -1;
+  return low < end && list[low] == other ? low : -1;
 }
 
 // A pair is listed with its lower row, or with the only one that asks.
@@ -42,7 +45,8 @@ static __global__ void __launch_bounds__(kAskedThreads)
   for (int64_t e = row * asked.room + lane_index(); e < (row + 1) * asked.room; e += kWarp) {
     const int64_t other = asked.lists[e];
     if (other >= asked.rows) refuse_entry(e, other, asked.rows);
-    const int64_t at = other >= 0 && other < row ? place_in_list(asked, other, row) : -1;
+    const bool second = e >= row * asked.room + asked.split;
+    const int64_t at = other >= 0 && other < row ? place_in_list(asked, second, other, row) : -1;
     places[e] = other < 0 ? Asked::kNone : at < 0 ? Asked::kOwn : Asked::kOthers - at;
     own += other >= 0 && at < 0;
   }
@@ -79,13 +83,14 @@ static __global__ void __launch_bounds__(kAskedThreads)
 
 template <class Real>
 __global__ void __launch_bounds__(kAskedThreads)
-    best_asked_kernel(const __grid_constant__ Asked asked, const int64_t* places, const Real* scores, int64_t count,
-                      bool lowest, int64_t* columns, Real* best, bool* found) {
+    best_asked_kernel(const __grid_constant__ Asked asked, bool second, const int64_t* places, const Real* scores,
+                      int64_t count, bool lowest, const __grid_constant__ BestAsked best) {
   const int64_t row = int64_t(blockIdx.x) * kAskedWarps + warp_index();
   if (row >= asked.rows) return;
   Word word = 0;  // of the best so far, of a lane and then of all, and its entry
   long long entry = 0;
-  for (int64_t e = lane_index(); e < asked.room; e += kWarp) {
+  const int64_t begin = second ? asked.split : 0, end = second ? asked.room : asked.split;
+  for (int64_t e = begin + lane_index(); e < end; e += kWarp) {
     const int64_t place = places[row * asked.room + e];
     if (place >= count) refuse_entry(row * asked.room + e, place, count);
     const Real score = place < 0 ? Real(NAN) : scores[place];
@@ -99,8 +104,28 @@ __global__ void __launch_bounds__(kAskedThreads)
   }
   if (lane_index() != 0) return;
   const int64_t at = row * asked.room + entry;
-  found[row] = word != 0;
-  columns[row] = word ? asked.lists[at] : -1, best[row] = word ? scores[places[at]] : Real(0);
+  best.found[row] = word != 0;
+  best.rows[row] = word ? asked.lists[at] : -1;
+  static_cast<Real*>(best.scores)[row] = word ? scores[places[at]] : Real(0);
+}
+
+template <class Real>
+__global__ void __launch_bounds__(kAskedThreads)
+    join_best_kernel(int64_t n, const __grid_constant__ BestAsked positive, const __grid_constant__ BestAsked negative,
+                     const __grid_constant__ Quadruplets out) {
+  const int64_t i = int64_t(blockIdx.x) * kAskedThreads + threadIdx.x;
+  if (i >= n) return;
+  const int64_t j = positive.rows[i];
+  const bool valid = positive.found[i] && negative.found[i] && negative.found[j];
+  const auto score = [valid](const void* scores, int64_t row) {
+    return valid ? static_cast<const Real*>(scores)[row] : Real(0);
+  };
+  out.valid[i] = valid;
+  out.i[i] = valid ? i : -1, out.j[i] = valid ? j : -1;
+  out.k[i] = valid ? negative.rows[i] : -1, out.l[i] = valid ? negative.rows[j] : -1;
+  static_cast<Real*>(out.s_ij)[i] = score(positive.scores, i);
+  static_cast<Real*>(out.s_ik)[i] = score(negative.scores, i);
+  static_cast<Real*>(out.s_jl)[i] = score(negative.scores, j);
 }
 
 inline int64_t count_asked(const Context& context, const Asked& asked, int64_t* begins, int64_t* places) {
@@ -125,10 +150,16 @@ inline void write_asked(const Context& context, const Asked& asked, const int64_
 }
 
 template <class Real>
-void best_asked(const Context& context, const Asked& asked, const int64_t* places, const Real* scores, int64_t count,
-                bool lowest, int64_t* columns, Real* best, bool* found) {
-  context.launch(best_asked_kernel<Real>, divided_up(asked.rows, kAskedWarps), kAskedThreads, 0, asked, places, scores,
-                 count, lowest, columns, best, found);
+void best_asked(const Context& context, const Asked& asked, bool second, const int64_t* places, const Real* scores,
+                int64_t count, bool lowest, const BestAsked& best) {
+  context.launch(best_asked_kernel<Real>, divided_up(asked.rows, kAskedWarps), kAskedThreads, 0, asked, second, places,
+                 scores, count, lowest, best);
+}
+
+template <class Real>
+void join_best(const Context& context, int64_t n, const BestAsked& positive, const BestAsked& negative,
+               const Quadruplets& out) {
+  context.launch(join_best_kernel<Real>, divided_up(n, kAskedThreads), kAskedThreads, 0, n, positive, negative, out);
 }
 
 }  // namespace pddm::cuda

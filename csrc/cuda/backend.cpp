@@ -20,7 +20,7 @@ constexpr Precision kAll[] = {Precision::float32, Precision::float64, Precision:
 
 }  // namespace
 
-std::unique_ptr<const Backend> make_backend(Precision precision, const Caller& caller) {
+std::unique_ptr<const DeviceBackend> make_backend(Precision precision, const Caller& caller) {
   return kernels(precision).make_backend(caller);
 }
 

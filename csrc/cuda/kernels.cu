@@ -1,9 +1,10 @@
 // Every kernel of one arithmetic (PDDM_ARITHMETIC: F32, F64, Tf32, Bf16 or F16), compiled once for each.
 #include "asked.cuh"
+#include "candidates.cuh"
+#include "convert.cuh"
 #include "dense.cuh"
 #include "gradient.cuh"
 #include "kernels.h"
-#include "largest.cuh"
 #include "loss.cuh"
 #include "mine.cuh"
 #include "topk.cuh"
@@ -18,8 +19,11 @@ using Forward = PDDM_JOIN(Arithmetic, PDDM_ARITHMETIC);
 // Gradients have float32's range.
 using Backward = std::conditional_t<std::is_same<Forward, ArithmeticF16>::value, ArithmeticTf32, Forward>;
 using Real = Forward::Real;
+// Of features. Only half precisions' are another type than that of everything else.
+using Stored = std::conditional_t<std::is_same<Forward, ArithmeticBf16>::value, Bf16,
+                                  std::conditional_t<std::is_same<Forward, ArithmeticF16>::value, F16, Real>>;
 
-class CudaBackend final : public Backend {
+class CudaBackend final : public DeviceBackend {
  public:
   explicit CudaBackend(const Caller& caller) : context_(caller) {}
 
@@ -44,16 +48,29 @@ class CudaBackend final : public Backend {
                int64_t count, int64_t* indices) const override {
     cuda::largest(context_, static_cast<const Real*>(values), rows, columns, own, classes, count, indices);
   }
+  void convert(const Conversion* conversions, int count) const override { cuda::convert(context_, conversions, count); }
+  void candidate_rows(const Rows& rows, int64_t dim, const int64_t* labels, void* to, void* weights,
+                      const Classes& classes) const override {
+    cuda::candidate_rows<Real, Stored>(context_, rows, dim, labels, to, static_cast<Real*>(weights), classes);
+  }
+  void candidates(const void* products, int64_t rows, int64_t n, int64_t first, const void* weights,
+                  const Classes& classes, int64_t count, int64_t* lists) const override {
+    cuda::candidates(context_, static_cast<const Real*>(products), rows, n, first, static_cast<const Real*>(weights),
+                     classes, count, lists);
+  }
   int64_t count_asked(const Asked& asked, int64_t* begins, int64_t* places) const override {
     return cuda::count_asked(context_, asked, begins, places);
   }
   void write_asked(const Asked& asked, const int64_t* begins, int64_t* i, int64_t* j, int64_t* places) const override {
     cuda::write_asked(context_, asked, begins, i, j, places);
   }
-  void best_asked(const Asked& asked, const int64_t* places, const void* scores, int64_t count, bool lowest,
-                  int64_t* columns, void* best, bool* found) const override {
-    cuda::best_asked(context_, asked, places, static_cast<const Real*>(scores), count, lowest, columns,
-                     static_cast<Real*>(best), found);
+  void best_asked(const Asked& asked, bool second, const int64_t* places, const void* scores, int64_t count,
+                  bool lowest, const BestAsked& best) const override {
+    cuda::best_asked(context_, asked, second, places, static_cast<const Real*>(scores), count, lowest, best);
+  }
+  void join_best(int64_t n, const BestAsked& positive, const BestAsked& negative,
+                 const Quadruplets& out) const override {
+    cuda::join_best<Real>(context_, n, positive, negative, out);
   }
   void score_pairs_backward(const Rows& rows, const Pairs& pairs, const void* weight, const Unit& unit,
                             void* rows_gradient, const UnitGradient& gradient) const override {
@@ -82,7 +99,9 @@ class CudaBackend final : public Backend {
   const Context context_;
 };
 
-std::unique_ptr<const Backend> make_backend(const Caller& caller) { return std::make_unique<CudaBackend>(caller); }
+std::unique_ptr<const DeviceBackend> make_backend(const Caller& caller) {
+  return std::make_unique<CudaBackend>(caller);
+}
 
 bool warpgroups(int device) { return Prepared<Forward>::warpgroups(device); }
 

@@ -8,7 +8,7 @@
 namespace pddm::cuda {
 
 struct Kernels {
-  std::unique_ptr<const Backend> (*make_backend)(const Caller& caller);
+  std::unique_ptr<const DeviceBackend> (*make_backend)(const Caller& caller);
   bool (*warpgroups)(int device);
   int64_t (*read_scored)();
   void (*reset_scored)();

@@ -1,5 +1,8 @@
-// Of each row of a matrix the largest values, a block for each row: digit by digit, from the highest, it finds the
-// least value that is taken, and how many of those that equal it. Then the columns are written in their order.
+// Of a row of values the largest, by a block, and their columns in ascending order.
+//
+// Of few it is the largest of each thread's that tell: as many values as are wanted are above a bound that as many
+// threads' largest reach, and hardly more. Of many, or where more than there is room for reach it, the bound is found
+// digit by digit, from the highest, with how many of those that equal it are taken.
 #pragma once
 
 #include "topk.cuh"
@@ -7,27 +10,28 @@
 namespace pddm::cuda {
 
 constexpr int kLargestThreads = 256, kLargestWarps = kLargestThreads / kWarp;
+constexpr int kFew = kLargestThreads / 2;
+constexpr unsigned kRoom = 2 * kLargestThreads;
 constexpr int kDigits = 256;
 static_assert(kDigits % kWarp == 0);
 
 struct LargestShared {
+  Word maxima[kLargestThreads], least;
+  Word words[kRoom];
+  int columns[kRoom];
+  bool taken[kRoom];
+  unsigned reach;  // how many reach the bound
+
   unsigned counts[kDigits];
   unsigned by_warp[2][2][kLargestWarps];  // (round, larger or equal, warp)
   unsigned digit, above, all;
 };
 
-// A row as words, larger for larger values; 0 takes no part.
+// Larger for larger values; NaN is the least, and only what takes no part is less.
 template <class Real>
-struct Words {
-  const Real* values;
-  const int64_t* classes;
-  int64_t own;
-
-  __device__ Word operator()(int64_t column) const {
-    const int64_t its = classes[column];
-    return own >= 0 && its >= 0 && its != own ? ranked_word(values[column]) + 1 : 0;
-  }
-};
+__device__ __forceinline__ Word part_word(Real value) {
+  return ranked_word(value) + 1;
+}
 
 // The largest digit that less than `wanted` are above, how many these are, and how many there are of all, by one warp.
 __device__ __forceinline__ void find_digit(LargestShared& shared, unsigned wanted) {
@@ -45,15 +49,76 @@ __device__ __forceinline__ void find_digit(LargestShared& shared, unsigned wante
   }
 }
 
+// A bound that `wanted` of the threads' largest words reach, or all that are anything, by one warp. What is below its
+// leading bits would take as many steps again, and make it little closer.
 template <class Real>
-__global__ void __launch_bounds__(kLargestThreads)
-    largest_kernel(const Real* values, int64_t columns, const int64_t* own, const int64_t* classes, int64_t count,
-                   int64_t* indices) {
-  auto& shared = *reinterpret_cast<LargestShared*>(shared_memory());
-  const int64_t row = blockIdx.x;
-  const Words<Real> words{values + row * columns, classes, own[row]};
-  int64_t* const to = indices + row * count;
+__device__ __forceinline__ void find_bound(LargestShared& shared, int wanted) {
+  constexpr int kEach = kLargestThreads / kWarp, kHighest = sizeof(Real) == 4 ? 32 : 63, kSteps = 22;
+  Word own[kEach];
+#pragma unroll
+  for (int m = 0; m < kEach; ++m) own[m] = shared.maxima[m * kWarp + lane_index()];
+  Word bound = 0;
+  for (int bit = kHighest; bit > kHighest - kSteps; --bit) {
+    const Word higher = bound | Word(1) << bit;
+    int reach = 0;
+#pragma unroll
+    for (int m = 0; m < kEach; ++m) reach += __popc(__ballot_sync(~0u, own[m] >= higher));
+    if (reach >= wanted) bound = higher;
+  }
+  if (lane_index() == 0) shared.least = bound ? bound : 1, shared.reach = 0;
+}
+
+// By a whole block. `words` has a column's word, which is larger for larger values and 0 where it takes no part;
+// put(place, column) takes the columns, −1 after the last.
+template <class Real, class Words, class Put>
+__device__ __forceinline__ void put_largest(LargestShared& shared, const Words& words, int64_t columns, int64_t count,
+                                            const Put& put) {
   const int thread = int(threadIdx.x);
+  if (count <= kFew) {
+    Word most = 0;
+#pragma unroll 4
+    for (int64_t c = thread; c < columns; c += kLargestThreads) {
+      const Word word = words(c);
+      most = word > most ? word : most;
+    }
+    shared.maxima[thread] = most;
+    __syncthreads();
+    if (warp_index() == 0) find_bound<Real>(shared, int(count));
+    __syncthreads();
+    const Word bound = shared.least;
+    if (most >= bound) {
+      for (int64_t c = thread; c < columns; c += kLargestThreads) {
+        const Word word = words(c);
+        if (word < bound) continue;
+        const unsigned at = atomicAdd(&shared.reach, 1u);
+        if (at < kRoom) shared.words[at] = word, shared.columns[at] = int(c);
+      }
+    }
+    __syncthreads();
+    const unsigned reach = shared.reach;
+    if (reach <= kRoom) {
+      for (unsigned own = threadIdx.x; own < reach; own += kLargestThreads) {
+        const Word word = shared.words[own];
+        const int column = shared.columns[own];
+        unsigned before = 0;
+        for (unsigned x = 0; x < reach; ++x) {
+          const Word other = shared.words[x];
+          before += other > word || (other == word && shared.columns[x] < column);
+        }
+        shared.taken[own] = before < count;
+      }
+      __syncthreads();
+      for (unsigned own = threadIdx.x; own < reach; own += kLargestThreads) {
+        if (!shared.taken[own]) continue;
+        const int column = shared.columns[own];
+        int64_t place = 0;
+        for (unsigned x = 0; x < reach; ++x) place += shared.taken[x] && shared.columns[x] < column;
+        put(place, column);
+      }
+      for (int64_t at = reach + thread; at < count; at += kLargestThreads) put(at, -1);
+      return;
+    }
+  }
 
   Word least = 1, known = 0;  // of the least word: what is known, and where
   auto equal = unsigned(count < columns ? count : columns);
@@ -68,7 +133,7 @@ __global__ void __launch_bounds__(kLargestThreads)
     if (warp_index() == 0) find_digit(shared, equal);
     __syncthreads();
     if (shared.all <= equal && known == 0) {  // all are taken
-      equal = columns;
+      equal = unsigned(columns);
       break;
     }
     if (known == 0) least = 0;
@@ -94,10 +159,25 @@ __global__ void __launch_bounds__(kLargestThreads)
       larger_before += a, equal_before += b;
     }
     if (word > least || (word == least && same_first < equal))
-      to[larger_first + (same_first < equal ? same_first : equal)] = c;
+      put(larger_first + (same_first < equal ? same_first : equal), c);
   }
   const int64_t taken = larger_before + (equal_before < equal ? equal_before : equal);
-  for (int64_t at = taken + thread; at < count; at += kLargestThreads) to[at] = -1;
+  for (int64_t at = taken + thread; at < count; at += kLargestThreads) put(at, -1);
+}
+
+template <class Real>
+__global__ void __launch_bounds__(kLargestThreads)
+    largest_kernel(const Real* values, int64_t columns, const int64_t* own, const int64_t* classes, int64_t count,
+                   int64_t* indices) {
+  auto& shared = *reinterpret_cast<LargestShared*>(shared_memory());
+  const int64_t row = blockIdx.x, its = own[row];
+  const Real* const from = values + row * columns;
+  int64_t* const to = indices + row * count;
+  const auto word = [&](int64_t c) {
+    const int64_t other = classes[c];
+    return its >= 0 && other >= 0 && other != its ? part_word(from[c]) : 0;
+  };
+  put_largest<Real>(shared, word, columns, count, [&](int64_t place, int64_t column) { to[place] = column; });
 }
 
 template <class Real>

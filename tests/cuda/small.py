@@ -18,9 +18,12 @@ for dtype, dim, hidden, combined in [
         for mode in ("batch", "anchor", "pair"):
             quads = unit.mine(feats, labels, mode=mode)
             pddm_ext.QuadrupletLoss()(feats, quads).backward()
+            for candidates in (1, 40):
+                unit.mine(feats, labels, mode=mode, candidates=candidates)
         pddm_ext.score_matrix(feats, unit, feats[:9]).sum().backward()
         pddm_ext.score_matrix(feats[:20], unit).sum().backward()
         pddm_ext.topk(feats[:5], feats, 12, unit)
+        unit.to(torch.float16).mine(feats, labels, mode="anchor").s_ij.sum().backward()  # converted in and out
 with torch.no_grad():
     # Every shape of Hopper's tiles: 64, 128, 192 and 256 outputs.
     for width in (50, 120, 190, 250):
@@ -31,4 +34,8 @@ with torch.no_grad():
         pddm_ext.score_matrix(feats, unit, feats[:70])
     torch.set_float32_matmul_precision("high")
     pddm_ext.score_matrix(torch.randn(40, 9, device="cuda"), pddm_ext.PDDM(9).cuda())
+    # Candidates that are nearly all equal, and many of them.
+    alike, labels = torch.ones(700, 9, device="cuda"), torch.arange(700, device="cuda") // 3
+    for candidates in (9, 140):
+        pddm_ext.PDDM(9).cuda().mine(alike, labels, mode="anchor", candidates=candidates)
 torch.cuda.synchronize()

@@ -4,10 +4,11 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
-#include "../../csrc/problem.h"
+#include "../../csrc/cuda/backend.h"
 
 namespace pddm {
 
@@ -44,7 +45,107 @@ struct Answers {
   std::vector<int64_t> chosen;              // of given values, so exactly
   std::vector<T> scores, listed, gradient;  // of the matrix, of the list, of everything through both
   std::vector<T> sloped;                    // what the loss's gradients are
+  std::vector<unsigned char> stored;        // of a device, rows that are to be multiplied, and numbers of other types
 };
+
+// Numbers in each other type and back.
+template <class T>
+void ask_conversions(const cuda::DeviceBackend& device, Answers<T>& a) {
+  using cuda::Number;
+  std::vector<T> from{T(0), T(-0.0), T(1) / 3, T(-65504), T(65520), T(1e-8), T(-6e-8), T(1e-39), T(1e30), T(INFINITY)};
+  while (from.size() < 1500) from.push_back(-from[from.size() - 10] * T(1.25));
+  const auto own = std::is_same_v<T, double> ? Number::float64 : Number::float32;
+  constexpr Number kAll[] = {Number::float32, Number::float64, Number::bfloat16, Number::float16};
+  std::vector<double> there[4];
+  std::vector<T> back[4];
+  cuda::Conversion to[4], from_there[4];
+  for (int k = 0; k < 4; ++k) {
+    const int64_t count = k == 2 ? 0 : int64_t(from.size()) - 7 * k;  // one of nothing
+    there[k].resize(from.size()), back[k].resize(from.size());
+    to[k] = {from.data(), there[k].data(), count, own, kAll[k]};
+    from_there[k] = {there[k].data(), back[k].data(), count, kAll[k], own};
+  }
+  device.convert(to, 4), device.convert(from_there, 4), device.convert(to, 0);
+  to[0] = to[2], to[0].count = 1024, from_there[0] = from_there[2], from_there[0].count = 1024;
+  device.convert(to, 1), device.convert(from_there, 1);
+  for (const auto& v : back) {
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(v.data());
+    a.stored.insert(a.stored.end(), bytes, bytes + v.size() * sizeof(T));
+  }
+}
+
+// As candidates() of a device chooses them, by sorting: one list.
+template <class T>
+std::vector<int64_t> by_sorting(std::vector<int64_t> columns, int64_t count, const std::vector<T>& values, T sign) {
+  const auto least = [&](int64_t c) { return values[c] != values[c]; };
+  std::stable_sort(columns.begin(), columns.end(), [&](int64_t a, int64_t b) {
+    return least(a) != least(b) ? least(b) : !least(a) && sign * values[a] > sign * values[b];
+  });
+  columns.resize(std::min<size_t>(columns.size(), size_t(count)));
+  std::sort(columns.begin(), columns.end());
+  columns.resize(size_t(count), -1);
+  return columns;
+}
+
+// Whose pairs are scored: what a device chooses by itself, and elsewhere what it has to choose.
+template <class T>
+void ask_candidates(const Backend& backend, const Sizes& z, Answers<T>& a) {
+  const auto* const device = dynamic_cast<const cuda::DeviceBackend*>(&backend);
+  for (const int64_t n : {z.n, 3 * z.n + 700}) {
+    // Numbers whose squares are summed exactly.
+    std::vector<T> rows(static_cast<size_t>(n * z.dim)), weights(static_cast<size_t>(n));
+    std::vector<int64_t> labels(weights.size());
+    for (int64_t e = 0; e < n * z.dim; ++e) rows[e] = T((e * 7919) % 23 - 11) * T(e / z.dim % 2 ? 0.25 : 1024);
+    for (int64_t r = 0; r < n; ++r) labels[r] = r % 9 ? r * 7 % 5 - 2 : 3;
+    if (z.odd) std::fill_n(rows.begin(), z.dim, T(0)), rows.back() = NAN;
+    std::vector<int> classes(4 * weights.size());
+    const cuda::Classes of{classes.data(), classes.data() + n, classes.data() + 2 * n, classes.data() + 3 * n};
+    if (device) {
+      std::vector<unsigned char> stored(rows.size() * sizeof(T));
+      device->candidate_rows({rows.data(), n}, z.dim, labels.data(), stored.data(), weights.data(), of);
+      a.stored.insert(a.stored.end(), stored.begin(), stored.end());
+    } else {
+      std::iota(of.order, of.order + n, 0);
+      std::stable_sort(of.order, of.order + n, [&](int x, int y) { return labels[x] < labels[y]; });
+      for (int64_t r = 0; r < n; ++r) {
+        of.begins[r] = int(std::count_if(labels.begin(), labels.end(), [&](int64_t y) { return y < labels[r]; }));
+        of.sizes[r] = int(std::count(labels.begin(), labels.end(), labels[r]));
+        of.of[r] = z.odd && r == n - 1 ? -1 : of.begins[r];
+      }
+    }
+    a.chosen.insert(a.chosen.end(), classes.begin(), classes.end());
+
+    const int64_t some = std::min<int64_t>(n, 4), first = n - some;
+    for (T& w : weights) w = T(1 + (&w - weights.data()) % 3);
+    for (const bool equals : {false, true}) {  // many of them, and of NaN
+      std::vector<T> products(static_cast<size_t>(some * n));
+      for (int64_t e = 0; e < some * n; ++e) {
+        const int64_t x = e * 7919 % 10007;
+        products[e] = !equals ? T(x - 5000) : x % 11 == 5 ? T(NAN) : T(x % 3 - 1);
+      }
+      for (const int64_t count : {int64_t(1), int64_t(9), n / 3 + 1}) {
+        std::vector<int64_t> lists(static_cast<size_t>(some * 2 * count), -7);
+        if (device) {
+          device->candidates(products.data(), some, n, first, weights.data(), of, count, lists.data());
+        } else {
+          lists.clear();
+          for (int64_t row = first; row < n; ++row) {
+            std::vector<T> values(weights.size());
+            std::vector<int64_t> others, own;
+            for (int64_t c = 0; c < n; ++c) {
+              values[c] = products[(row - first) * n + c] * weights[c];
+              if (of.of[row] >= 0 && of.of[c] >= 0 && of.of[c] != of.of[row]) others.push_back(c);
+              if (c != row && labels[c] == labels[row]) own.push_back(c);
+            }
+            for (const auto& list : {by_sorting(others, count, values, T(1)), by_sorting(own, count, values, T(-1))})
+              lists.insert(lists.end(), list.begin(), list.end());
+          }
+        }
+        a.chosen.insert(a.chosen.end(), lists.begin(), lists.end());
+      }
+    }
+  }
+}
 
 template <class T>
 Answers<T> ask(const Backend& backend, const Sizes& z) {
@@ -118,21 +219,48 @@ Answers<T> ask(const Backend& backend, const Sizes& z) {
     for (int64_t r = 0; r < z.n; ++r)
       for (int64_t other = r * 5 % 3, e = 0; other < z.n && e < room && e < r; other += 1 + other * r % 3)
         if (other != r) lists[r * room + e++] = other;
-    const Asked asked{lists.data(), z.n, room};
+    // The same rows in both lists, which are none of each other's pairs.
+    std::vector<int64_t> twice(2 * lists.size());
+    for (int64_t r = 0; r < z.n; ++r)
+      for (const int64_t at : {int64_t(0), room})
+        std::copy_n(lists.begin() + r * room, room, twice.begin() + r * 2 * room + at);
+    const Asked asked{twice.data(), z.n, 2 * room, room};
+    places.resize(twice.size());
     const int64_t count = backend.count_asked(asked, begins.data(), places.data());
     std::vector<int64_t> first(static_cast<size_t>(count)), second(first.size());
     backend.write_asked(asked, begins.data(), first.data(), second.data(), places.data());
-    std::vector<T> scores(first.size()), most(static_cast<size_t>(z.n));
+    std::vector<T> scores(first.size()), most[2];
+    std::vector<int64_t> partners[2];
     for (size_t t = 0; t < scores.size(); ++t) scores[t] = t % 7 == 3 ? T(NAN) : T((t * 31) % 13) - 6;
-    for (const bool lowest : {false, true}) {
-      const std::unique_ptr<bool[]> found(new bool[static_cast<size_t>(z.n)]);
-      backend.best_asked(asked, places.data(), scores.data(), count, lowest, columns.data(), most.data(), found.get());
-      a.listed.insert(a.listed.end(), most.begin(), most.end());
-      for (int64_t r = 0; r < z.n; ++r) columns[r] += found[r] * 1000;
-      a.chosen.insert(a.chosen.end(), columns.begin(), columns.end());
+    const std::unique_ptr<bool[]> found[2]{std::unique_ptr<bool[]>(new bool[static_cast<size_t>(z.n)]),
+                                           std::unique_ptr<bool[]>(new bool[static_cast<size_t>(z.n)])};
+    for (const bool second : {false, true}) {
+      most[second].resize(static_cast<size_t>(z.n)), partners[second].resize(static_cast<size_t>(z.n));
+      const BestAsked best{partners[second].data(), most[second].data(), found[second].get()};
+      for (const bool lowest : {!second, second}) {
+        backend.best_asked(asked, second, places.data(), scores.data(), count, lowest, best);
+        a.listed.insert(a.listed.end(), most[second].begin(), most[second].end());
+        for (int64_t r = 0; r < z.n; ++r) columns[r] = partners[second][r] + found[second][r] * 1000;
+        a.chosen.insert(a.chosen.end(), columns.begin(), columns.end());
+      }
     }
+    std::vector<int64_t> quads[4];
+    std::vector<T> their[3];
+    for (auto& v : quads) v.resize(static_cast<size_t>(z.n));
+    for (auto& v : their) v.resize(static_cast<size_t>(z.n));
+    const std::unique_ptr<bool[]> valid(new bool[static_cast<size_t>(z.n)]);
+    backend.join_best(z.n, {partners[1].data(), most[1].data(), found[1].get()},
+                      {partners[0].data(), most[0].data(), found[0].get()},
+                      {z.n, quads[0].data(), quads[1].data(), quads[2].data(), quads[3].data(), their[0].data(),
+                       their[1].data(), their[2].data(), valid.get()});
+    for (int64_t r = 0; r < z.n; ++r) quads[0][r] += valid[r] * 1000;
+    for (const auto& v : quads) a.chosen.insert(a.chosen.end(), v.begin(), v.end());
+    for (const auto& v : their) a.listed.insert(a.listed.end(), v.begin(), v.end());
     for (const auto& v : {begins, first, second, places}) a.chosen.insert(a.chosen.end(), v.begin(), v.end());
   }
+
+  ask_candidates(backend, z, a);
+  if (const auto* const device = dynamic_cast<const cuda::DeviceBackend*>(&backend)) ask_conversions(*device, a);
 
   const std::vector<T> weights = filled(std::max<int64_t>(z.n * z.n, 3));
   for (int which = 0; which < 3; ++which) {

@@ -143,6 +143,7 @@ std::string difference_as(const Arithmetic& arithmetic, const Module& ptx, const
   size_t others = 0;
   for (size_t e = 0; e < got.ranked.size(); ++e) others += got.ranked[e] != emulated.ranked[e];
   if (others > (kUnfused ? 0 : 1 + got.ranked.size() / 20)) found += "other rows are the best; ";
+  if (got.stored != emulated.stored) found += "other rows are to be multiplied; ";
   if (got.chosen != exact.chosen) found += "other rows are chosen; ";
   if (asked.pairs_scored != others_asked.emulated.pairs_scored)
     found += std::to_string(asked.pairs_scored) + " pairs are counted instead of " +
