@@ -227,10 +227,10 @@ def test_topk(benchmark: Any, queries: int, gallery: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("dim", "wanted"), [(512, 25), (128, 15)])
+@pytest.mark.parametrize(("n", "dim", "wanted"), [(4096, 512, 25), (4096, 128, 15), (32768, 128, 0)])
 @torch.no_grad()
-def test_candidates(benchmark: Any, dim: int, wanted: float) -> None:
-    given = on_gpu(4096, dim, torch.bfloat16)
+def test_candidates(benchmark: Any, n: int, dim: int, wanted: float) -> None:
+    given = on_gpu(n, dim, torch.bfloat16)
     ratio = race(
         benchmark,
         lambda: mine_and_score(*given, mode="anchor", candidates=32),
@@ -239,6 +239,6 @@ def test_candidates(benchmark: Any, dim: int, wanted: float) -> None:
     )
     row(
         benchmark,
-        f'`"anchor"` by 32 candidates, n=4096, 4 per class, d=h=m={dim}, bfloat16',
+        f'`"anchor"` by 32 candidates, n={n}, 4 per class, d=h=m={dim}, bfloat16',
         **{"exact mining": (ratio["exact"], wanted)},
     )

@@ -119,7 +119,8 @@ def _(scores: Tensor, places: Tensor, lists: Tensor, lowest: bool) -> tuple[Tens
 
 @shapes("mine_listed")
 def _(feats: Tensor, lists: Tensor, split: int, *unit: Any) -> tuple[Tensor, ...]:
-    return shapes_of_mining(feats, lists, *unit, 1)
+    shapes: tuple[Tensor, ...] = shapes_of_mining(feats, lists, *unit, 1)
+    return shapes
 
 
 @shapes("candidate_rows")

@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
 
   const int64_t label = labels[row];
   int lower = 0, before = 0, all = 0;
+#pragma unroll 8
   for (int64_t j = lane_index(); j < n; j += kWarp) {
     const int64_t other = labels[j];
     lower += other < label, before += other == label && j < row, all += other == label;
@@ -63,22 +64,52 @@ __global__ void __launch_bounds__(kPrepareThreads)
   classes.begins[row] = lower, classes.sizes[row] = all, classes.order[lower + before] = int(row);
 }
 
+// Of products with rows of other classes, and with those of its own, of which the least have the largest words.
+template <class Real>
+struct OtherWords {
+  const Real *products, *weights;
+  const int* classes;
+  int own;
+
+  struct Column {
+    Real product, weight;
+    int its;
+  };
+  __device__ Column read(int64_t c) const { return {products[c], weights[c], classes[c]}; }
+  __device__ PartWord<Real> word(const Column& column) const {
+    const PartWord<Real> word = part_word(column.product * column.weight);
+    return own >= 0 && column.its >= 0 && column.its != own ? word : 0;
+  }
+};
+template <class Real>
+struct OwnWords {
+  const Real *products, *weights;
+  const int* rows;
+  int64_t own;
+
+  struct Column {
+    Real product, weight;
+    int row;
+  };
+  __device__ Column read(int64_t at) const { return {products[rows[at]], weights[rows[at]], rows[at]}; }
+  __device__ PartWord<Real> word(const Column& column) const {
+    const PartWord<Real> word = part_word(-(column.product * column.weight));
+    return column.row == own ? 0 : word;
+  }
+};
+
 // Of rows `first` and following, whose products with all are given: the largest of other classes, then those of its own
 // or, of more than `count`, the least. A block for each row.
 template <class Real>
 __global__ void __launch_bounds__(kLargestThreads)
     candidates_kernel(const Real* products, int64_t n, int64_t first, const Real* weights,
                       const __grid_constant__ Classes classes, int64_t count, int64_t* lists) {
-  auto& shared = *reinterpret_cast<LargestShared*>(shared_memory());
+  auto& shared = *reinterpret_cast<LargestShared<Real>*>(shared_memory());
   const int64_t row = first + blockIdx.x;
   const Real* const from = products + int64_t(blockIdx.x) * n;
   int64_t *const near = lists + int64_t(blockIdx.x) * 2 * count, *const far = near + count;
-  const int its = classes.of[row];
-  const auto word = [&](int64_t c) {
-    const int other = classes.of[c];
-    return its >= 0 && other >= 0 && other != its ? part_word(from[c] * weights[c]) : 0;
-  };
-  put_largest<Real>(shared, word, n, count, [&](int64_t place, int64_t column) { near[place] = column; });
+  const OtherWords<Real> others{from, weights, classes.of, classes.of[row]};
+  put_largest<Real>(shared, others, n, count, [&](int64_t place, int64_t column) { near[place] = column; });
 
   const int* const own = classes.order + classes.begins[row];
   const int64_t all = classes.sizes[row];
@@ -90,11 +121,8 @@ __global__ void __launch_bounds__(kLargestThreads)
     return;
   }
   __syncthreads();
-  const auto far_word = [&](int64_t at) {
-    const int c = own[at];
-    return c == row ? 0 : part_word(-(from[c] * weights[c]));
-  };
-  put_largest<Real>(shared, far_word, all, count,
+  const OwnWords<Real> positives{from, weights, own, row};
+  put_largest<Real>(shared, positives, all, count,
                     [&](int64_t place, int64_t at) { far[place] = at < 0 ? -1 : own[at]; });
 }
 
@@ -109,8 +137,8 @@ void candidate_rows(const Context& context, const Rows& rows, int64_t dim, const
 template <class Real>
 void candidates(const Context& context, const Real* products, int64_t rows, int64_t n, int64_t first,
                 const Real* weights, const Classes& classes, int64_t count, int64_t* lists) {
-  context.launch(candidates_kernel<Real>, rows, kLargestThreads, sizeof(LargestShared), products, n, first, weights,
-                 classes, count, lists);
+  context.launch(candidates_kernel<Real>, rows, kLargestThreads, sizeof(LargestShared<Real>), products, n, first,
+                 weights, classes, count, lists);
 }
 
 }  // namespace pddm::cuda

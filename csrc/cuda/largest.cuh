@@ -15,9 +15,18 @@ constexpr unsigned kRoom = 2 * kLargestThreads;
 constexpr int kDigits = 256;
 static_assert(kDigits % kWarp == 0);
 
+// Larger for larger values; NaN is the least, and only 0, which takes no part, is less.
+template <class Real>
+using PartWord = std::conditional_t<sizeof(Real) == 4, uint32_t, Word>;
+template <class Real>
+__device__ __forceinline__ PartWord<Real> part_word(Real value) {
+  return PartWord<Real>(ranked_word(value)) + 1;
+}
+
+template <class Real>
 struct LargestShared {
-  Word maxima[kLargestThreads], least;
-  Word words[kRoom];
+  PartWord<Real> maxima[kLargestThreads], least;
+  PartWord<Real> words[kRoom];
   int columns[kRoom];
   bool taken[kRoom];
   unsigned reach;  // how many reach the bound
@@ -27,14 +36,47 @@ struct LargestShared {
   unsigned digit, above, all;
 };
 
-// Larger for larger values; NaN is the least, and only what takes no part is less.
+// A row's words: what is read of a column, and the word that follows from it, apart, so that much is read at once.
 template <class Real>
-__device__ __forceinline__ Word part_word(Real value) {
-  return ranked_word(value) + 1;
+struct ValueWords {
+  const Real* values;
+  const int64_t* classes;
+  int64_t own;
+
+  struct Column {
+    Real value;
+    int64_t its;
+  };
+  __device__ Column read(int64_t c) const { return {values[c], classes[c]}; }
+  __device__ PartWord<Real> word(const Column& column) const {
+    const PartWord<Real> word = part_word(column.value);
+    return own >= 0 && column.its >= 0 && column.its != own ? word : 0;
+  }
+};
+
+// Calls body(column, word) for the thread's columns.
+template <class Words, class Body>
+__device__ __forceinline__ void each_word(const Words& words, int64_t columns, const Body& body) {
+  constexpr int kAtOnce = 8;
+  typename Words::Column read[kAtOnce];
+  int64_t start = threadIdx.x;
+  for (; start + (kAtOnce - 1) * kLargestThreads < columns; start += kAtOnce * kLargestThreads) {
+#pragma unroll
+    for (int m = 0; m < kAtOnce; ++m) read[m] = words.read(start + m * kLargestThreads);
+#pragma unroll
+    for (int m = 0; m < kAtOnce; ++m) body(start + m * kLargestThreads, words.word(read[m]));
+  }
+#pragma unroll
+  for (int m = 0; m < kAtOnce - 1; ++m)
+    if (start + m * kLargestThreads < columns) read[m] = words.read(start + m * kLargestThreads);
+#pragma unroll
+  for (int m = 0; m < kAtOnce - 1; ++m)
+    if (start + m * kLargestThreads < columns) body(start + m * kLargestThreads, words.word(read[m]));
 }
 
 // The largest digit that less than `wanted` are above, how many these are, and how many there are of all, by one warp.
-__device__ __forceinline__ void find_digit(LargestShared& shared, unsigned wanted) {
+template <class Real>
+__device__ __forceinline__ void find_digit(LargestShared<Real>& shared, unsigned wanted) {
   constexpr int kEach = kDigits / kWarp;
   const int lane = lane_index(), first = kDigits - 1 - lane * kEach;  // downwards
   unsigned own = 0;
@@ -52,14 +94,15 @@ __device__ __forceinline__ void find_digit(LargestShared& shared, unsigned wante
 // A bound that `wanted` of the threads' largest words reach, or all that are anything, by one warp. What is below its
 // leading bits would take as many steps again, and make it little closer.
 template <class Real>
-__device__ __forceinline__ void find_bound(LargestShared& shared, int wanted) {
-  constexpr int kEach = kLargestThreads / kWarp, kHighest = sizeof(Real) == 4 ? 32 : 63, kSteps = 22;
-  Word own[kEach];
+__device__ __forceinline__ void find_bound(LargestShared<Real>& shared, int wanted) {
+  using Own = PartWord<Real>;
+  constexpr int kEach = kLargestThreads / kWarp, kHighest = 8 * int(sizeof(Own)) - 1, kSteps = 22;
+  Own own[kEach];
 #pragma unroll
   for (int m = 0; m < kEach; ++m) own[m] = shared.maxima[m * kWarp + lane_index()];
-  Word bound = 0;
+  Own bound = 0;
   for (int bit = kHighest; bit > kHighest - kSteps; --bit) {
-    const Word higher = bound | Word(1) << bit;
+    const Own higher = bound | Own(1) << bit;
     int reach = 0;
 #pragma unroll
     for (int m = 0; m < kEach; ++m) reach += __popc(__ballot_sync(~0u, own[m] >= higher));
@@ -68,41 +111,37 @@ __device__ __forceinline__ void find_bound(LargestShared& shared, int wanted) {
   if (lane_index() == 0) shared.least = bound ? bound : 1, shared.reach = 0;
 }
 
-// By a whole block. `words` has a column's word, which is larger for larger values and 0 where it takes no part;
-// put(place, column) takes the columns, −1 after the last.
+// By a whole block. A column's word is larger for larger values, and 0 where it takes no part; put(place, column) takes
+// the columns, −1 after the last.
 template <class Real, class Words, class Put>
-__device__ __forceinline__ void put_largest(LargestShared& shared, const Words& words, int64_t columns, int64_t count,
-                                            const Put& put) {
+__device__ __forceinline__ void put_largest(LargestShared<Real>& shared, const Words& words, int64_t columns,
+                                            int64_t count, const Put& put) {
+  using Own = PartWord<Real>;
   const int thread = int(threadIdx.x);
   if (count <= kFew) {
-    Word most = 0;
-#pragma unroll 4
-    for (int64_t c = thread; c < columns; c += kLargestThreads) {
-      const Word word = words(c);
-      most = word > most ? word : most;
-    }
+    Own most = 0;
+    each_word(words, columns, [&](int64_t, Own word) { most = word > most ? word : most; });
     shared.maxima[thread] = most;
     __syncthreads();
     if (warp_index() == 0) find_bound<Real>(shared, int(count));
     __syncthreads();
-    const Word bound = shared.least;
+    const Own bound = shared.least;
     if (most >= bound) {
-      for (int64_t c = thread; c < columns; c += kLargestThreads) {
-        const Word word = words(c);
-        if (word < bound) continue;
+      each_word(words, columns, [&](int64_t column, Own word) {
+        if (word < bound) return;
         const unsigned at = atomicAdd(&shared.reach, 1u);
-        if (at < kRoom) shared.words[at] = word, shared.columns[at] = int(c);
-      }
+        if (at < kRoom) shared.words[at] = word, shared.columns[at] = int(column);
+      });
     }
     __syncthreads();
     const unsigned reach = shared.reach;
     if (reach <= kRoom) {
       for (unsigned own = threadIdx.x; own < reach; own += kLargestThreads) {
-        const Word word = shared.words[own];
+        const Own word = shared.words[own];
         const int column = shared.columns[own];
         unsigned before = 0;
         for (unsigned x = 0; x < reach; ++x) {
-          const Word other = shared.words[x];
+          const Own other = shared.words[x];
           before += other > word || (other == word && shared.columns[x] < column);
         }
         shared.taken[own] = before < count;
@@ -120,13 +159,13 @@ __device__ __forceinline__ void put_largest(LargestShared& shared, const Words& 
     }
   }
 
-  Word least = 1, known = 0;  // of the least word: what is known, and where
+  Own least = 1, known = 0;  // of the least word: what is known, and where
   auto equal = unsigned(count < columns ? count : columns);
   for (int shift = 8 * int(sizeof(Real) - 1); shift >= 0; shift -= 8) {
     for (int d = thread; d < kDigits; d += kLargestThreads) shared.counts[d] = 0;
     __syncthreads();
     for (int64_t c = thread; c < columns; c += kLargestThreads) {
-      const Word word = words(c);
+      const Own word = words.word(words.read(c));
       if (word && (word & known) == (least & known)) atomicAdd(&shared.counts[word >> shift & (kDigits - 1)], 1u);
     }
     __syncthreads();
@@ -137,8 +176,8 @@ __device__ __forceinline__ void put_largest(LargestShared& shared, const Words& 
       break;
     }
     if (known == 0) least = 0;
-    known |= Word(kDigits - 1) << shift;
-    least |= Word(shared.digit) << shift;
+    known |= Own(kDigits - 1) << shift;
+    least |= Own(shared.digit) << shift;
     equal -= shared.above;
   }
 
@@ -146,7 +185,7 @@ __device__ __forceinline__ void put_largest(LargestShared& shared, const Words& 
   int round = 0;
   for (int64_t start = 0; start < columns; start += kLargestThreads, round ^= 1) {
     const int64_t c = start + thread;
-    const Word word = c < columns ? words(c) : 0;
+    const Own word = c < columns ? words.word(words.read(c)) : 0;
     const unsigned larger = __ballot_sync(~0u, word > least), same = __ballot_sync(~0u, word == least);
     if (lane_index() == 0)
       shared.by_warp[round][0][warp_index()] = __popc(larger), shared.by_warp[round][1][warp_index()] = __popc(same);
@@ -169,22 +208,18 @@ template <class Real>
 __global__ void __launch_bounds__(kLargestThreads)
     largest_kernel(const Real* values, int64_t columns, const int64_t* own, const int64_t* classes, int64_t count,
                    int64_t* indices) {
-  auto& shared = *reinterpret_cast<LargestShared*>(shared_memory());
-  const int64_t row = blockIdx.x, its = own[row];
-  const Real* const from = values + row * columns;
+  auto& shared = *reinterpret_cast<LargestShared<Real>*>(shared_memory());
+  const int64_t row = blockIdx.x;
+  const ValueWords<Real> words{values + row * columns, classes, own[row]};
   int64_t* const to = indices + row * count;
-  const auto word = [&](int64_t c) {
-    const int64_t other = classes[c];
-    return its >= 0 && other >= 0 && other != its ? part_word(from[c]) : 0;
-  };
-  put_largest<Real>(shared, word, columns, count, [&](int64_t place, int64_t column) { to[place] = column; });
+  put_largest<Real>(shared, words, columns, count, [&](int64_t place, int64_t column) { to[place] = column; });
 }
 
 template <class Real>
 void largest(const Context& context, const Real* values, int64_t rows, int64_t columns, const int64_t* own,
              const int64_t* classes, int64_t count, int64_t* indices) {
-  context.launch(largest_kernel<Real>, rows, kLargestThreads, sizeof(LargestShared), values, columns, own, classes,
-                 count, indices);
+  context.launch(largest_kernel<Real>, rows, kLargestThreads, sizeof(LargestShared<Real>), values, columns, own,
+                 classes, count, indices);
 }
 
 }  // namespace pddm::cuda

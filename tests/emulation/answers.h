@@ -103,7 +103,8 @@ void ask_candidates(const Backend& backend, const Sizes& z, Answers<T>& a) {
     if (device) {
       std::vector<unsigned char> stored(rows.size() * sizeof(T));
       device->candidate_rows({rows.data(), n}, z.dim, labels.data(), stored.data(), weights.data(), of);
-      a.stored.insert(a.stored.end(), stored.begin(), stored.end());
+      // Not the last, if it is NaN: of many bits, all as good.
+      a.stored.insert(a.stored.end(), stored.begin(), stored.end() - (z.odd ? z.dim * int64_t(sizeof(T)) : 0));
     } else {
       std::iota(of.order, of.order + n, 0);
       std::stable_sort(of.order, of.order + n, [&](int x, int y) { return labels[x] < labels[y]; });
