@@ -150,7 +150,7 @@ $(CUDA_BUILD)/built: $(NATIVE) $(PACKAGE)
 
 ON_CUDA := PYTHONPATH="$(CURDIR)/$(CUDA_BUILD)/installed:$$PYTHONPATH" PDDM_TEST_DEVICE=cuda
 # What a GPU machine may lack the packages for.
-NEED_EXTRAS := $(shell grep -lE 'workbench|adapters|pytorch_metric_learning|sklearn|from runs|small_data|test_docs' tests/test_*.py)
+NEED_EXTRAS := $(shell grep -lE '^(from|import) (pddm_ext\.(workbench|adapters)|pytorch_metric_learning|sklearn|runs|small_data|pml_truth)|test_docs|EXAMPLES' tests/test_*.py)
 SIDE_BY_SIDE = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n auto" if u.find_spec("xdist") else "")')
 test-cuda: $(CUDA_BUILD)/built ## on a GPU: the Python tests, and the memory, race and barrier checkers of its toolkit
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer of the CUDA toolkit is not on the PATH" >&2; exit 1; }

@@ -160,6 +160,11 @@ def _(weight: Tensor, feats: Tensor, i: Tensor, j: Tensor, *unit: Any) -> tuple[
     return _gradients_like(feats, unit)
 
 
+@shapes("mine_backward")
+def _(*given: Any) -> tuple[Tensor, ...]:
+    return _gradients_like(given[3], given[8:])
+
+
 @shapes("score_matrix_backward")
 def _(weight: Tensor, feats: Tensor, split: int, *unit: Any) -> tuple[Tensor, ...]:
     return _gradients_like(feats, unit)
@@ -176,13 +181,11 @@ def keep_mined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def mine_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     feats, *unit, i, j, k, l = ctx.saved_tensors  # noqa: E741
-    # Slots that are not valid have negative indices, which the kernel skips.
-    given = [(g, a, b) for g, a, b in zip(upstream[:3], (i, i, j), (j, k, l), strict=True) if g is not None]
-    if not given:
+    if all(g is None for g in upstream[:3]):
         nothing: tuple[None, ...] = (None,) * (10 + ctx.others)
         return nothing
-    weight, first, second = (torch.cat(parts) for parts in zip(*given, strict=True))
-    d_feats, *d_unit = call("score_pairs_backward", weight, feats, first, second, *unit, *ctx.switches)
+    # Slots that are not valid have negative indices, which the kernel skips.
+    d_feats, *d_unit = call("mine_backward", *upstream[:3], feats, i, j, k, l, *unit, *ctx.switches)
     others: list[None] = [None] * ctx.others
     return d_feats, None, *d_unit, *others
 
@@ -229,6 +232,7 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "score_pairs": (_score_pairs_backward, _keep_pairs),
     "score_matrix": (_score_matrix_backward, _keep_matrix),
     "quadruplet_loss_backward": (_no_second_derivative, _keep_nothing),
+    "mine_backward": (_no_second_derivative, _keep_nothing),
     "score_pairs_backward": (_no_second_derivative, _keep_nothing),
     "score_matrix_backward": (_no_second_derivative, _keep_nothing),
     "topk": (_no_gradient, _keep_nothing),
@@ -331,6 +335,7 @@ DEVICES = ("cpu",) if _EMULATED or _C.build_info()["cuda"] is None else ("cpu", 
 if "cuda" not in DEVICES:
     for _name in (
         *("mine", "score_pairs", "score_matrix", "topk", "quadruplet_loss"),
-        *("score_pairs_backward", "score_matrix_backward", "quadruplet_loss_backward"),
+        *("mine_backward", "score_pairs_backward", "score_matrix_backward", "quadruplet_loss_backward"),
+        "mine_listed",
     ):
         torch.library.impl(f"pddm::{_name}", "cuda", _refuse_cuda)

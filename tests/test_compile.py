@@ -71,6 +71,20 @@ def operator_calls(dtype: torch.dtype, requires_grad: bool) -> dict[str, tuple]:
             torch.ops.pddm.score_pairs_backward,
             (torch.ones(4, dtype=out, device=DEVICE), x, i, j, *p),
         ),
+        "mine_backward": (
+            torch.ops.pddm.mine_backward,
+            (torch.ones(4, dtype=out, device=DEVICE), None, torch.ones(4, dtype=out, device=DEVICE), x, i, j, j, i, *p),
+        ),
+        "mine_listed": (
+            torch.ops.pddm.mine_listed,
+            (
+                x.detach(),
+                torch.stack([labels.roll(3), labels.roll(1)], 1).abs() % 9,
+                1,
+                *(t.detach() for t in p[:8]),
+                *p[8:],
+            ),
+        ),
         "score_matrix_backward": (
             torch.ops.pddm.score_matrix_backward,
             (torch.ones(9, 9, dtype=out, device=DEVICE), x, -1, *p),

@@ -375,7 +375,8 @@ def test_bad_input_raises_before_any_work():
 
 OPERATORS = [
     *("mine", "score_pairs", "score_matrix", "topk", "quadruplet_loss"),
-    *("score_pairs_backward", "score_matrix_backward", "quadruplet_loss_backward"),
+    *("mine_backward", "score_pairs_backward", "score_matrix_backward", "quadruplet_loss_backward"),
+    "mine_listed",
 ]
 
 
@@ -396,6 +397,9 @@ OPERATORS = [
         ("score_pairs_backward", (X[0, :3], X, I, I), ()),
         pytest.param("score_pairs_backward", (X[:, 0], X, I + 1, I), (), marks=ROWS_ARE_CHECKED),
         pytest.param("score_pairs_backward", (X[:, 0], X, I - 2, I), (), marks=ROWS_ARE_CHECKED),
+        ("mine_backward", (X[0, :3], None, None, X, I, I, I, I), ()),
+        ("mine_backward", (None, X[:, 0], None, X, I, I, I[:3], I), ()),
+        pytest.param("mine_backward", (None, None, X[:, 0], X, I, I, I, I + 1), (), marks=ROWS_ARE_CHECKED),
         ("score_matrix_backward", (X[0, :3], X, -1), ()),
         ("score_matrix_backward", (X[:4].reshape(16), X, 9), ()),
     ],

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -163,7 +164,7 @@ class Call {
 #endif
 };
 
-// Tensors, dense and in another dtype; a device fills those that it converts all at once, by run().
+// Tensors, dense and in another dtype, and copies; a device fills what it makes all at once, by run().
 class Conversions {
  public:
   explicit Conversions(const Call& call) : call_(call) {}
@@ -173,12 +174,24 @@ class Conversions {
     const std::optional<cuda::Number> from = number(t.scalar_type()), to = number(dtype);
     if (call_.has_device() && from && to && from != to && t.is_contiguous()) {
       Tensor made = empty(t, t.sizes(), dtype);
-      pending_.push_back({t.const_data_ptr(), made.mutable_data_ptr(), t.numel(), *from, *to});
-      kept_.push_back(t);
+      add(t, made.mutable_data_ptr(), *from, *to);
       return made;
     }
 #endif
     return pddm::dense(t, dtype);
+  }
+  // Into a dense tensor, from element `at` on.
+  void copy(const Tensor& t, Tensor& into, int64_t at) {
+    const Tensor from = pddm::dense(t, into.scalar_type());
+    const int64_t size = into.element_size();
+    auto* const to = static_cast<unsigned char*>(into.mutable_data_ptr()) + at * size;
+#if defined(PDDM_CUDA)
+    if (call_.has_device()) {
+      const cuda::Number type = number(into.scalar_type()).value_or(cuda::Number::int64);
+      return add(from, to, type, type);
+    }
+#endif
+    if (from.numel()) std::memcpy(to, from.const_data_ptr(), size_t(from.numel() * size));
   }
   void run() {
 #if defined(PDDM_CUDA)
@@ -198,6 +211,10 @@ class Conversions {
       case ScalarType::Half: return cuda::Number::float16;
       default: return std::nullopt;
     }
+  }
+  void add(const Tensor& t, void* to, cuda::Number from_type, cuda::Number to_type) {
+    pending_.push_back({t.const_data_ptr(), to, t.numel(), from_type, to_type});
+    kept_.push_back(t);
   }
   std::vector<cuda::Conversion> pending_;
   std::vector<Tensor> kept_;  // what pending ones read
@@ -496,22 +513,21 @@ Tensor nearest(const Tensor& rows, const Tensor& classes, int64_t count) {
 // Gradients of the rows and of the eight parameters, each in its own dtype.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class Run>
-Gradients backward(const Tensor& weight, const Tensor& feats, PDDM_UNIT, const Run& run) {
+// Once its conversions have run, `listed` has what is scored, and makes the gradients of it.
+template <class Listed>
+Gradients backward(const Tensor& feats, PDDM_UNIT, const Listed& listed) {
   std::optional<Call> call(std::in_place, feats, allow_tf32);
   Conversions in(*call);
   std::optional<Tensor> rows = in.dense(feats, call->dtype);
+  std::optional<decltype(listed(*call, in))> run(listed(*call, in));
   UnitTensors tensors(*rows, in, PDDM_UNIT_ARGUMENTS);
   Tensor d_rows = empty(*rows, rows->sizes());
   const UnitGradient gradient = tensors.make_gradient();
-  {
-    const Tensor upstream = dense(weight, call->dtype);
-    // The CPU's backward pass touches only the rows it must.
-    if (call->on_host) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(d_rows.get()));
-    run(*call, Call::rows(*rows), upstream, tensors.unit, d_rows.mutable_data_ptr(), gradient);
-  }
-  // What it took is free for what follows.
-  rows.reset(), call.reset();
+  // The CPU's backward pass touches only the rows it must.
+  if (call->on_host) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(d_rows.get()));
+  (*run)(Call::rows(*rows), tensors.unit, d_rows.mutable_data_ptr(), gradient);
+  // What they took is free for what follows.
+  run.reset(), rows.reset(), call.reset();
   const Call last(feats, allow_tf32);
   Conversions out(last);
   const auto of = [&](int k) { return tensors.gradient(k, out); };
@@ -521,26 +537,63 @@ Gradients backward(const Tensor& weight, const Tensor& feats, PDDM_UNIT, const R
   return gradients;
 }
 
+// Of weights of pairs.
+auto listed_pairs(const Call& call, const Tensor& weight, const Tensor& i, const Tensor& j) {
+  return [&call, weight, i, j](const Rows& rows, const Unit& unit, void* d_rows, const UnitGradient& gradient) {
+    const Pairs pairs = checked_pairs(call, i, j, rows.count, true);
+    STD_TORCH_CHECK(weight.numel() == pairs.count, "pddm: one weight per pair");
+    call.backend->score_pairs_backward(rows, pairs, weight.const_data_ptr(), unit, d_rows, gradient);
+  };
+}
+
 Gradients score_pairs_backward(const Tensor& weight, const Tensor& feats, const Tensor& i, const Tensor& j, PDDM_UNIT) {
-  const Tensor a = dense(i, ScalarType::Long), b = dense(j, ScalarType::Long);
-  return backward(weight, feats, PDDM_UNIT_ARGUMENTS, allow_tf32,
-                  [&](const Call& call, const Rows& rows, const Tensor& upstream, const Unit& unit, void* d_rows,
-                      const UnitGradient& gradient) {
-                    const Pairs pairs = checked_pairs(call, a, b, rows.count, true);
-                    STD_TORCH_CHECK(upstream.numel() == pairs.count, "pddm: one weight per pair");
-                    call.backend->score_pairs_backward(rows, pairs, upstream.const_data_ptr(), unit, d_rows, gradient);
-                  });
+  return backward(feats, PDDM_UNIT_ARGUMENTS, allow_tf32, [&](const Call& call, Conversions& in) {
+    return listed_pairs(call, in.dense(weight, call.dtype), dense(i, ScalarType::Long), dense(j, ScalarType::Long));
+  });
+}
+
+// Of mined quadruplets' scores, of which some have a gradient; the other slots have negative indices.
+Gradients mine_backward(std::optional<Tensor> g_ij, std::optional<Tensor> g_ik, std::optional<Tensor> g_jl,
+                        const Tensor& feats, const Tensor& i, const Tensor& j, const Tensor& k, const Tensor& l,
+                        PDDM_UNIT) {
+  struct Part {
+    const std::optional<Tensor>& weight;
+    const Tensor &first, &second;
+  };
+  const Part parts[] = {{g_ij, i, j}, {g_ik, i, k}, {g_jl, j, l}};
+  const int64_t slots = i.numel();
+  int64_t count = 0;
+  for (const Part& part : parts) {
+    if (!part.weight) continue;
+    count += slots;
+    STD_TORCH_CHECK(part.weight->numel() == slots && part.first.numel() == slots && part.second.numel() == slots &&
+                        same_device(*part.weight, feats) && same_device(part.first, feats) &&
+                        same_device(part.second, feats),
+                    "pddm: the fields of quadruplets must be of one length, on the features' device");
+  }
+  return backward(feats, PDDM_UNIT_ARGUMENTS, allow_tf32, [&](const Call& call, Conversions& in) {
+    Tensor weight = empty(feats, {count}, call.dtype), first = empty(feats, {count}, ScalarType::Long),
+           second = empty(feats, {count}, ScalarType::Long);
+    int64_t at = 0;
+    for (const Part& part : parts) {
+      if (!part.weight) continue;
+      in.copy(*part.weight, weight, at), in.copy(part.first, first, at), in.copy(part.second, second, at);
+      at += slots;
+    }
+    return listed_pairs(call, weight, first, second);
+  });
 }
 
 Gradients score_matrix_backward(const Tensor& weight, const Tensor& feats, int64_t split, PDDM_UNIT) {
-  return backward(weight, feats, PDDM_UNIT_ARGUMENTS, allow_tf32,
-                  [&](const Call& call, const Rows& rows, const Tensor& upstream, const Unit& unit, void* d_rows,
-                      const UnitGradient& gradient) {
-                    const int64_t n = rows.count;
-                    STD_TORCH_CHECK(split <= n && upstream.numel() == (split < 0 ? n * n : split * (n - split)),
-                                    "pddm: one weight per score");
-                    call.backend->score_matrix_backward(rows, split, upstream.const_data_ptr(), unit, d_rows, gradient);
-                  });
+  return backward(feats, PDDM_UNIT_ARGUMENTS, allow_tf32, [&](const Call& call, Conversions& in) {
+    return [&call, split, upstream = in.dense(weight, call.dtype)](const Rows& rows, const Unit& unit, void* d_rows,
+                                                                   const UnitGradient& gradient) {
+      const int64_t n = rows.count;
+      STD_TORCH_CHECK(split <= n && upstream.numel() == (split < 0 ? n * n : split * (n - split)),
+                      "pddm: one weight per score");
+      call.backend->score_matrix_backward(rows, split, upstream.const_data_ptr(), unit, d_rows, gradient);
+    };
+  });
 }
 
 // Mined quadruplets, in whose scores' dtype their loss is computed. What keeps the pointers of `picked` alive.
@@ -657,6 +710,9 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.def("candidates(Tensor products, SymInt first, Tensor weights, Tensor classes, SymInt count) -> Tensor");
   m.def("score_pairs_backward(Tensor weight, Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA
         ") -> " PDDM_GRADIENTS_SCHEMA);
+  m.def(
+      "mine_backward(Tensor? g_ij, Tensor? g_ik, Tensor? g_jl, Tensor feats, Tensor i, Tensor j, Tensor k, Tensor "
+      "l, " PDDM_UNIT_SCHEMA ") -> " PDDM_GRADIENTS_SCHEMA);
   m.def("score_matrix_backward(Tensor weight, Tensor feats, SymInt split, " PDDM_UNIT_SCHEMA
         ") -> " PDDM_GRADIENTS_SCHEMA);
   m.def("quadruplet_loss(" PDDM_PICKED_SCHEMA "float alpha, float beta, float weight) -> (Tensor loss, Tensor open)");
@@ -674,6 +730,7 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.impl("best_asked", TORCH_BOX(&pddm::best_asked));                       \
   m.impl("mine_listed", TORCH_BOX(&pddm::mine_listed));                     \
   m.impl("score_pairs_backward", TORCH_BOX(&pddm::score_pairs_backward));   \
+  m.impl("mine_backward", TORCH_BOX(&pddm::mine_backward));                 \
   m.impl("score_matrix_backward", TORCH_BOX(&pddm::score_matrix_backward)); \
   m.impl("quadruplet_loss", TORCH_BOX(&pddm::quadruplet_loss));             \
   m.impl("quadruplet_loss_backward", TORCH_BOX(&pddm::quadruplet_loss_backward))

@@ -21,15 +21,15 @@ struct Classes {
   int *of, *begins, *sizes, *order;  // of every row its class and where that begins in the order, and its length
 };
 
-// `count` numbers in another type.
-enum class Number { float32, float64, bfloat16, float16 };
+// `count` numbers in another type or, of whole ones, in their own.
+enum class Number { float32, float64, bfloat16, float16, int64 };
 struct Conversion {
   const void* from;
   void* to;
   int64_t count;
   Number from_type, to_type;
 };
-constexpr int kConversions = 10;  // at once: two arrays of rows and a unit's parameters
+constexpr int kConversions = 18;  // at once: rows, a unit's parameters, and three lists of weights and pairs
 
 // What this backend does besides.
 class DeviceBackend : public Backend {

@@ -32,6 +32,7 @@ __device__ __forceinline__ void write_number(void* to, Number type, int64_t at, 
     case Number::float32: static_cast<float*>(to)[at] = rounded; break;
     case Number::bfloat16: static_cast<uint16_t*>(to)[at] = uint16_t(pack(Bf16{}, rounded, 0.0f)); break;
     case Number::float16: static_cast<uint16_t*>(to)[at] = uint16_t(pack(F16{}, rounded, 0.0f)); break;
+    case Number::int64: break;  // never of these
   }
 }
 
@@ -43,7 +44,10 @@ static __global__ void __launch_bounds__(kConvertThreads) convert_kernel(const _
 #pragma unroll
   for (int part = 0; part < kConvertEach; ++part) {
     const int64_t at = first + part * kConvertThreads;
-    if (at < conversion.count)
+    if (at >= conversion.count) continue;
+    if (conversion.from_type == Number::int64)
+      static_cast<int64_t*>(conversion.to)[at] = static_cast<const int64_t*>(conversion.from)[at];
+    else
       write_number(conversion.to, conversion.to_type, at, read_number(conversion.from, conversion.from_type, at));
   }
 }
