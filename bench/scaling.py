@@ -275,8 +275,8 @@ def measure() -> dict[str, Any]:
 PLAN = {"rows": (2**16, 2**18, 10**6), "processes": 256, "candidates": 32}
 #: Bytes a second that a GPU is taken to receive from beyond its machine: 400 Gbit/s, of which it gets 80 %.
 LINK = 0.8 * 400e9 / 8
-#: Of an H100, by its data sheet, of which 70 % are taken to be had; and how often candidates.py goes through products.
-MEMORY, PASSES = 0.7 * 3.35e12, 6
+#: Of an H100, by its data sheet, of which 70 % are taken to be had; and how often products are written or read.
+MEMORY, PASSES = 0.7 * 3.35e12, 3
 
 
 def plan(cuda: dict[str, Any], dim: int) -> list[dict[str, float]]:
@@ -285,7 +285,7 @@ def plan(cuda: dict[str, Any], dim: int) -> list[dict[str, float]]:
     (what,) = (what for what in forward if f"m={dim}, bfloat16" in what and "beside" not in what)
     of = int(what.partition("n=")[2].partition(",")[0])
     rate = of**2 / 2 * operations(dim) / (forward[what]["milliseconds"]["ours"] / 1e3)
-    dots = 1e12 * next(row["matmul_tflops"] for what, row in forward.items() if what.endswith("float32"))
+    dots = 1e12 * next(row["matmul_tflops"] for row in forward.values() if "matmul_tflops" in row)  # of bfloat16
     found, world = [], PLAN["processes"]
     for n in PLAN["rows"]:  # type: ignore[attr-defined]
         pairs, products = n**2 / 2 / world, n**2 / world

@@ -103,7 +103,7 @@ def lists(feats: Tensor, labels: Tensor, count: int) -> Tensor:
     of_all, at_once = unit.T, _at_once(unit)
     parts = [
         torch.ops.pddm.candidates(_products(unit[at : at + at_once], of_all), at, weights, classes, count)
-        for at in range(0, n, at_once)
+        for at in range(0, max(1, n), at_once)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -117,7 +117,7 @@ def _products(rows: Tensor, others: Tensor) -> Tensor:
 
 def _at_once(others: Tensor) -> int:
     """How many rows have their dot products with so many others in memory."""
-    return max(1, (_ENTRIES if others.device.type == "cpu" else _ENTRIES_OF_GPU) // len(others))
+    return max(1, (_ENTRIES if others.device.type == "cpu" else _ENTRIES_OF_GPU) // max(1, len(others)))
 
 
 def _mine(feats: Tensor, labels: Tensor, *unit_mode_and_count: Any) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -134,6 +135,7 @@ class Call {
 
 #if defined(PDDM_CUDA)
   // Where it is no tensor of the CPU's that is asked about, but for the emulation.
+  bool owns(const Tensor& t) const { return same_device(t, *like_); }
 #if defined(PDDM_EMULATED)
   bool has_device() const { return true; }
 #else
@@ -173,6 +175,7 @@ class Conversions {
 #if defined(PDDM_CUDA)
     const std::optional<cuda::Number> from = number(t.scalar_type()), to = number(dtype);
     if (call_.has_device() && from && to && from != to && t.is_contiguous()) {
+      STD_TORCH_CHECK(call_.owns(t), "pddm: tensors must be on one device");
       Tensor made = empty(t, t.sizes(), dtype);
       add(t, made.mutable_data_ptr(), *from, *to);
       return made;
@@ -337,7 +340,8 @@ std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& gallery, in
   Call call(queries, allow_tf32);
   Conversions conversions(call);
   const Tensor q = conversions.dense(queries, call.dtype), g = conversions.dense(gallery, call.dtype);
-  STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == q.size(1), "pddm: queries and gallery differ in dimension");
+  STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == q.size(1) && same_device(g, q),
+                  "pddm: queries and gallery differ in dimension or device");
   STD_TORCH_CHECK(k >= 0 && k <= g.size(0), "pddm: k is ", k, " and the gallery has ", g.size(0), " rows");
   const UnitTensors tensors(q, conversions, PDDM_UNIT_ARGUMENTS);
   Tensor scores = empty(q, {q.size(0), k}, call.dtype);
@@ -468,6 +472,7 @@ std::tuple<Tensor, Tensor, Tensor> candidate_rows(const Tensor& feats, const Ten
   STD_TORCH_CHECK(rows.dim() == 2 && y.numel() == rows.size(0) && same_device(rows, y),
                   "pddm: one label per row, on its device");
   const int64_t n = rows.size(0);
+  STD_TORCH_CHECK(n <= std::numeric_limits<int>::max(), "pddm: more than 2^31 rows");
   Tensor to = empty(rows, rows.sizes(), feats.scalar_type()), weights = empty(rows, {n});
   Tensor classes = empty(rows, {4, n}, ScalarType::Int);
   call.device().candidate_rows(Call::rows(rows), rows.size(1), static_cast<const int64_t*>(y.const_data_ptr()),
@@ -481,7 +486,7 @@ Tensor candidates(const Tensor& products, int64_t first, const Tensor& weights, 
   const Tensor given = dense(products, dtype), factors = dense(weights, dtype), of = dense(classes, ScalarType::Int);
   STD_TORCH_CHECK(given.dim() == 2, "pddm: products must be a matrix");
   const int64_t rows = given.size(0), n = given.size(1);
-  STD_TORCH_CHECK(first >= 0 && first + rows <= n && factors.numel() == n && of.numel() == 4 * n &&
+  STD_TORCH_CHECK(first >= 0 && first <= n - rows && factors.numel() == n && of.numel() == 4 * n &&
                       same_device(given, factors) && same_device(given, of),
                   "pddm: products of rows ", first, " and following, with a weight and a class for each column");
   STD_TORCH_CHECK(count > 0, "pddm: count is ", count);

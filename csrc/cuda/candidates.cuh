@@ -20,13 +20,20 @@ struct HalfStorage {
   static constexpr bool kScaled = true;
   __device__ static Bits bits(float x) { return Bits(pack(Half{}, x, 0.0f)); }
 };
+// kNorm is the power of two that a scaled row's norm reaches. Float16 has few numbers below 1, and products up to 65504
+// if sums are of its own.
 template <>
-struct Storage<Bf16> : HalfStorage<Bf16> {};
+struct Storage<Bf16> : HalfStorage<Bf16> {
+  static constexpr int kNorm = 0;
+};
 template <>
-struct Storage<F16> : HalfStorage<F16> {};
+struct Storage<F16> : HalfStorage<F16> {
+  static constexpr int kNorm = 6;
+};
 
 // Unit rows, which half precisions would round: there it is rows times a power of two, which leaves their numbers as
-// they are, and `weights` what remains. A row that is not finite is of class −1. A warp for each row.
+// they are (of float16 all but those 2^-20 of the norm and less), and `weights` what remains. A row that is not finite
+// is of class −1. A warp for each row.
 template <class Real, class Stored>
 __global__ void __launch_bounds__(kPrepareThreads)
     candidate_rows_kernel(const Real* rows, int64_t n, int dim, const int64_t* labels,
@@ -42,9 +49,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
   Real weight = 1;
   if constexpr (Storage<Stored>::kScaled) {
     const uint32_t exponent = __float_as_uint(norm) >> 23;  // of 2^(exponent − 127)
-    const bool usual = exponent > 0 && exponent < 254;
-    const float scale = usual ? __uint_as_float((254 - exponent) << 23) : norm < 1 ? 1.0f : 0.0f;
-    weight = (usual ? __uint_as_float(exponent << 23) : 1.0f) / divisor;
+    constexpr uint32_t kNorm = Storage<Stored>::kNorm;
+    const bool usual = exponent > kNorm && exponent < 254;
+    const float scale = usual ? __uint_as_float((254 - exponent + kNorm) << 23) : norm < 1 ? 1.0f : 0.0f;
+    weight = (usual ? __uint_as_float((exponent - kNorm) << 23) : 1.0f) / divisor;
     for (int k = lane_index(); k < dim; k += kWarp) to[row * dim + k] = Storage<Stored>::bits(x[k] * scale);
   } else {
     for (int k = lane_index(); k < dim; k += kWarp) to[row * dim + k] = Storage<Stored>::bits(x[k] / divisor);
@@ -62,6 +70,12 @@ __global__ void __launch_bounds__(kPrepareThreads)
   weights[row] = weight;
   classes.of[row] = finite ? lower : -1;
   classes.begins[row] = lower, classes.sizes[row] = all, classes.order[lower + before] = int(row);
+}
+
+__device__ inline void refuse_class(int64_t row, int64_t rows) {
+  printf("pddm: the class of row %lld names what is not there, of %lld rows\n", static_cast<long long>(row),
+         static_cast<long long>(rows));
+  __trap();
 }
 
 // Of products with rows of other classes, and with those of its own, of which the least have the largest words.
@@ -85,13 +99,17 @@ template <class Real>
 struct OwnWords {
   const Real *products, *weights;
   const int* rows;
-  int64_t own;
+  int64_t own, all;
 
   struct Column {
     Real product, weight;
     int row;
   };
-  __device__ Column read(int64_t at) const { return {products[rows[at]], weights[rows[at]], rows[at]}; }
+  __device__ Column read(int64_t at) const {
+    const int row = rows[at];
+    if (row < 0 || row >= all) refuse_class(own, all);
+    return {products[row], weights[row], row};
+  }
   __device__ PartWord<Real> word(const Column& column) const {
     const PartWord<Real> word = part_word(-(column.product * column.weight));
     return column.row == own ? 0 : word;
@@ -111,8 +129,9 @@ __global__ void __launch_bounds__(kLargestThreads)
   const OtherWords<Real> others{from, weights, classes.of, classes.of[row]};
   put_largest<Real>(shared, others, n, count, [&](int64_t place, int64_t column) { near[place] = column; });
 
-  const int* const own = classes.order + classes.begins[row];
-  const int64_t all = classes.sizes[row];
+  const int64_t begin = classes.begins[row], all = classes.sizes[row];
+  if (begin < 0 || all < 1 || all > n - begin) refuse_class(row, n);
+  const int* const own = classes.order + begin;
   if (all <= count + 1) {  // itself skipped
     for (int64_t at = threadIdx.x; at < count; at += kLargestThreads) {
       const int64_t next = at + 1;
@@ -121,7 +140,7 @@ __global__ void __launch_bounds__(kLargestThreads)
     return;
   }
   __syncthreads();
-  const OwnWords<Real> positives{from, weights, own, row};
+  const OwnWords<Real> positives{from, weights, own, row, n};
   put_largest<Real>(shared, positives, all, count,
                     [&](int64_t place, int64_t at) { far[place] = at < 0 ? -1 : own[at]; });
 }

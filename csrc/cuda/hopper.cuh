@@ -21,10 +21,6 @@
 #include "score.cuh"
 #include "warpgroup.cuh"
 
-#if defined(PDDM_EMULATED) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define PDDM_WARPGROUPS_HERE
-#endif
-
 namespace pddm::cuda {
 
 // Tiles of weights in shared memory.

@@ -16,6 +16,7 @@
 
 #include "launch.cuh"
 #include "score.cuh"
+#include "warpgroup.cuh"
 
 namespace pddm::cuda {
 
@@ -398,44 +399,64 @@ class ProductSums<A, S, LeftAlongInputs, RightAlongInputs, Number, false> {
 template <class Sums>
 constexpr int kStageBytes = Sums::Left::kBytes + Sums::Right::kBytes;
 
-template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs, class Number>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    multiply_kernel(const __grid_constant__ Operand<Kept<A>> left, const __grid_constant__ Operand<Kept<A>> right,
-                    const __grid_constant__ Output<typename A::Real, Number> out) {
-  using Real = typename A::Real;
-  using Sums = ProductSums<A, S, LeftAlongInputs, RightAlongInputs, Number>;
-  unsigned char* const shared = shared_memory();
+// What a block multiplies: from which output and which input on, and how many stages of these.
+struct Cut {
+  int64_t part, first_row, first_column, first_input;
+  int tiles;
+};
+template <class A, class S, class Number>
+__device__ __forceinline__ Cut cut_of_block(const Operand<Kept<A>>& left, const Operand<Kept<A>>& right,
+                                            const Output<typename A::Real, Number>& out) {
   const int64_t across = (right.rows + S::kOutputs - 1) / S::kOutputs, down = (left.rows + S::kPairs - 1) / S::kPairs;
   const int64_t part = blockIdx.x / (across * down), block = blockIdx.x % (across * down);
-  const int64_t first_row = block / across * S::kPairs, first_column = block % across * S::kOutputs;
   const int64_t all = (left.inputs + kDepth<A> - 1) / kDepth<A>, most = (all + out.parts - 1) / out.parts;
   const int64_t first = part * most, remaining = all - first;
-  const int tiles = int(remaining < 0 ? 0 : remaining < most ? remaining : most);
+  return {part, block / across * S::kPairs, block % across * S::kOutputs, first * kDepth<A>,
+          int(remaining < 0      ? 0
+              : remaining < most ? remaining
+                                 : most)};
+}
 
-  typename Sums::Left from_left(left, first_row, first * kDepth<A>);
-  typename Sums::Right from_right(right, first_column, first * kDepth<A>);
-  int copied = 0, stage = 0;  // tiles asked for; the stage after the last of them
-  const auto after = [](int s) { return s + 1 == S::kStages ? 0 : s + 1; };
-  const auto copy = [&] {
-    if (copied < tiles) {
-      unsigned char* const to = shared + stage * kStageBytes<Sums>;
-      from_left.copy(to), from_right.copy(to + Sums::Left::kBytes);
+// Copies of stages, in turn, ahead of their multiplication.
+template <class Sums, int Stages>
+class Copies {
+ public:
+  template <class Number>
+  __device__ __forceinline__ Copies(unsigned char* shared, const Operand<Number>& left, const Operand<Number>& right,
+                                    const Cut& cut)
+      : shared_(shared),
+        left_(left, cut.first_row, cut.first_input),
+        right_(right, cut.first_column, cut.first_input),
+        remaining_(cut.tiles) {}
+
+  __device__ __forceinline__ void next() {
+    if (remaining_ > 0) {
+      unsigned char* const to = shared_ + stage_ * kStageBytes<Sums>;
+      left_.copy(to), right_.copy(to + Sums::Left::kBytes);
     }
     commit_copies();
-    ++copied, stage = after(stage);
-  };
-  Sums sums;
-  for (int ahead = 0; ahead < S::kStages - 1; ++ahead) copy();
-  for (int tile = 0; tile < tiles; ++tile) {
-    wait_copies<S::kStages - 2>();
-    __syncthreads();
-    const unsigned char* const now = shared + after(stage) * kStageBytes<Sums>;
-    copy();
-    sums.multiply(now, now + Sums::Left::kBytes);
+    --remaining_, stage_ = stage_ + 1 == Stages ? 0 : stage_ + 1;
   }
-  sums.finish();
+  // The stage `Ahead` before the last that was asked for.
+  template <int Ahead>
+  __device__ __forceinline__ const unsigned char* now() const {
+    const int stage = stage_ - 1 - Ahead;
+    return shared_ + (stage < 0 ? stage + Stages : stage) * kStageBytes<Sums>;
+  }
 
-  Number* const to = out.to + part * out.part_pitch;
+ private:
+  unsigned char* const shared_;
+  typename Sums::Left left_;
+  typename Sums::Right right_;
+  int remaining_, stage_ = 0;
+};
+
+template <class Sums, class A, class S, class Number>
+__device__ __forceinline__ void put_sums(Sums& sums, const Operand<Kept<A>>& left, const Operand<Kept<A>>& right,
+                                         const Output<typename A::Real, Number>& out, const Cut& cut) {
+  using Real = typename A::Real;
+  const int64_t first_row = cut.first_row, first_column = cut.first_column;
+  Number* const to = out.to + cut.part * out.part_pitch;
   constexpr int kBeside = Sums::kBeside, kAcross = Sums::kAcross, kRuns = Sums::kRuns;
   const bool aligned = out.pitch % kBeside == 0 && reinterpret_cast<uintptr_t>(to) % (kBeside * sizeof(Number)) == 0;
   const auto write = [&](auto full) {
@@ -482,10 +503,96 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 }
 
 template <class A, class S, bool LeftAlongInputs, bool RightAlongInputs, class Number>
-void multiply_by(const Context& context, const Operand<Kept<A>>& left, const Operand<Kept<A>>& right,
-                 const Output<typename A::Real, Number>& out) {
-  constexpr int kBytes = S::kStages * kStageBytes<ProductSums<A, S, LeftAlongInputs, RightAlongInputs, Number>>;
-  const auto kernel = multiply_kernel<A, S, LeftAlongInputs, RightAlongInputs, Number>;
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+    multiply_kernel(const __grid_constant__ Operand<Kept<A>> left, const __grid_constant__ Operand<Kept<A>> right,
+                    const __grid_constant__ Output<typename A::Real, Number> out) {
+  using Sums = ProductSums<A, S, LeftAlongInputs, RightAlongInputs, Number>;
+  constexpr int kAhead = S::kStages - 1;
+  const Cut cut = cut_of_block<A, S>(left, right, out);
+  Copies<Sums, S::kStages> copies(shared_memory(), left, right, cut);
+  Sums sums;
+  for (int ahead = 0; ahead < kAhead; ++ahead) copies.next();
+  for (int tile = 0; tile < cut.tiles; ++tile) {
+    wait_copies<kAhead - 1>();
+    __syncthreads();
+    copies.next();
+    const unsigned char* const now = copies.template now<kAhead>();
+    sums.multiply(now, now + Sums::Left::kBytes);
+  }
+  sums.finish();
+  put_sums<Sums, A, S>(sums, left, right, out, cut);
+}
+
+// --- By the instructions of four warps, which have both operands in shared memory, of bfloat16 along inputs ----------
+
+// Each warpgroup has 64 rows and all of the columns.
+template <class A, class S, class Number>
+class WarpgroupSums {
+  static_assert(S::kThreads == S::kPairs / 64 * kWarpgroup, "a warpgroup has 64 rows");
+  static constexpr int kRightNeighbours = 8 / int(sizeof(Number));  // outputs fill 16 bytes
+
+ public:
+  static constexpr int kBeside = 2 * kRightNeighbours, kAcross = 4 * kBeside, kRuns = S::kOutputs / kAcross;
+  using Left = Side<A, S::kPairs, S::kThreads, 1, 1, true>;
+  using Right = Side<A, S::kOutputs, S::kThreads, kRightNeighbours, 2, true>;
+
+  // Begins with a stage's products.
+  __device__ __forceinline__ void begin(const unsigned char* left, const unsigned char* right) {
+    const int warpgroup = fresh_thread_index() / kWarpgroup;
+    const Descriptor a = descriptor(left + warpgroup * 64 * kRowBytes), b = descriptor(right);
+    begin_products();
+    multiply_add(typename A::Operand{}, sum_, a, b, true);
+    multiply_add(typename A::Operand{}, sum_, a + 2, b + 2, true);
+    commit_products();
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) {
+    const int thread = fresh_thread_index(), lane = thread % kWarp;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float runs[kRuns][kBeside];
+#pragma unroll
+      for (int c = 0; c < S::kOutputs / 4; ++c) runs[c / kBeside][c % kBeside] = sum_[c / 2 * 4 + r * 2 + c % 2];
+      f(thread / kWarp * 16 + r * 8 + lane / 4, lane % 4 * kBeside, runs);
+    }
+  }
+
+ private:
+  float sum_[S::kOutputs / 2] = {};
+};
+
+// A stage's products are under way while the next one's begin, and a stage is filled anew when those after the next
+// begin.
+template <class A, class S, class Number>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+    hopper_multiply_kernel(const __grid_constant__ Operand<Kept<A>> left,
+                           const __grid_constant__ Operand<Kept<A>> right,
+                           const __grid_constant__ Output<typename A::Real, Number> out) {
+#if defined(PDDM_WARPGROUPS_HERE)
+  using Sums = WarpgroupSums<A, S, Number>;
+  constexpr int kAhead = S::kStages - 2;
+  const Cut cut = cut_of_block<A, S>(left, right, out);
+  Copies<Sums, S::kStages> copies(aligned_shared_memory(), left, right, cut);
+  Sums sums;
+  for (int ahead = 0; ahead < kAhead; ++ahead) copies.next();
+  for (int tile = 0; tile < cut.tiles; ++tile) {
+    wait_copies<kAhead - 1>();
+    show_to_matrix_unit();
+    __syncthreads();
+    const unsigned char* const now = copies.template now<kAhead - 1>();
+    sums.begin(now, now + Sums::Left::kBytes);
+    copies.next();
+    wait_products<1>();
+  }
+  wait_products<0>();
+  put_sums<Sums, A, S>(sums, left, right, out, cut);
+#endif
+}
+
+template <class Sums, class S, class Kernel, class Left, class Out>
+void launch_product(const Context& context, Kernel kernel, const Left& left, const Left& right, const Out& out) {
+  constexpr int kBytes = S::kStages * kStageBytes<Sums>;
   if (kBytes > 48 << 10)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "shared memory was refused");
@@ -493,17 +600,43 @@ void multiply_by(const Context& context, const Operand<Kept<A>>& left, const Ope
                  S::kThreads, kBytes, left, right, out);
 }
 
-// In one order of sums whatever the blocks.
+#if defined(PDDM_WARPGROUPS)
+// The wide one reads left operands half as often.
+using WideWarpgroupProduct = Shape<128, 256, 8, 1, 6, 1>;
+using WarpgroupProduct = Shape<128, 128, 8, 1, 4, 2>;
+#endif
+
+// In one order of sums whatever the blocks, but for those that are multiplied by warpgroups.
 template <class A, bool LeftAlongInputs = true, bool RightAlongInputs = true, class Number = typename A::Real>
 void multiply(const Context& context, const Operand<Kept<A>>& left, const Operand<Kept<A>>& right,
               const Output<typename A::Real, Number>& out) {
+  const auto by = [&](auto shape) {
+    using S = decltype(shape);
+    launch_product<ProductSums<A, S, LeftAlongInputs, RightAlongInputs, Number>, S>(
+        context, multiply_kernel<A, S, LeftAlongInputs, RightAlongInputs, Number>, left, right, out);
+  };
   if constexpr (A::kTensor) {
     using L = LargeProduct<A>;
     const int64_t large = out.parts * divided_up(left.rows, L::kPairs) * divided_up(right.rows, L::kOutputs);
-    if (std::min(left.rows, right.rows) > 64 && 2 * large > context.attribute(cudaDevAttrMultiProcessorCount))
-      return multiply_by<A, L, LeftAlongInputs, RightAlongInputs>(context, left, right, out);
+    if (std::min(left.rows, right.rows) > 64 && 2 * large > context.attribute(cudaDevAttrMultiProcessorCount)) {
+#if defined(PDDM_WARPGROUPS)
+      if constexpr (kNarrow<A> && LeftAlongInputs && RightAlongInputs && sizeof(Number) == 2) {
+        const auto by_warpgroups = [&](auto shape) {
+          using S = decltype(shape);
+          launch_product<WarpgroupSums<A, S, Number>, S>(context, hopper_multiply_kernel<A, S, Number>, left, right,
+                                                         out);
+        };
+        if (has_warpgroups(context.device())) {
+          const bool wide =
+              divided_up(right.rows, 128) % 2 == 0 && large >= 2 * context.attribute(cudaDevAttrMultiProcessorCount);
+          return wide ? by_warpgroups(WideWarpgroupProduct{}) : by_warpgroups(WarpgroupProduct{});
+        }
+      }
+#endif
+      return by(L{});
+    }
   }
-  multiply_by<A, SmallProduct<A>, LeftAlongInputs, RightAlongInputs>(context, left, right, out);
+  by(SmallProduct<A>{});
 }
 
 }  // namespace pddm::cuda

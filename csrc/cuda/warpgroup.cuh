@@ -7,6 +7,11 @@
 
 #include "tile.cuh"
 
+// Where kernels that are made of it have a body.
+#if defined(PDDM_EMULATED) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PDDM_WARPGROUPS_HERE
+#endif
+
 namespace pddm::cuda {
 
 constexpr int kWarpgroup = 4 * kWarp;

@@ -85,6 +85,7 @@ void run_thread(void* context) {
   thread.kernel = &kernel;
   thread.slots = kernel.initial, thread.parameters = call.parameters, thread.printed.clear();
   thread.shared = emulation::shared_memory(), thread.shared_bytes = call.shared_bytes;
+  thread.copied.clear(), thread.copy_groups = 0;
   thread.stored.clear(), thread.fenced.clear(), thread.products.clear(), thread.busy.clear();
   thread.jumps = thread.groups = 0;
   thread.local.assign(kernel.local_bytes, 0xFF);

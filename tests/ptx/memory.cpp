@@ -1,4 +1,5 @@
 // Loads, stores, atomics, asynchronous copies, and addresses from one space to another.
+#include <algorithm>
 #include <cstdio>
 
 #include "module.h"
@@ -98,11 +99,24 @@ void atomic_max(Thread& thread, const Instruction& i) {
 
 void copy(Thread& thread, const Instruction& i) {
   if (i.operands[6] != 16) throw Fault("a copy of " + std::to_string(i.operands[6]) + " bytes; accepted is 16");
+  const size_t before = thread.stored.size();
   unsigned char* const to = thread.memory(Space::shared, thread.address(i.operands), 16, true);
+  for (; thread.stored.size() > before; thread.stored.pop_back())
+    thread.copied.push_back({thread.stored.back(), thread.copy_groups});
   emulation::copy_async(to, thread.memory(Space::global, thread.address(i.operands + 3), 16, false));
 }
-void commit(Thread&, const Instruction&) { emulation::commit_copies(); }
-void wait(Thread&, const Instruction& i) { emulation::wait_copies(int(i.operands[0])); }
+void commit(Thread& thread, const Instruction&) {
+  ++thread.copy_groups;
+  emulation::commit_copies();
+}
+void wait(Thread& thread, const Instruction& i) {
+  const int pending = int(i.operands[0]);
+  const auto end = std::find_if(thread.copied.begin(), thread.copied.end(),
+                                [&](const Thread::Copied& copy) { return copy.group >= thread.copy_groups - pending; });
+  for (auto copy = thread.copied.begin(); copy != end; ++copy) thread.stored.push_back(copy->stores);
+  thread.copied.erase(thread.copied.begin(), end);
+  emulation::wait_copies(pending);
+}
 
 template <uint64_t window>
 void to_generic(Thread& thread, const Instruction& i) {

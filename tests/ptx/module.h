@@ -160,6 +160,13 @@ struct Thread {
     int group, sums, left;
   };
   std::vector<std::pair<uint32_t, uint32_t>> stored;
+  // The same of copies, which store when they are waited for, by the group that they belong to.
+  struct Copied {
+    std::pair<uint32_t, uint32_t> stores;
+    int group;
+  };
+  std::vector<Copied> copied;
+  int copy_groups;
   std::vector<uint64_t> fenced;
   std::vector<Product> products;
   std::vector<uint8_t> busy;  // slots, while there are products: kSum, kLeft

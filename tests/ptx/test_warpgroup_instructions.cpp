@@ -325,6 +325,14 @@ void check_products() {
   refused("shown by all but one",
           with(&Pieces::show, "setp.ne.s32 %p3, %thread, 3;\n@%p3 fence.proxy.async.shared::cta;\n"),
           "was stored and not shown");
+  const std::string copy =
+                        "setp.eq.s32 %p3, %thread, 3;\n@%p3 st.global.u32 [%to], 77;\n@%p3 cp.async.cg.shared.global "
+                        "[%at+9248], [%to], 16;\n"
+                        "cp.async.commit_group;\n",
+                    shown = "fence.proxy.async.shared::cta;\n", waited = "cp.async.wait_group 0;\n";
+  refused("copied after it was shown", with(&Pieces::show, copy + shown + waited), "was stored and not shown");
+  const Ran copied = multiplied(false, 64, true, true, with(&Pieces::show, copy + waited + shown));
+  CHECK(copied.error.empty(), "%s", copied.error.c_str());
   refused("no fence", with(&Pieces::begin, ""), "no wgmma.fence before it");
   refused("a written after the fence", with(&Pieces::begin, "wgmma.fence.sync.aligned;\nmov.b32 %r2, 5;\n"),
           "was written to since the last wgmma.fence");
