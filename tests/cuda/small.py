@@ -38,4 +38,7 @@ with torch.no_grad():
     alike, labels = torch.ones(700, 9, device="cuda"), torch.arange(700, device="cuda") // 3
     for candidates in (9, 140):
         pddm_ext.PDDM(9).cuda().mine(alike, labels, mode="anchor", candidates=candidates)
+# Products of a backward pass by warpgroups, in both of their shapes.
+unit, feats = pddm_ext.PDDM(40, 128, 130).cuda(), torch.randn(200, 40, device="cuda").bfloat16().requires_grad_()
+pddm_ext.score_matrix(feats, unit).float().sum().backward()
 torch.cuda.synchronize()

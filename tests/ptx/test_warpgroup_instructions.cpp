@@ -329,9 +329,11 @@ void check_products() {
                         "setp.eq.s32 %p3, %thread, 3;\n@%p3 st.global.u32 [%to], 77;\n@%p3 cp.async.cg.shared.global "
                         "[%at+9248], [%to], 16;\n"
                         "cp.async.commit_group;\n",
-                    shown = "fence.proxy.async.shared::cta;\n", waited = "cp.async.wait_group 0;\n";
-  refused("copied after it was shown", with(&Pieces::show, copy + shown + waited), "was stored and not shown");
-  const Ran copied = multiplied(false, 64, true, true, with(&Pieces::show, copy + waited + shown));
+                    sync = "bar.sync 0;\n", shown = "fence.proxy.async.shared::cta;\n",
+                    waited = "cp.async.wait_group 0;\n";
+  refused("copied after it was shown", with(&Pieces::sync, sync + copy + shown + waited + sync),
+          "was stored and not shown");
+  const Ran copied = multiplied(false, 64, true, true, with(&Pieces::sync, sync + copy + waited + shown + sync));
   CHECK(copied.error.empty(), "%s", copied.error.c_str());
   refused("no fence", with(&Pieces::begin, ""), "no wgmma.fence before it");
   refused("a written after the fence", with(&Pieces::begin, "wgmma.fence.sync.aligned;\nmov.b32 %r2, 5;\n"),
