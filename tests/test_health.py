@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pddm_ext
-from helpers import MODES, host_only, kill_relus, make_features, make_labels, make_unit
+from helpers import DEVICE, MODES, host_only, kill_relus, make_features, make_labels, make_unit
 from pddm_ext import HealthError, HealthWarning, health, reference, set_health_checks
 
 pytestmark = host_only("a GPU's batches are looked at later; see the end of this file for how")
@@ -70,11 +70,11 @@ cancelling = torch.cat([broken(slice(0, 1), torch.inf), broken(slice(0, 1), -tor
 ill("both infinities", cancelling, "2 of 32 rows of feats are not finite", torch.cat([LABELS, LABELS]))
 ill("unit NaN", X, "parameters that are not finite (c.bias)", unit=with_broken_unit(torch.nan, "c.bias"))
 ill("unit infinite", X, "parameters that are not finite (s.weight)", unit=with_broken_unit(torch.inf, "s.weight"))
-ill("no positive", X, "16 labelled rows and no two of one class", torch.arange(16))
+ill("no positive", X, "16 labelled rows and no two of one class", torch.arange(16, device=DEVICE))
 ill("one row", X[:1], "1 labelled rows and no two of one class", LABELS[:1])
-ill("one class", X, "all 16 labelled rows of the batch are of one class", torch.full((16,), -7))
+ill("one class", X, "all 16 labelled rows of the batch are of one class", torch.full((16,), -7, device=DEVICE))
 ill("equal", X[:1].expand(16, 6), "all 16 rows of feats point the same way")
-lengths = 2.0 ** (torch.arange(16) % 5)[:, None]
+lengths = 2.0 ** (torch.arange(16, device=DEVICE) % 5)[:, None]
 ill("equal but for length", X[:1] * lengths, "all 16 rows of feats point the same way")
 ill("zero", X * 0, "all 16 rows of feats point the same way")
 ill("no norm", X * 1e30, "all 16 rows of feats point the same way (or are too small or large to have a norm)")
