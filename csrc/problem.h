@@ -71,8 +71,8 @@ struct Margins {
   double alpha, beta, weight;  // of the scores, of the squared distances, and the weight of these
 };
 
-// Of every row a list of rows, in ascending order, −1 after: (rows, room). From entry `split` on it is a second list,
-// of rows that are none of the first, as the row is none of the first of theirs.
+// Of every row a list of rows, in ascending order, −1 after: (rows, room). From entry `split` on it is a second list: a
+// row that another one names in its first list has that one in its own first list or not at all.
 struct Asked {
   const int64_t* lists;
   int64_t rows, room, split;

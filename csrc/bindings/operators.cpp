@@ -110,9 +110,8 @@ class Call {
   Call(const Tensor& feats, bool allow_tf32) : Call(feats, precision_of(feats, allow_tf32)) {
     STD_TORCH_CHECK(feats.dim() == 2, "pddm: features must be a matrix");
   }
-  Call(const Tensor& like, Precision wanted) : precision(wanted), dtype(storage_of(precision)) {
+  Call(const Tensor& like, Precision wanted) : precision(wanted), dtype(storage_of(precision)), like_(&like) {
 #if defined(PDDM_CUDA)
-    like_ = &like;
     caller_ = {0, nullptr, allocate, this, kSlab};
 #if defined(PDDM_EMULATED)
     backend = cuda::make_backend(precision, caller_);
@@ -133,20 +132,23 @@ class Call {
   }
   Call(const Call&) = delete;
 
-#if defined(PDDM_CUDA)
-  // Where it is no tensor of the CPU's that is asked about, but for the emulation.
+  // Whether it is where the call's arrays are.
   bool owns(const Tensor& t) const { return same_device(t, *like_); }
+
+#if defined(PDDM_CUDA)
 #if defined(PDDM_EMULATED)
   bool has_device() const { return true; }
 #else
   bool has_device() const { return !on_host; }
 #endif
+  // Where there is one.
   const cuda::DeviceBackend& device() const { return static_cast<const cuda::DeviceBackend&>(*backend); }
 #endif
 
   static Rows rows(const Tensor& dense) { return {dense.const_data_ptr(), dense.size(0)}; }
 
  private:
+  const Tensor* like_;  // the caller's
   Parallel parallel_{};
 #if defined(PDDM_CUDA)
   // Of a small batch's scratch, which is then one allocation.
@@ -160,7 +162,6 @@ class Call {
   }
 
   cuda::Caller caller_{};
-  const Tensor* like_ = nullptr;  // the caller's
   std::vector<Tensor> scratch_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 #endif
@@ -248,7 +249,7 @@ class UnitTensors {
 
   Unit unit;
 
-  // Gradients in the arrays' type, to be filled; `cast` gives them the parameters' own.
+  // Gradients in the arrays' type, to be filled; `gradient` gives them the parameters' own.
   UnitGradient make_gradient() {
     for (int k = 0; k < 8; ++k) gradient_[k] = empty(dense_[k], dense_[k].sizes());
     void* to[8];
@@ -268,7 +269,8 @@ class UnitTensors {
 
 // Another device's indices are checked by its kernels, as torch's own indexing does.
 Pairs checked_pairs(const Call& call, const Tensor& i, const Tensor& j, int64_t n, bool skip_negative) {
-  STD_TORCH_CHECK(i.numel() == j.numel(), "pddm: i and j must be of one length");
+  STD_TORCH_CHECK(i.numel() == j.numel() && call.owns(i) && call.owns(j),
+                  "pddm: i and j must be of one length, on the features' device");
   const Pairs pairs{static_cast<const int64_t*>(i.const_data_ptr()), static_cast<const int64_t*>(j.const_data_ptr()),
                     i.numel()};
   for (int64_t t = 0; call.on_host && t < pairs.count; ++t) {
@@ -546,7 +548,7 @@ Gradients backward(const Tensor& feats, PDDM_UNIT, const Listed& listed) {
 auto listed_pairs(const Call& call, const Tensor& weight, const Tensor& i, const Tensor& j) {
   return [&call, weight, i, j](const Rows& rows, const Unit& unit, void* d_rows, const UnitGradient& gradient) {
     const Pairs pairs = checked_pairs(call, i, j, rows.count, true);
-    STD_TORCH_CHECK(weight.numel() == pairs.count, "pddm: one weight per pair");
+    STD_TORCH_CHECK(weight.numel() == pairs.count && call.owns(weight), "pddm: one weight per pair, on its device");
     call.backend->score_pairs_backward(rows, pairs, weight.const_data_ptr(), unit, d_rows, gradient);
   };
 }
@@ -594,8 +596,9 @@ Gradients score_matrix_backward(const Tensor& weight, const Tensor& feats, int64
     return [&call, split, upstream = in.dense(weight, call.dtype)](const Rows& rows, const Unit& unit, void* d_rows,
                                                                    const UnitGradient& gradient) {
       const int64_t n = rows.count;
-      STD_TORCH_CHECK(split <= n && upstream.numel() == (split < 0 ? n * n : split * (n - split)),
-                      "pddm: one weight per score");
+      STD_TORCH_CHECK(
+          split <= n && upstream.numel() == (split < 0 ? n * n : split * (n - split)) && call.owns(upstream),
+          "pddm: one weight per score, on its device");
       call.backend->score_matrix_backward(rows, split, upstream.const_data_ptr(), unit, d_rows, gradient);
     };
   });
