@@ -18,6 +18,7 @@ from typing import NamedTuple
 #: Instructions for each matrix instruction, by how a name begins or the first numbers of a shape: all of the busiest
 #: loop, skipped or not.
 MOST = {
+    "hopper_multiply": 120.0,
     "multiply_kernel<Bf16, Shape<128, 128": 5.5,
     "multiply": 14.0,
     "128, 256": 4.6,
