@@ -62,7 +62,7 @@ class QuadrupletLoss(nn.Module):
 
     #: One operator forward and one backward, where there is one.
     _fused = True
-    __deepcopy__ = processes.copy_with_group
+    __copy__, __deepcopy__ = processes.shallow_copy_with_group, processes.copy_with_group
     __getstate__ = processes.state_without_group
 
     def __init__(
@@ -110,7 +110,7 @@ class QuadrupletLoss(nn.Module):
             given = (feats, s_ij, s_ik, s_jl, i, j, k, l, valid, *map(float, margins))
             loss: Tensor = ops.call("quadruplet_loss", *given)[0]
         else:
-            loss = self._reduced(self._similarity(quads) + self.weight * self._embedding(feats, quads), quads.valid)
+            loss = self._plain(feats, quads)
         loss = self._scaled(loss, quads.valid)
         if self.regularizer is None or labels is None:
             return loss
@@ -184,6 +184,9 @@ class QuadrupletLoss(nn.Module):
         d_ij, d_ik, d_jl = (torch.stack([f_i, f_i, f_j]) - torch.stack([f_j, f_k, f_l])).square().sum(-1)
         return F.relu(d_ij + self.beta - torch.stack([d_ik, d_jl])).sum(0)
 
+    def _plain(self, feats: Tensor, quads: Quadruplets) -> Tensor:
+        return self._reduced(self._similarity(quads) + self.weight * self._embedding(feats, quads), quads.valid)
+
     def _reduced(self, values: Tensor, valid: Tensor) -> Tensor:
         values = torch.where(valid, values, 0.0)
         if self.reduction == "none":
@@ -216,11 +219,11 @@ def _backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Any, ...]:
     gradients: tuple[Tensor | None, ...] = (None,) * 4
     if upstream is not None and torch.is_grad_enabled():  # these are to be differentiated in turn
         plain = QuadrupletLoss(ctx.alpha, ctx.beta, ctx.weight)
-        plain._fused = False
         with torch.enable_grad():
             # Of copies, or what leads from the features to the scores would be gone through here as well.
             given = tuple(x.view_as(x) for x in given)
-            loss = plain(given[0], Quadruplets(i, j, k, l, *given[1:], valid))
+            quads = Quadruplets(i, j, k, l, *given[1:], valid)
+            loss = plain._plain(given[0], quads)
             wanted = [x for x in given if x.requires_grad]
             found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True, allow_unused=True))
         gradients = tuple(next(found) if x.requires_grad else None for x in given)

@@ -44,7 +44,7 @@ class MemoryBank(nn.Module):
         TypeError: an argument of another type, or a dtype that is not accepted.
     """
 
-    __deepcopy__ = processes.copy_with_group
+    __copy__, __deepcopy__ = processes.shallow_copy_with_group, processes.copy_with_group
     __getstate__ = processes.state_without_group
 
     def __init__(

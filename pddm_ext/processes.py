@@ -141,6 +141,12 @@ def gathered(x: Tensor, of: list[int], group: dist.ProcessGroup) -> Tensor:
 # Of modules with a ``group``: copies share it, and what is pickled is without.
 
 
+def shallow_copy_with_group(module: Any) -> Any:
+    made: Any = object.__new__(module.__class__)
+    made.__dict__.update(module.__dict__)
+    return made
+
+
 def copy_with_group(module: Any, memo: dict[int, Any]) -> Any:
     made: Any = object.__new__(module.__class__)
     memo[id(module)] = made

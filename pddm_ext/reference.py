@@ -132,7 +132,7 @@ def select_quadruplets(
     ``ignore_label`` are in no pair.
     """
     _checks.mode(mode)
-    return _select(scores, *_pairs(labels, ignore_label), mode)
+    return _select(scores, *_pairs(labels, ignore_label), mode).of_rows(labels.shape[0])
 
 
 def _pairs_between(

@@ -105,7 +105,7 @@ def default_unit(dim: int, device: torch.device | str | None = None) -> PDDM:
         dim: length of a feature.
         device: where its parameters live; the CPU by default. Each device has its own.
     """
-    where = torch.device(device or "cpu")
+    where = torch.device("cpu" if device is None else device)
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     if (dim, where) not in _default_units:

@@ -135,6 +135,9 @@ def test_mining_without_a_unit_uses_the_default_one():
     assert (pddm_ext.default_unit(23) is unit) == (DEVICE.type == "cpu")  # the default's default
     assert pddm_ext.default_unit(23, "cpu") is pddm_ext.default_unit(23)
     assert pddm_ext.default_unit(24, DEVICE) is not unit
+    if not torch.accelerator.is_available():
+        with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|accelerator"):
+            pddm_ext.default_unit(23, 0)  # is a device of that number, as in torch
     assert isinstance(unit, pddm_ext.PDDM)
     assert (unit.dim, unit.hidden, unit.combined, unit.normalize_input) == (23, 23, 23, False)
 

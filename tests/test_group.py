@@ -151,10 +151,11 @@ def with_an_empty_shard(rank: int, world: int) -> Tensor:
 
 
 def copies() -> list[bool]:
-    """Whether copies share the group, and what is pickled has none."""
+    """Whether copies, deep or not, share the group, and what is pickled has none."""
     found = []
     for module in (pddm_ext.QuadrupletLoss(group=dist.group.WORLD), pddm_ext.MemoryBank(4, 3, group=dist.group.WORLD)):
-        found += [copy.deepcopy(module).group is module.group, pickle.loads(pickle.dumps(module)).group is None]
+        found += [copied(module).group is module.group for copied in (copy.copy, copy.deepcopy)]
+        found.append(pickle.loads(pickle.dumps(module)).group is None)
     return found
 
 
@@ -275,7 +276,7 @@ def test_gradients_and_loss_are_those_of_one_process_with_the_whole_batch(told):
 
 
 def test_copies_share_the_group_and_pickles_have_none(told):
-    assert all(result["copies"] == [True] * 4 for result in told[1])
+    assert all(result["copies"] == [True] * 6 for result in told[1])
 
 
 def test_a_process_without_rows_takes_part_in_the_backward_pass(told):

@@ -197,13 +197,16 @@ def test_a_step_can_be_traced():
     torch.testing.assert_close(traced(2 * feats + 1), step(2 * feats + 1))
 
 
-def test_second_derivatives_are_those_of_the_plain_loss():
+@pytest.mark.parametrize("referred", [False, True])
+def test_second_derivatives_are_those_of_the_plain_loss(referred):
     feats, labels = make_features(12, 4, dtype=torch.float64), make_labels(12)
-    quads = make_unit(4).double().mine(feats, labels, mode="anchor")
+    among = {"ref_feats": make_features(9, 4, seed=1, dtype=torch.float64)} if referred else {}
+    ref_labels = {"ref_labels": make_labels(9)} if referred else {}
+    quads = make_unit(4).double().mine(feats, labels, mode="anchor", **among, **ref_labels)
     seconds = []
     for loss in (pddm_ext.QuadrupletLoss(), reference.QuadrupletLoss()):
         x, q = leaves(feats, quads)
-        (first,) = torch.autograd.grad(loss(x, q), x, create_graph=True)
+        (first,) = torch.autograd.grad(loss(x, q, **among), x, create_graph=True)
         seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
         assert seconds[-1].abs().max() > 0
     torch.testing.assert_close(*seconds)

@@ -113,7 +113,12 @@ def _one_of_two(rank: int, port: int, folder: Path) -> None:
             rows = torch.randperm(40, generator=generator)[:12]
             terms = learner(torch.rand(12, 1, 64, 64, generator=generator), torch.arange(4).repeat(3), rows)
             torch.stack(list(terms.values())).sum().backward()
+        # What mines by distance has nothing to gather, and mines its own batch.
+        feats = torch.randn(12, 8, generator=generator, requires_grad=True)
+        alone = objective(Settings(method="euclidean-anchor", dim=8, devices=2, gather=gather), 8)
+        alone(feats, torch.arange(4).repeat(3), rows)["embedding"].backward()
         kept[str(gather)] = {
+            "by distance": feats.grad,
             "bank": learner.module.objective.bank.state_dict(),
             "ids": rows,
             "grad": learner.module.unit.u.weight.grad,
@@ -125,6 +130,8 @@ def _one_of_two(rank: int, port: int, folder: Path) -> None:
 def test_processes_have_one_bank(tmp_path: Path) -> None:
     """Of the batches of all, whether they mine together or not."""
     one, two = in_two_processes(_one_of_two, tmp_path, preload="pddm_ext.workbench.loop")
+    for each in (one, two):
+        assert not differences(each["True"]["by distance"], each["False"]["by distance"])
     for gather in ("False", "True"):
         assert not differences(one[gather]["bank"], two[gather]["bank"])
         assert len(one[gather]["bank"]["ring_ids"]) == 30

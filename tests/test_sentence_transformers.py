@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -12,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
 from sentence_transformers import (
@@ -108,6 +110,26 @@ def test_it_mines_among_candidates():
     assert not torch.equal(quads.k, unit.mine(embeddings, labels, mode="pair").k)
     with pytest.raises(ValueError, match="candidates is 0; at least 1 is accepted"):
         PDDMQuadrupletLoss(model, unit, candidates=0)
+
+
+def test_a_unit_that_is_frozen_at_first_and_a_copy_are_shared_too():
+    """Each parameter that is trained has the mean of its gradients taken, and once."""
+    embeddings, labels = torch.randn(20, 16, generator=torch.Generator().manual_seed(0)), torch.arange(20) // 4
+    loss = PDDMQuadrupletLoss(made(), pddm_ext.PDDM(16).requires_grad_(False))
+    expected = loss.compute_loss_from_embeddings([embeddings], labels)
+
+    def averaged(loss: PDDMQuadrupletLoss) -> set[int]:
+        torch.testing.assert_close(loss.compute_loss_from_embeddings([embeddings], labels), expected)
+        return {len(parameter._backward_hooks or {}) for parameter in loss.unit.parameters()}
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert averaged(loss) == {0}
+        loss.unit.requires_grad_()
+        assert averaged(loss) == averaged(loss) == {1}
+        assert averaged(copy.deepcopy(loss)) == {1}
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("mode", MODES)

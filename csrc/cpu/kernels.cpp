@@ -44,8 +44,8 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
       return for_strip(hidden, part, [&](auto columns, int64_t c) {
         constexpr int C = decltype(columns)::value;
         const int64_t steps = folded<Op>(dim);
-        pack_strip<Op, C>(static_cast<Element*>(w.w_u) + c * steps, Matrix<T>{w_u, hidden, dim, dim, 1}, c, steps);
-        pack_strip<Plain<T>, C>(w.w_v + c * dim, Matrix<T>{w_v, hidden, dim, dim, 1}, c, dim);
+        pack_strip<Op, C>(static_cast<Element*>(w.w_u) + c * steps, Matrix<T>{w_u, hidden, dim, dim}, c, steps);
+        pack_strip<Plain<T>, C>(w.w_v + c * dim, Matrix<T>{w_v, hidden, dim, dim}, c, dim);
       });
     part -= strip_count(hidden);
     if (part < strip_count(combined))
@@ -54,8 +54,8 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
         const int64_t steps = folded<Op>(half);
         Element* strip = static_cast<Element*>(w.w_c) + c * 2 * steps;
         for (int which = 0; which < 2; ++which)
-          pack_strip<Op, C>(strip + which * C * steps, Matrix<T>{w_c + which * hidden, combined, hidden, 2 * hidden, 1},
-                            c, steps);
+          pack_strip<Op, C>(strip + which * C * steps, Matrix<T>{w_c + which * hidden, combined, hidden, 2 * hidden}, c,
+                            steps);
       });
     const auto copy = [](T* to, const void* from, int64_t n, int64_t stride) {
       for (int64_t k = 0; k < stride; ++k) to[k] = k < n ? static_cast<const T*>(from)[k] : T(0);

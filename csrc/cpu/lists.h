@@ -43,8 +43,8 @@ struct Lists : ListsOf<T> {
   const int64_t n, lanes, panels, full;
 };
 
-// block(a, b) for every two panels a ≤ b once, a panel and itself included, and nobody is at a panel that
-// another is at. `chunk` panels stay while others pass by.
+// block(a, b) for every two panels once, in either order, a panel and itself included, and nobody is at a panel
+// that another is at. `chunk` panels stay while others pass by.
 //
 // Every group of panels meets itself, then every other, in the order of a tournament: one stays, the others go round
 // it, and nobody meets two at a time.

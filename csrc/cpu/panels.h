@@ -163,14 +163,14 @@ PDDM_INLINE uint32_t fold_weights(const float* x, const Bf16*) {
 }
 #endif
 
-// Where weight (output, input) of a matrix lies, so that a transposed or partial matrix packs the same way.
+// A matrix of weights, (output, input), or the part of a wider one.
 template <class T>
 struct Matrix {
   const T* data;
-  int64_t outputs, inputs, output_stride, input_stride;
+  int64_t outputs, inputs, stride;
 };
 
-// The strip of outputs [c, c + C), zero where the matrix has ended. Reads along whichever index lies dense in memory.
+// The strip of outputs [c, c + C), zero where the matrix has ended.
 template <class Op, int C>
 PDDM_INLINE void pack_strip(typename Op::Element* strip, const Matrix<typename Op::Scalar>& m, int64_t c,
                             int64_t steps) {
@@ -178,28 +178,21 @@ PDDM_INLINE void pack_strip(typename Op::Element* strip, const Matrix<typename O
   const auto* op = static_cast<const Op*>(nullptr);
   const int64_t columns = m.outputs - c < C ? m.outputs - c : C, whole = m.inputs / Op::kFold;
   if (columns < C || whole < steps) std::memset(static_cast<void*>(strip), 0, sizeof(*strip) * size_t(steps * C));
-  const T* from = m.data + c * m.output_stride;
+  const T* from = m.data + c * m.stride;
   const auto pack = [&](int64_t s, int64_t column, int fold) {
     T x[Op::kFold] = {};
-    for (int p = 0; p < fold; ++p) x[p] = from[column * m.output_stride + (s * Op::kFold + p) * m.input_stride];
+    for (int p = 0; p < fold; ++p) x[p] = from[column * m.stride + s * Op::kFold + p];
     strip[s * C + column] = fold_weights(x, op);
   };
   int64_t s = 0;
-  if (m.output_stride == 1 && columns == C) {
-    for (; s < whole; ++s) {
-      PDDM_PREFETCH(from + (s + 16) * Op::kFold * m.input_stride);  // a page further each step: no hardware would guess
-      PDDM_PREFETCH(from + (s + 16) * Op::kFold * m.input_stride + C - 1);
-      for (int column = 0; column < C; ++column) pack(s, column, Op::kFold);
-    }
-  }
   if constexpr (C <= kWidth<T>) {
     // kWidth inputs of C outputs at a time, transposed. A store runs over into the next step, which is yet to come; the
     // last block is left to the loop below, for what comes after it is another thread's strip.
     constexpr int width = kWidth<T>, block = width / Op::kFold;
-    for (; m.input_stride == 1 && columns == C && (s + 2 * block) * Op::kFold <= m.inputs; s += block) {
+    for (; columns == C && (s + 2 * block) * Op::kFold <= m.inputs; s += block) {
       Vec<T> v[width] = {};
       PDDM_UNROLL
-      for (int column = 0; column < C; ++column) v[column] = load(from + column * m.output_stride + s * Op::kFold);
+      for (int column = 0; column < C; ++column) v[column] = load(from + column * m.stride + s * Op::kFold);
       transpose<T>(v);
       PDDM_UNROLL
       for (int t = 0; t < block; ++t) store(strip + (s + t) * C, Op::fold(v + t * Op::kFold));

@@ -118,7 +118,6 @@ class PDDMQuadrupletLoss(nn.Module):
         self.unit, self.mode, self.ignore_label = unit, mode, ignore_label
         self.candidates, self.gather = candidates, gather
         self.quadruplet_loss = QuadrupletLoss(alpha, beta, weight)
-        self._shared = False
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """The loss of a batch: one column of tokenized sentences and labels (n,), to a scalar."""
@@ -132,7 +131,7 @@ class PDDMQuadrupletLoss(nn.Module):
         (feats,) = embeddings
         feats = feats.to(score_dtype(feats))
         several = dist.is_available() and dist.is_initialized()
-        if not self._shared and torch.is_grad_enabled() and several:
+        if torch.is_grad_enabled() and several:
             self._share_unit()
         group = self.quadruplet_loss.group = dist.group.WORLD if self.gather and several else None
         # Autocast would round the features for scoring.
@@ -149,11 +148,15 @@ class PDDMQuadrupletLoss(nn.Module):
         return loss
 
     def _share_unit(self) -> None:
-        """Rank 0's unit for all processes, and the mean of its gradients from here on."""
+        """Rank 0's unit for all processes, once, and the mean of its gradients from when it is trained."""
         for parameter in self.unit.parameters():
-            dist.broadcast(parameter.data, src=0)
-            parameter.register_hook(_mean_over_processes)  # type: ignore[no-untyped-call]
-        self._shared = True
+            # A parameter's own attribute, for a copy of it has neither this nor the hook.
+            averaged: bool | None = getattr(parameter, "_pddm_averaged", None)
+            if averaged is None:
+                dist.broadcast(parameter.data, src=0)
+            if not averaged and parameter.requires_grad:
+                parameter.register_hook(_mean_over_processes)  # type: ignore[no-untyped-call]
+            parameter._pddm_averaged = averaged or parameter.requires_grad  # type: ignore[attr-defined]
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of the loss."""

@@ -57,7 +57,8 @@ class Quadruplet(nn.Module):
         distance at first, with the unit's scores."""
         self.batches += 1
         world = dist.group.WORLD if dist.is_initialized() else None
-        group = self.loss.group = world if self.gather else None
+        # What mines by distance mines its own batch.
+        group = self.loss.group = world if self.gather and self.unit is not None else None
         if self.unit is None:
             return self.mine(feats, labels)
         if self.bank is not None:
