@@ -37,7 +37,8 @@ def readable(x: Tensor) -> bool:
 
 def concrete(x: Tensor) -> bool:
     """Whether a tensor has values that can be read."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or hasattr(x, "fake_mode"))
+    compiled = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not (compiled or x.is_meta or hasattr(x, "fake_mode"))
 
 
 def _tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], accepted: str) -> None:
@@ -232,13 +233,18 @@ def mining(
 
 def numbers_of(feats: Any) -> dict[str, int]:
     """What the processes of a group must have alike of their features, as numbers; −1 for what is none."""
-    there = isinstance(feats, Tensor)
+    there = isinstance(feats, Tensor) and not feats.is_nested
     dtype = autocast(feats).dtype if there and feats.is_floating_point() else None
     return {
         "dimension": feats.shape[1] if there and feats.dim() == 2 else -1,
         "dtype number": FLOATS.index(dtype) if dtype in FLOATS else -1,
         "gradients (0 without)": int(torch.is_grad_enabled()),
     }
+
+
+def rows_of(x: Any) -> int:
+    """How many a tensor has, as far as there is one; −1 otherwise."""
+    return x.shape[0] if isinstance(x, Tensor) and not x.is_nested and x.dim() > 0 else -1
 
 
 def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> None:
@@ -253,7 +259,7 @@ def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> None:
             low, high = index.long().aminmax() if len(index) else (0, -1)
             if low < 0 or high >= feats.shape[0]:
                 at = int(((index.long() < 0) | (index.long() >= feats.shape[0])).nonzero()[0])
-                raise IndexError(f"{name}[{at}] is {int(index[at])}; feats has {feats.shape[0]} rows")
+                raise IndexError(f"{name}[{at}] is {index.tolist()[at]}; feats has {feats.shape[0]} rows")
 
 
 def matched_rows(x: Tensor, y: Tensor, unit: Parameters) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import _checks, _numbers, ops, processes
+from .precision import no_autocast
 from .quadruplets import Quadruplets
 
 Reduction = Literal["mean", "sum", "none"]
@@ -121,7 +122,7 @@ class QuadrupletLoss(nn.Module):
         if self.group is None:
             _quadruplets(quads)
         else:
-            device = quads.valid.device if isinstance(quads, Quadruplets) else torch.device("cpu")
+            device = processes.where(quads.valid if isinstance(quads, Quadruplets) else None)
 
             def checked() -> int:
                 _quadruplets(quads)
@@ -154,9 +155,8 @@ class QuadrupletLoss(nn.Module):
             return feats.shape[0]
 
         mined = quads.mined_rows() if isinstance(quads, Quadruplets) else None
-        device = feats.device if isinstance(feats, Tensor) else torch.device("cpu")
         alike = {**_checks.numbers_of(feats), "mined rows": -1 if mined is None else mined}
-        of = processes.lengths(self.group, device, checked, alike)
+        of = processes.lengths(self.group, processes.where(feats), checked, alike)
         if mined is not None and mined != sum(of):
             raise ValueError(f"the group's feats have {sum(of)} rows; quads were mined from {mined}")
         return _joined(processes.gathered(feats, of, self.group), quads, ref_feats)
@@ -167,7 +167,10 @@ class QuadrupletLoss(nn.Module):
         own = valid.sum()
         total, world = own.clone(), dist.get_world_size(self.group)
         dist.all_reduce(total, group=self.group)
-        return value * world if self.reduction == "sum" else value * (own * world / total.clamp(min=1))
+        if self.reduction == "sum":
+            return value * world
+        # In the loss's own dtype: a quotient of integers would be of torch's default one, such as float16.
+        return value * ((own * world).to(value.dtype) / total.clamp(min=1).to(value.dtype))
 
     # Of every slot. At Q = 1 the loss is nothing but launches, so what can be one operator over all pairs is.
 
@@ -251,7 +254,8 @@ def _joined(feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None) -> tupl
         return feats, quads
     picked = torch.cat(quads[1:4])
     n = feats.shape[0]
-    rows = feats if ref_feats.shape[0] == 0 else torch.cat([feats, ref_feats[picked.clamp(min=0)].to(feats.dtype)])
+    with no_autocast(feats):  # which joins no other half precision than its own
+        rows = feats if ref_feats.shape[0] == 0 else torch.cat([feats, ref_feats[picked.clamp(min=0)].to(feats.dtype)])
     places = torch.where(picked < 0, -1, n + torch.arange(picked.shape[0], device=picked.device))
     j, k, l = places.reshape(3, quads.i.shape[0])  # noqa: E741 - the paper's name
     return rows, quads._replace(j=j, k=k, l=l)
@@ -271,10 +275,19 @@ def _of_batch(feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None = None
         sides: list[tuple[str, Tensor, tuple[Tensor, ...]]] = [("feats", feats, quads[:4])]
         if ref_feats is not None:
             sides = [("feats", feats, quads[:1]), ("ref_feats", ref_feats, quads[1:4])]
+        for field, x in zip(quads._fields, quads, strict=True):
+            if x.shape != quads.valid.shape or x.dim() != 1:
+                raise ValueError(
+                    f"quads.{field} has shape {tuple(x.shape)} and quads.valid {tuple(quads.valid.shape)}; (Q,) of all "
+                    f"is accepted"
+                )
         for name, rows, indices in sides:
-            last = int(torch.stack(indices).max())
+            every = torch.stack(indices)
+            last, least = int(every.max()), int(torch.where(quads.valid, every, 0).min())
             if last >= rows.shape[0]:
                 raise ValueError(f"{name} has {rows.shape[0]} rows; quads were mined from {last + 1} or more")
+            if least < 0:
+                raise ValueError(f"quads has row {least} of {name} in a valid slot; from 0 is accepted")
 
 
 def _of_references(feats: Tensor, quads: Quadruplets, ref_feats: Tensor | None) -> None:

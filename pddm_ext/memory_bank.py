@@ -118,6 +118,9 @@ class MemoryBank(nn.Module):
         """
         lengths = self._lengths(feats, labels, ids)
         rows = [feats.detach().to(self.ring_feats.dtype), labels.long(), ids.long()]
+        rings = (self.ring_feats, self.ring_labels, self.ring_ids)
+        if any(_one_memory(x, ring) for x, ring in zip(rows, rings, strict=True)):  # its own rows, once more
+            rows = [x.clone() for x in rows]
         if self.group is not None:
             rows = [processes.shards(x, lengths, self.group) for x in rows]
         count = min(sum(lengths), self.size)
@@ -140,7 +143,7 @@ class MemoryBank(nn.Module):
         self._next = self._held = self._additions = 0
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self._next, self._held, self._additions])
+        return torch.tensor([self._next, self._held, self._additions], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self._next, self._held, self._additions = state.tolist()
@@ -173,3 +176,9 @@ class MemoryBank(nn.Module):
         _checks._vector("labels", labels, feats.shape[0], "feats")
         _checks._vector("ids", ids, feats.shape[0], "feats")
         _checks._devices(self.ring_feats, feats, labels, ids)
+
+
+def _one_memory(x: Tensor, ring: Tensor) -> bool:
+    if torch.compiler.is_compiling() or hasattr(x, "fake_mode"):
+        return False
+    return x.untyped_storage().data_ptr() == ring.untyped_storage().data_ptr()

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import _checks, processes, reference
 from .quadruplets import Mode, Quadruplets
 from .unit import PDDM, default_unit
+from .unlabelled import check
 
 
 def mine_and_score(
@@ -82,6 +83,7 @@ def mine_and_score(
     if not isinstance(unit, PDDM | reference.PDDM):  # a unit checks its own arguments
         references = _checks.References(ref_feats, ref_labels, ids, ref_ids)
         if group is None:
+            check(ignore_label)
             unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
         else:  # what one process refuses, all do
             given = (feats, labels, unit, mode, ignore_label, candidates, references, group)

@@ -140,6 +140,11 @@ def _(rows: Tensor, classes: Tensor, count: int) -> Tensor:
     return rows.new_empty((rows.shape[0], count), dtype=torch.int64)
 
 
+@shapes("dot_products")
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], y.shape[0]))
+
+
 @shapes("quadruplet_loss")
 def _(feats: Tensor, s_ij: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return s_ij.new_empty(()), s_ij.new_empty(s_ij.shape, dtype=torch.uint8)
@@ -312,14 +317,19 @@ for _name, _gradient in _GRADIENTS.items():
     differentiable(_name, *_gradient)
 
 
+def tracing() -> bool:
+    """Whether ``torch.jit.trace`` looks on, or an exporter by it."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def call(name: str, *arguments: Any) -> Any:
     """``torch.ops.pddm.<name>``, also under the transforms of ``torch.func`` and within forward-mode levels."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing:
+    traced = tracing()
+    if traced:
         _refuse_onnx()  # of its exporter before torch.export
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _TRANSFORMABLE[name].apply(*arguments)
-    if name in _EAGER and not (tracing or torch.compiler.is_compiling()):
+    if name in _EAGER and not (traced or torch.compiler.is_compiling()):
         run, with_gradient = _EAGER[name]
         return with_gradient.apply(*arguments) if torch.is_grad_enabled() else run(*arguments)
     return getattr(torch.ops.pddm, name)(*arguments)

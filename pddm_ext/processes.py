@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _checks
 from .parameters import Parameters
+from .precision import no_autocast
 from .quadruplets import MODES, Mode
 from .unlabelled import unlabelled
 
@@ -49,7 +50,7 @@ def lengths(
     rows = -1
     try:
         rows = checked()
-    except (ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, the others must not wait
         refused = error
     own = torch.tensor([rows, *alike.values()], device=device)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -90,15 +91,19 @@ def of_miners(
         unlabelled(labels, ignore_label)
         return feats.shape[0]
 
-    # Of input that is refused, where the group's backend may want its tensors is not known.
-    device = feats.device if isinstance(feats, Tensor) else torch.device("cpu")
     alike = {
         **_checks.numbers_of(feats),
         "mode number": MODES.index(mode) if mode in MODES else -1,
-        "references": references.feats.shape[0] if isinstance(references.feats, Tensor) else -1,
+        "references": _checks.rows_of(references.feats),
         "ids (0 without)": int(references.ids is not None),
     }
-    return lengths(group, device, checked, alike)
+    return lengths(group, where(feats), checked, alike)
+
+
+def where(feats: Any) -> torch.device:
+    """Where the group's backend may want its tensors; of input that is refused this is not known."""
+    there = isinstance(feats, Tensor) and not feats.is_meta
+    return feats.device if there else torch.device("cpu")
 
 
 def shards(x: Tensor, of: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -108,7 +113,8 @@ def shards(x: Tensor, of: list[int], group: dist.ProcessGroup) -> Tensor:
     filled[: len(x)] = x
     parts = [torch.empty_like(filled) for _ in of]
     dist.all_gather(parts, filled, group=group)
-    return torch.cat([part[:length] for part, length in zip(parts, of, strict=True)])
+    with no_autocast(x):  # which joins no other half precision than its own
+        return torch.cat([part[:length] for part, length in zip(parts, of, strict=True)])
 
 
 class _Gathered(torch.autograd.Function):

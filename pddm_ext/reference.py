@@ -19,7 +19,7 @@ from .parameters import Parameters
 from .precision import autocast, no_autocast, score_dtype
 from .quadruplets import Mode, Quadruplets
 from .unit import default_unit
-from .unlabelled import unlabelled
+from .unlabelled import check, unlabelled
 
 __all__ = [
     "PDDM",
@@ -109,6 +109,19 @@ def score_matrix(x: Tensor, unit: Parameters, y: Tensor | None = None) -> Tensor
     f = _unit_rows(x)
     g = f if y is None else _unit_rows(y)
     return _score(f[:, None, :], g[None, :, :], unit)
+
+
+def _scores(x: Tensor, unit: Parameters, y: Tensor | None = None) -> Tensor:
+    """:func:`score_matrix`, whose gradient passes by rows that are not finite: their scores are NaN as they are, and it
+    would be NaN, too, where nobody asks for it."""
+
+    def cleaned(rows: Tensor) -> tuple[Tensor, Tensor]:
+        finite = rows.isfinite().all(1)
+        return torch.where(finite[:, None], rows, 0.0), finite
+
+    x, of_x = cleaned(x)
+    y, of_y = (None, of_x) if y is None else cleaned(y)
+    return torch.where(of_x[:, None] & of_y, score_matrix(x, unit, y), torch.nan)
 
 
 def _first_best(scores: Tensor, allowed: Tensor, smallest: bool) -> tuple[Tensor, Tensor]:
@@ -234,15 +247,14 @@ def mine_and_score(
         given = (feats, labels, unit, mode, ignore_label, candidates, references, group)
         of = processes.of_miners(*given, default_unit)
         return _mine_group(feats, labels, unit, mode, ignore_label, references, group, of)
+    check(ignore_label)
     unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
     left_out = unlabelled(labels, ignore_label)
     if ref_feats is not None and ref_labels is not None:
         others = ref_feats.to(autocast(feats).dtype)
         pairs = _pairs_between(labels, ref_labels, ids, ref_ids, ignore_label)
         apart = _pairs_between(ref_labels, ref_labels, ref_ids, ref_ids, ignore_label)[1]
-        quads = _select_among(
-            score_matrix(autocast(feats), unit, others), score_matrix(others, unit), *pairs, apart, mode
-        )
+        quads = _select_among(_scores(autocast(feats), unit, others), _scores(others, unit), *pairs, apart, mode)
         health.after_mining(quads, autocast(feats), labels, unit, left_out, ref_feats)
         return quads.of_rows(feats.shape[0], ref_feats.shape[0])
     positive, negative = _pairs(labels, ignore_label)
@@ -253,7 +265,7 @@ def mine_and_score(
         negative = _largest(alike, negative, candidates)
         positive = _largest(-alike, positive, candidates)
         positive = positive if mode == "anchor" else positive | positive.T
-    quads = _select(score_matrix(feats, unit), positive, negative, mode)
+    quads = _select(_scores(autocast(feats), unit), positive, negative, mode)
     health.after_mining(quads, autocast(feats), labels, unit, left_out)
     return quads.of_rows(feats.shape[0])
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .ops import call, unit_arguments
+from .ops import call, tracing, unit_arguments
 from .precision import autocast
 from .unit import PDDM
 
@@ -48,8 +48,10 @@ def score_matrix(x: Tensor, unit: PDDM, y: Tensor | None = None) -> Tensor:
         TypeError: a dtype that is not accepted.
     """
     _checks.matrix(x, unit, y)
-    rows, split = (x, -1) if y is None else (torch.cat([x, y]), x.shape[0])
-    scores: Tensor = call("score_matrix", autocast(rows), split, *unit_arguments(unit))
+    rows, split = (autocast(x), -1) if y is None else (torch.cat([autocast(x), autocast(y)]), x.shape[0])
+    if y is not None and tracing():
+        raise RuntimeError("torch.jit.trace would keep the number of x's rows beside y; torch.export is accepted")
+    scores: Tensor = call("score_matrix", rows, split, *unit_arguments(unit))
     return scores
 
 

@@ -133,7 +133,8 @@ class MultiClusterRankingLoss(nn.Module):
         itself = torch.eye(n, dtype=torch.bool, device=e.device)
         offsets = (_distances(e, w, e) - self._centres(e, itself)[:, None, None]).abs()
         p = (-self.scale * offsets).softmax(0)
-        # By rows first: a sum over all pairs would be split among threads, and depend on their number.
+        # By rows first: a sum over all pairs would be split among threads, and depend on their number, as the bits of
+        # torch's matrix products in the gradient may.
         return (p * offsets).sum(0).masked_fill(itself, 0).sum(-1).sum() / (n * (n - 1))
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _checks, health, processes
 from .candidates import mine_candidates
 from .group import mine_group
-from .ops import call, unit_arguments
+from .ops import call, tracing, unit_arguments
 from .parameters import Parameters
 from .precision import autocast
 from .quadruplets import MODES, Mode, Quadruplets
@@ -37,7 +37,7 @@ class PDDM(Parameters):
         """
         _checks.matched_rows(x, y, self)
         n = x[..., 0].numel()
-        rows = autocast(torch.cat([x.reshape(n, self.dim), y.reshape(n, self.dim)]))
+        rows = torch.cat([autocast(x).reshape(n, self.dim), autocast(y).reshape(n, self.dim)])
         i = torch.arange(n, device=x.device)
         scores: Tensor = call("score_pairs", rows, i, i + n, *unit_arguments(self))
         return scores.reshape(x.shape[:-1])
@@ -75,6 +75,10 @@ class PDDM(Parameters):
         else:
             rows, classes = (feats, labels) if left_out is None else set_aside(feats, labels, left_out)
             rows = autocast(rows)
+            if candidates is not None and tracing():
+                raise RuntimeError(
+                    "torch.jit.trace would keep whether candidates are fewer than rows; None is accepted"
+                )
             if candidates is None or candidates >= feats.shape[0]:
                 mined = call("mine", rows, classes, *numbers)
             else:
@@ -117,7 +121,9 @@ def default_unit(dim: int, device: torch.device | str | None = None) -> PDDM:
                         f"default_unit({dim}) does not exist yet and cannot be made inside a transform of torch.func, "
                         f"an export or a fake tensor mode; call pddm_ext.default_unit({dim}) before"
                     )
-                unit = PDDM(dim).to(where)
+                with torch.device("cpu"):  # whatever the default device is
+                    unit = PDDM(dim)
+                unit = unit.to(where)
                 unit.u.weight.register_post_accumulate_grad_hook(_notice_unused)  # type: ignore[no-untyped-call]
                 _default_units[dim, where] = unit
     return _default_units[dim, where]
@@ -130,9 +136,13 @@ _UNUSED_PASSES = 8
 def _notice_unused(weight: Tensor) -> None:
     assert weight.grad is not None
     # An optimizer would have changed the weight, or its zero_grad would have left a new gradient.
-    version, passes = getattr(weight.grad, "_pddm_passes", (weight._version, 0))
+    version, passes, before = getattr(weight.grad, "_pddm_passes", (weight._version, 0, None))
     passes = passes + 1 if version == weight._version else 1
-    weight.grad._pddm_passes = (weight._version, passes)  # type: ignore[attr-defined]
+    if passes == _UNUSED_PASSES // 2:  # fused optimizers change it and not its version
+        before = weight.detach().clone()
+    if passes == _UNUSED_PASSES and before is not None and not torch.equal(before, weight.detach()):
+        passes = 1
+    weight.grad._pddm_passes = (weight._version, passes, before)  # type: ignore[attr-defined]
     if passes == _UNUSED_PASSES:
         dim = weight.shape[1]
         health.tell(

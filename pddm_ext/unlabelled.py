@@ -8,20 +8,26 @@ from torch import Tensor
 from ._numbers import integer
 
 
+def check(ignore_label: int | None) -> None:
+    if ignore_label is not None:
+        integer("ignore_label", ignore_label)
+
+
 def unlabelled(labels: Tensor, ignore_label: int | None) -> Tensor | None:
     """Which of the labels (n,) are ``ignore_label``: (n,) bool; None where none can be.
 
     Raises:
         TypeError: ignore_label is neither an int nor None.
     """
+    check(ignore_label)
     if ignore_label is None:
         return None
-    integer("ignore_label", ignore_label)
     ignore_label = int(ignore_label)  # numpy's would be out of range below
     least, most = torch.iinfo(labels.dtype).min, torch.iinfo(labels.dtype).max
+    # uint64, which few operators know, wraps, and so does what it is compared with: int64 may have been it.
+    most = 2**64 - 1 if labels.dtype == torch.int64 else most
     if not least <= ignore_label <= most:
         return None
-    # uint64, which few operators know, wraps, and so does what it is compared with.
     return labels.long() == (ignore_label if ignore_label < 2**63 else ignore_label - 2**64)
 
 

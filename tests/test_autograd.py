@@ -1,5 +1,7 @@
 """How the gradients take part in autograd: dtypes, strides, what is frozen, graphs, and what has no derivative."""
 
+import copy
+
 import pytest
 import torch
 
@@ -93,6 +95,30 @@ def test_backward_twice_with_a_retained_graph():
     total = unit.mine(x, make_labels(12), mode="anchor").s_ij.sum()
     first = torch.autograd.grad(total, x, retain_graph=True)[0]
     assert_same_bits(torch.autograd.grad(total, x)[0], first)
+
+
+def test_large_gradients_are_nobody_elses_memory(tmp_path):
+    """On the CPU they lie in what earlier ones have left."""
+    unit, x, labels = make_unit(200), make_features(400, 200).requires_grad_(), make_labels(400)
+    inputs = [x, *unit.parameters()]
+
+    def backward(weight):
+        quads = unit.mine(x, labels, mode="anchor")
+        return torch.autograd.grad((weight * quads.s_ij).sum(), inputs)
+
+    first, kept = backward(1.0), [g.clone() for g in backward(1.0)]
+    assert max(g.numel() * g.element_size() for g in first) >= 2**18
+    backward(3.0)
+    twice = backward(2.0)
+    assert_same_bits(first, kept)
+    assert_same_bits(twice, [2 * g for g in kept])
+    assert len({g.untyped_storage().data_ptr() for g in (*first, *twice)}) == 2 * len(first)
+    del twice
+    torch.save(first, tmp_path / "gradients.pt")
+    assert_same_bits(torch.load(tmp_path / "gradients.pt"), kept)
+    for gradient, expected in zip(first, kept, strict=True):
+        assert_same_bits(copy.deepcopy(gradient), expected)
+        assert_same_bits(gradient.mul_(4), 4 * expected)
 
 
 @pytest.mark.parametrize("entry", ["pairs", "matrix", "anchor"])

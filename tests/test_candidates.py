@@ -30,6 +30,7 @@ from helpers import (
     make_features,
     make_labels,
     make_unit,
+    random_rows,
     reset_counters,
     threads,
 )
@@ -143,6 +144,36 @@ def test_the_number_of_threads_does_not_show(capability):
                 with threads(count):
                     found.append(candidates.nearest(rows, None, 12))
             assert all(torch.equal(f, found[0]) for f in found)
+
+
+@cpu_only("a GPU has no threads to choose")
+def test_equal_products_are_chosen_from_alike_whatever_the_number_of_threads(capability):
+    """Of rows that are one of three. The bits of torch's own products of such a width depend on the threads."""
+    for seed in range(8):
+        feats, labels = make_features(3, 513, seed=seed)[random_rows(3, 100, seed=seed)], random_rows(2, 100, seed=seed)
+        rows, found = candidates.rows_of(feats, labels), []
+        for count in (1, 4, 8):
+            with threads(count):
+                near = candidates.nearest(rows, torch.arange(7, 60), 3)
+                found.append((near, candidates.farthest(rows, 3)))
+        assert_same_bits(found[1], found[0])
+        assert_same_bits(found[2], found[0])
+
+
+@host_only("others have torch's own products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dot_products_are_those_of_definition(capability, dtype):
+    for n, m, dim in ((1, 1, 1), (33, 70, 19), (64, 31, 130), (0, 5, 3), (5, 0, 3)):
+        x, y = make_features(n, 2 * dim, dtype=dtype)[:, ::2], make_features(m, dim, seed=1, dtype=dtype)
+        found = torch.ops.pddm.dot_products(x, y)
+        rounding = torch.finfo(dtype).eps * dim * (x.double().abs() @ y.double().abs().T)
+        assert found.dtype == dtype
+        assert ((found - x.double() @ y.double().T).abs() <= rounding).all()
+        with threads(3):
+            assert_same_bits(torch.ops.pddm.dot_products(x, y), found)
+    for x, y in ((torch.ones(2, 3), torch.ones(2, 4)), (torch.ones(3), torch.ones(2, 3)), (torch.ones(2, 0),) * 2):
+        with pytest.raises(RuntimeError, match="x and y must be matrices of one width"):
+            torch.ops.pddm.dot_products(x, y)
 
 
 @cpu_only("a GPU's products are torch's")

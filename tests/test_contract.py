@@ -18,6 +18,7 @@ from helpers import (
     PARAMETERS,
     assert_same_bits,
     cpu_only,
+    host_only,
     instruction_set,
     make_features,
     make_labels,
@@ -140,6 +141,36 @@ def test_mining_without_a_unit_uses_the_default_one():
             pddm_ext.default_unit(23, 0)  # is a device of that number, as in torch
     assert isinstance(unit, pddm_ext.PDDM)
     assert (unit.dim, unit.hidden, unit.combined, unit.normalize_input) == (23, 23, 23, False)
+
+
+@host_only("of the host's tensors")
+def test_the_default_unit_is_made_whatever_the_default_device():
+    x, labels = make_features(12, 26), make_labels(12)
+    with torch.device("meta"):
+        quads = pddm_ext.mine_and_score(x, labels)
+    assert_same_bits(list(quads), list(pddm_ext.default_unit(26).mine(x, labels)))
+
+
+@pytest.mark.parametrize(("own", "others"), [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_autocast_of_the_other_half_precision(own, others):
+    unit, x, labels = make_unit(8), make_features(12, 8, dtype=own), make_labels(12)
+    rounded = x.to(others)
+    with torch.autocast(DEVICE.type, dtype=others):
+        assert_same_bits(unit(x, x.flip(0)), unit(rounded, rounded.flip(0)))
+        assert_same_bits(pddm_ext.score_matrix(x, unit, x[:5]), pddm_ext.score_matrix(rounded, unit, rounded[:5]))
+        quads = unit.mine(x, labels, mode="anchor", ref_feats=x, ref_labels=labels)
+        for loss in (pddm_ext.QuadrupletLoss(), reference.QuadrupletLoss()):
+            assert loss(x, quads, ref_feats=x).isfinite()
+
+
+def test_what_torch_jit_trace_would_keep_is_refused():
+    unit, x, labels = make_unit(8).requires_grad_(False), make_features(12, 8), make_labels(12)
+    for traced, given in (
+        (lambda x, y: pddm_ext.score_matrix(x, unit, y), (x, x[:5])),
+        (lambda x, y: unit.mine(x, y, candidates=4).k, (x, labels)),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace would keep"):
+            torch.jit.trace(traced, given)
 
 
 def test_the_default_unit_trains():

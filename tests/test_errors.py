@@ -1,5 +1,7 @@
 """Errors name the argument, what it was and what is accepted, before any work."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,7 @@ def test_score_pairs_refuses_bad_input(package, feats, i, j, error, message):
         (X, I, I - 1, r"j\[0\] is -1; feats has 8 rows"),
         (X, I, I.clone().fill_(2**62), r"j\[0\] is 4611686018427387904; feats has 8 rows"),
         (X[:0], I[:1], I[:1], r"i\[0\] is 0; feats has 0 rows"),
+        (X, torch.full((8,), 2**64 - 1, dtype=torch.uint64), I, r"i\[0\] is 18446744073709551615; feats has 8 rows"),
     ],
 )
 def test_score_pairs_refuses_row_numbers_out_of_range(package, feats, i, j, message):
@@ -358,6 +361,30 @@ def test_the_loss_refuses_features_that_are_no_matrix():
     quads = make_unit(4).mine(X, LABELS)
     with complaint(ValueError, r"feats has shape \(4,\); \(rows, dim\) is accepted"):
         pddm_ext.QuadrupletLoss()(X[0], quads)
+
+
+@ROWS_ARE_CHECKED
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_loss_refuses_quadruplets_of_negative_rows_and_of_several_lengths(package, reduction):
+    mined = make_unit(4).mine(X, LABELS, mode="anchor")
+    assert mined.valid.all()
+    loss_fn = package.QuadrupletLoss(reduction=reduction)
+    made = mined._replace(i=mined.i.clone())  # by hand: of nobody knows how many rows
+    with complaint(ValueError, r"quads has row -5 of feats in a valid slot; from 0 is accepted"):
+        loss_fn(X, made._replace(k=torch.where(mined.i == 3, -5, mined.k)))
+    with complaint(ValueError, r"quads.l has shape \(7,\) and quads.valid \(8,\); \(Q,\) of all is accepted"):
+        loss_fn(X, made._replace(l=mined.l[1:]))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_loss_takes_numbers_that_tensors_can_be_multiplied_with(package):
+    for value, error, words in (
+        (Fraction(1, 2), TypeError, "alpha is a Fraction; a finite number from 0 is accepted"),
+        (10**400, ValueError, "alpha is an int of 1329 bits; a finite number from 0 is accepted"),
+    ):
+        with pytest.raises(error, match=words):
+            package.QuadrupletLoss(alpha=value)
 
 
 def test_bad_input_raises_before_any_work():

@@ -181,6 +181,9 @@ def refused(rank: int, world: int) -> list[str]:
         lambda: with_regularizer(feats, quads, None if rank == last else labels),
         lambda: loss_fn(feats[1:] if rank == last else feats, quads),
         lambda: loss_fn(feats, quads, ref_feats=feats),
+        lambda: unit.mine(
+            feats, labels, ref_feats=feats[0, 0] if rank == last else feats, ref_labels=labels, group=group
+        ),
     ]
     for call in calls:
         try:
@@ -333,6 +336,7 @@ def test_what_one_process_refuses_fails_in_all_of_them(told):
         "ValueError: labels are missing; a loss with a regularizer",
         "ValueError: the group's feats have",
         "ValueError: ref_feats has 8 rows; quads were mined among no references",
+        "ValueError: ref_feats has shape (); (rows, dim) is accepted",
     ]
     others = [
         f"RuntimeError: process {world - 1} of the group has refused",
@@ -341,7 +345,8 @@ def test_what_one_process_refuses_fails_in_all_of_them(told):
         f"RuntimeError: process {world - 1} of the group has refused",
         *own[4:7],
         *(f"RuntimeError: process {world - 1} of the group has refused",) * 4,
-        *own[11:],
+        *own[11:13],
+        f"RuntimeError: process {world - 1} of the group has refused",
     ]
     if world > 1:
         own[1:3] = others[1:3]

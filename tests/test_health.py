@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -287,6 +288,15 @@ def test_its_warning_points_at_the_line_of_the_backward_pass(net):
 def test_a_default_unit_that_is_trained_is_not_mentioned(net, kind, accumulate):
     optimizer = kind([*net.parameters(), *pddm_ext.default_unit(4).parameters()], lr=1e-3)
     assert told(lambda: steps(net, optimizer, 20, accumulate)) == []
+
+
+@host_only("of the host's optimizers")
+def test_one_that_a_fused_optimizer_trains_is_not_mentioned(net):
+    """Which leaves a parameter's version as it was."""
+    trained = [*net.parameters(), *pddm_ext.default_unit(4).parameters()]
+    optimizer = torch.optim.Adam(trained, lr=1e-3, fused=True)
+    optimizer.zero_grad = functools.partial(optimizer.zero_grad, set_to_none=False)
+    assert told(lambda: steps(net, optimizer, 30)) == []
 
 
 def test_a_default_unit_that_is_frozen_or_only_evaluated_is_not_mentioned(net):

@@ -94,6 +94,28 @@ def test_an_integer_of_numpy(ignored):
     assert quads.valid.tolist() == [r % 3 != 0 for r in range(12)]
 
 
+def test_a_bank_of_int64_knows_the_largest_numbers():
+    """Which its labels had as uint64."""
+    labels = torch.tensor([0, 0, 1, 1, 2**64 - 1, 2**64 - 1], dtype=torch.uint64).to(DEVICE)
+    feats, ids, bank = make_features(6, 5), torch.arange(6, device=DEVICE), pddm_ext.MemoryBank(6, 5).to(DEVICE)
+    bank.add(feats, labels, ids)
+    for unit in (make_unit(5), reference.PDDM(5).to(DEVICE)):
+        given = {"ignore_label": 2**64 - 1, "mode": "anchor", "ids": ids, **bank.references()}
+        quads = unit.mine(feats, labels, **given)
+        assert quads.valid.tolist() == [True] * 4 + [False] * 2
+        assert torch.cat(quads[1:4]).max() <= 3
+
+
+def test_a_refusal_makes_no_default_unit(monkeypatch):
+    monkeypatch.setattr("pddm_ext.unit._default_units", {})
+    before = torch.get_rng_state()
+    for mine in (pddm_ext.mine_and_score, reference.mine_and_score):
+        with pytest.raises(TypeError, match="ignore_label is a float"):
+            mine(make_features(12, 5), make_labels(12), ignore_label=1.5)
+    assert not pddm_ext.unit._default_units
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_number_that_the_dtype_has_not_leaves_nobody_out():
     unit, feats, labels = make_unit(5), make_features(12, 5), make_labels(12)
     unsigned = torch.tensor([*[2**64 - 1] * 4, *labels[4:].clamp(min=0).tolist()], dtype=torch.uint64).to(DEVICE)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import pddm_ext
 from helpers import (
@@ -210,6 +211,27 @@ def test_second_derivatives_are_those_of_the_plain_loss(referred):
         seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
         assert seconds[-1].abs().max() > 0
     torch.testing.assert_close(*seconds)
+
+
+@host_only("a group of the host's tensors")
+def test_a_groups_share_has_the_scores_dtype_whatever_the_default():
+    """float16, which has not so many quadruplets."""
+    feats, many = make_features(12, 4), torch.arange(70_000)
+    i, j, k, l = (many % 12, (many + 1) % 12, (many + 2) % 12, (many + 3) % 12)  # noqa: E741
+    scores = make_features(3, len(many)).unbind()
+    quads = pddm_ext.Quadruplets(i, j, k, l, *scores, torch.ones_like(many, dtype=torch.bool))
+    expected = pddm_ext.QuadrupletLoss()(feats, quads)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.set_default_dtype(torch.float16)
+        together = pddm_ext.QuadrupletLoss(group=dist.group.WORLD)(feats, quads)
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # which joins no shards of another half precision
+            half = pddm_ext.QuadrupletLoss(group=dist.group.WORLD)(feats.half(), quads)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        dist.destroy_process_group()
+    assert_same_bits(together, expected)
+    torch.testing.assert_close(half, expected, rtol=1e-2, atol=1e-2)
 
 
 @host_only("others are checked by the kernels")

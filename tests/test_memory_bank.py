@@ -126,6 +126,24 @@ def test_one_made_without_gradients_can_be_added_to_later():
         assert held(one) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("warm_up", [0, 9])
+def test_its_own_rows_can_be_added_once_more(warm_up):
+    bank = MemoryBank(6, 3, warm_up=warm_up).to(DEVICE)
+    bank.add(*rows(0, 5))
+    bank.add(bank.feats[1:], bank.labels[1:], bank.ids[1:])
+    assert held(bank) == ([1, 2, 3, 4] if warm_up else [2, 3, 4, 3, 4, 1])
+
+
+def test_its_state_is_on_the_host_whatever_the_default_device():
+    bank = MemoryBank(6, 3)
+    bank.add(*(x.cpu() for x in rows(0, 5)))
+    with torch.device("meta"):
+        state = bank.state_dict()
+    other = MemoryBank(6, 3)
+    other.load_state_dict(state)
+    assert held(other) == held(bank)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -211,6 +211,24 @@ def test_infinite_scores_compare_as_numbers(capability, mode, sign):
     assert_same_bits(got, select_quadruplets(pddm_ext.score_matrix(x, unit).detach(), labels, mode))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("package", [pddm_ext, reference])
+def test_a_row_that_is_not_finite_spoils_no_gradient(package, bad, mode):
+    """Of one class, too, where nothing is valid."""
+    unit = package.PDDM(5).to(DEVICE)
+    for labels in (make_labels(12), torch.zeros(12, dtype=torch.int64, device=DEVICE)):
+        feats = make_features(12, 5)
+        feats[3, 2] = bad
+        feats.requires_grad_()
+        quads = unit.mine(feats, labels, mode=mode)
+        loss = package.QuadrupletLoss()(feats, quads)
+        given = [feats, *unit.parameters()]
+        gradients = torch.autograd.grad(loss, given)
+        assert all(gradient.isfinite().all() for gradient in (loss, *gradients))
+        assert (gradients[0].abs().sum() > 0) == bool(quads.valid.any())
+
+
 def test_score_pairs_gives_back_a_nan_that_is_asked_for():
     unit, x = make_unit(5), make_features(6, 5)
     x[2] = torch.nan

@@ -414,6 +414,16 @@ def test_a_loss_of_other_references_is_refused(package):
                 call(feats, copied, ref_feats=others[:1])
 
 
+def test_the_shapes_of_a_meta_device_are_those_of_others():
+    unit = pddm_ext.PDDM(5).to("meta")
+    feats = torch.empty(12, 5, device="meta", requires_grad=True)
+    labels = torch.empty(12, dtype=torch.int64, device="meta")
+    for mode in ("batch", "anchor"):
+        quads = unit.mine(feats, labels, mode=mode, ref_feats=feats[:7], ref_labels=labels[:7])
+        assert quads.s_ij.shape == ((12,) if mode == "anchor" else (1,))
+        assert quads.s_ij.requires_grad
+
+
 def test_a_regularizer_sees_the_batch_alone():
     feats, labels, among = batch_and_references()
     seen = []

@@ -23,6 +23,14 @@
 #endif
 #include "threads.h"
 
+#if defined(__linux__)
+// Of torch 2.11 and later; null before.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* made, int32_t layout, const uint8_t* metadata,
+    int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
+#endif
+
 namespace pddm {
 namespace {
 
@@ -52,6 +60,10 @@ Tensor dense(const Tensor& t, ScalarType dtype) {
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
+// From so many bytes on the C library may ask the system for memory and give it back at every call. On the CPU tensors
+// of this size lie in what earlier ones have left, where that is no more than an eighth larger.
+constexpr int64_t kReusedBytes = 128 << 10;
+
 // Dense, to be filled, on the device of `like`.
 Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
@@ -59,10 +71,26 @@ Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   for (size_t k = sizes.size(); k-- > 0; stride *= std::max<int64_t>(1, sizes[k])) strides[k] = stride;
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int64_t dims = int64_t(sizes.size());
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &made));
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+  const int64_t bytes = stride * int64_t(aoti_torch_dtype_element_size(type));
+  if (torch_from_blob && like.is_cpu() && bytes >= kReusedBytes && bytes <= cpu::kKeptBytes) {
+    auto block = std::make_unique<cpu::Block>(cpu::take_block(bytes, bytes + bytes / 8));
+    const auto leave = [](void*, void* context) {
+      const std::unique_ptr<cpu::Block> left(static_cast<cpu::Block*>(context));
+      cpu::leave_block(*left);
+    };
+    TORCH_ERROR_CODE_CHECK(torch_from_blob(block->memory, dims, sizes.data(), strides.data(), 0, type, device,
+                                           like.get_device_index(), &made, aoti_torch_layout_strided(), nullptr, 0,
+                                           leave, block.get()));
+    block.release();
+    return Tensor(made);
+  }
+#endif
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type, device, like.get_device_index(), &made));
   return Tensor(made);
 }
 Tensor empty(const Tensor& like, Sizes sizes) { return empty(like, sizes, like.scalar_type()); }
@@ -499,7 +527,20 @@ Tensor candidates(const Tensor& products, int64_t first, const Tensor& weights, 
 }
 #endif
 
-// The CPU's alone: other devices have torch's own products. A row of a negative class takes no part.
+// The CPU's alone: other devices have torch's own products.
+Tensor dot_products(const Tensor& x, const Tensor& y) {
+  const ScalarType dtype = real_dtype(x, "x");
+  const Tensor a = dense(x, dtype), b = dense(y, dtype);
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) > 0 && a.size(1) == b.size(1) && same_device(a, b),
+                  "pddm: x and y must be matrices of one width, on one device");
+  Tensor products = empty(a, {a.size(0), b.size(0)}, dtype);
+  const Parallel parallel = torch_threads();
+  cpu::dot_products(precision_of(a, false), parallel, {a.const_data_ptr(), a.size(0)}, {b.const_data_ptr(), b.size(0)},
+                    a.size(1), products.mutable_data_ptr());
+  return products;
+}
+
+// The CPU's alone, too. A row of a negative class takes no part.
 Tensor nearest(const Tensor& rows, const Tensor& classes, int64_t count) {
   const ScalarType dtype = real_dtype(rows, "rows");
   const Tensor given = dense(rows, dtype), numbers = dense(classes, ScalarType::Long);
@@ -714,6 +755,7 @@ STABLE_TORCH_LIBRARY(pddm, m) {
   m.def("mine_listed(Tensor feats, Tensor lists, SymInt split, " PDDM_UNIT_SCHEMA
         ") -> (Tensor s_ij, Tensor s_ik, Tensor s_jl, Tensor i, Tensor j, Tensor k, Tensor l, Tensor valid)");
   m.def("nearest(Tensor rows, Tensor classes, SymInt count) -> Tensor");
+  m.def("dot_products(Tensor x, Tensor y) -> Tensor");
   m.def("candidate_rows(Tensor feats, Tensor labels) -> (Tensor rows, Tensor weights, Tensor classes)");
   m.def("candidates(Tensor products, SymInt first, Tensor weights, Tensor classes, SymInt count) -> Tensor");
   m.def("score_pairs_backward(Tensor weight, Tensor feats, Tensor i, Tensor j, " PDDM_UNIT_SCHEMA
@@ -750,6 +792,7 @@ STABLE_TORCH_LIBRARY(pddm, m) {
 STABLE_TORCH_LIBRARY_IMPL(pddm, CPU, m) {
   PDDM_KERNELS(m);
   m.impl("nearest", TORCH_BOX(&pddm::nearest));
+  m.impl("dot_products", TORCH_BOX(&pddm::dot_products));
 #if defined(PDDM_EMULATED)
   PDDM_DEVICE_KERNELS(m);
 #endif

@@ -189,6 +189,14 @@ void nearest(Precision precision, const Parallel& parallel, const Rows& rows, in
   Nearest<float>(*set->float32(), parallel, rows, dim, classes, count).write(indices, count);
 }
 
+void dot_products(Precision precision, const Parallel& parallel, const Rows& x, const Rows& y, int64_t dim,
+                  void* products) {
+  const InstructionSet* set = chosen();
+  if (precision == Precision::float64)
+    return dot_products(*set->float64(), parallel, x, y, dim, static_cast<double*>(products));
+  dot_products(*set->float32(), parallel, x, y, dim, static_cast<float*>(products));
+}
+
 namespace {
 
 template <class T>

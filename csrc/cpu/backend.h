@@ -32,6 +32,10 @@ std::unique_ptr<const Backend> make_backend(Precision precision, const Parallel&
 void nearest(Precision precision, const Parallel& parallel, const Rows& rows, int64_t dim, const int64_t* classes,
              int64_t count, int64_t* indices);
 
+// x · yᵀ of rows of `dim` numbers: (x.count, y.count).
+void dot_products(Precision precision, const Parallel& parallel, const Rows& x, const Rows& y, int64_t dim,
+                  void* products);
+
 // Floating-point operations per second of multiply-adds on registers, on all of `parallel`'s threads at once, measured
 // for about `seconds`: the ceiling of this backend in that precision.
 double multiply_add_peak(Precision precision, const Parallel& parallel, double seconds);

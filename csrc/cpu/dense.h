@@ -1,4 +1,4 @@
-// Scores that are asked for by name: listed pairs, the whole matrix, and the best of a gallery.
+// What is asked for by name: scores of listed pairs, the whole matrix, the best of a gallery; and dot products.
 #pragma once
 
 #include <mutex>
@@ -119,6 +119,29 @@ void topk(const Engine<T>& engine, const Parallel& parallel, const Rows& queries
     Entry* heap = heaps + row * k;
     std::sort_heap(heap, heap + k, better);
     for (int64_t t = 0; t < k; ++t) scores[row * k + t] = heap[t].score, indices[row * k + t] = heap[t].index;
+  });
+}
+
+// x · yᵀ of dense rows, (n, m): a library's products depend on the number of threads, these do not.
+template <class T>
+void dot_products(const Engine<T>& engine, const Parallel& parallel, const Rows& x, const Rows& y, int64_t dim,
+                  T* out) {
+  const int64_t lanes = engine.lanes, size = engine.stride(dim) * lanes, n = x.count, m = y.count;
+  const int64_t panels = engine.stride(m) / lanes, square = lanes * lanes;
+  Arena arena;
+  T *packed = arena.take<T>(panels * size), *scratch = arena.take<T>(parallel.threads * (size + square));
+  const auto pack = [&](T* panel, const Rows& rows, int64_t p) {
+    engine.pack_rows(panel, static_cast<const T*>(rows.data), rows.count, dim, p * lanes);
+  };
+  share(parallel, panels, [&](int64_t, int64_t p) { pack(packed + p * size, y, p); });
+  share(parallel, engine.stride(n) / lanes, [&](int64_t worker, int64_t p) {
+    T *own = scratch + worker * (size + square), *products = own + size;
+    pack(own, x, p);
+    for (int64_t q = 0; q < panels; ++q) {
+      engine.multiply(own, packed + q * size, dim, products);
+      for (int64_t r = 0; r < std::min(lanes, n - p * lanes); ++r)
+        std::copy_n(products + r * lanes, std::min(lanes, m - q * lanes), out + (p * lanes + r) * m + q * lanes);
+    }
   });
 }
 

@@ -158,7 +158,10 @@ class Engine {
   // Every row of panel a with every row of panel b, which is another or the same; a product is offered to both rows.
   // Returns the size of the longest list that something was offered to.
   virtual int32_t meet(const ListsOf<T>& lists, const Side<T>& a, const Side<T>& b, int64_t dim) const = 0;
-  // Dot products of a row of a dense (n, dim) matrix with others of it, to the last bit those of panels that meet.
+  // Dot products of the rows of panel a with those of panel b, (lanes, lanes), to the last bit those of panels that
+  // meet.
+  virtual void multiply(const T* a, const T* b, int64_t dim, T* out) const = 0;
+  // The same of a row of a dense (n, dim) matrix with others of it.
   virtual void products(const T* rows, int64_t dim, int64_t row, const int32_t* others, int64_t count,
                         T* out) const = 0;
   // Finds a floor that `least` to `most` entries of a list are above, and leaves them; returns how many, or 0 where

@@ -86,6 +86,7 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
   int32_t meet(const cpu::ListsOf<T>& lists, const cpu::Side<T>& a, const cpu::Side<T>& b, int64_t dim) const override {
     return meet_panels<Plain<T>>(lists, a, b, dim);
   }
+  void multiply(const T* a, const T* b, int64_t dim, T* out) const override { panel_products<T>(a, b, dim, out); }
   void products(const T* rows, int64_t dim, int64_t row, const int32_t* others, int64_t count, T* out) const override {
     listed_products<T>(rows, dim, row, others, count, out);
   }

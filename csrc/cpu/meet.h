@@ -71,6 +71,22 @@ PDDM_INLINE int32_t meet_panels(const ListsOf<typename Op::Scalar>& lists, const
   return longest;
 }
 
+template <class T>
+PDDM_INLINE void panel_products(const T* a, const T* b, int64_t steps, T* out) {
+  constexpr int width = kWidth<T>, lanes = kLanes<T>;
+  for_even_strips<T>(lanes, [&](auto columns, int64_t c) {
+    constexpr int C = decltype(columns)::value;
+    Tile<T, C> tile;
+    tile.clear();
+    multiply<Plain<T>>(tile, a + c, {lanes, 1}, b, lanes, steps);
+    PDDM_UNROLL
+    for (int r = 0; r < C; ++r) {
+      store(out + (c + r) * lanes, tile.acc[r][0]);
+      store(out + (c + r) * lanes + width, tile.acc[r][1]);
+    }
+  });
+}
+
 // A row and a vector of others: their lanes' multiply-adds are those of a tile.
 template <class T>
 PDDM_INLINE void listed_products(const T* rows, int64_t dim, int64_t row, const int32_t* others, int64_t count,

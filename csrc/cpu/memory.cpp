@@ -15,9 +15,6 @@ namespace {
 
 std::atomic<int64_t> pairs_scored{0}, bytes_alive{0}, bytes_peak{0};
 
-// Blocks kept from one call to the next: fresh memory costs a page fault every 4 KiB, which a small batch would feel.
-constexpr int64_t kKeptBytes = 32 << 20;
-
 // Of a block that arrays share: most of what a small batch asks for. Under GCC's sanitizer each array has its own,
 // whose ends are watched.
 #if defined(__SANITIZE_ADDRESS__)
@@ -42,22 +39,21 @@ void* fresh(int64_t size) {
 
 class Idle {
  public:
-  // A block of at least `bytes` and not much more, or null.
-  void* take(int64_t bytes, int64_t* size) {
+  // A block of `bytes` to `most`, or none.
+  cpu::Block take(int64_t bytes, int64_t most) {
     const std::lock_guard<std::mutex> guard(mutex_);
     const auto found = blocks_.lower_bound(bytes);
-    if (found == blocks_.end() || found->first > 2 * bytes) return nullptr;
-    void* memory = found->second;
-    *size = found->first;
-    kept_ -= found->first;
+    if (found == blocks_.end() || found->first > most) return {nullptr, 0};
+    const cpu::Block block{found->second, found->first};
+    kept_ -= block.size;
     blocks_.erase(found);
-    return memory;
+    return block;
   }
-  bool keep(void* memory, int64_t size) {
+  bool keep(const cpu::Block& block) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    if (kept_ + size > kKeptBytes) return false;
-    blocks_.emplace(size, memory);
-    kept_ += size;
+    if (kept_ + block.size > cpu::kKeptBytes) return false;
+    blocks_.emplace(block.size, block.memory);
+    kept_ += block.size;
     return true;
   }
 
@@ -85,9 +81,17 @@ void reset_counters() {
 
 void count_pairs(int64_t pairs) { pairs_scored.fetch_add(pairs, std::memory_order_relaxed); }
 
+Block take_block(int64_t bytes, int64_t most) {
+  const Block block = idle().take(bytes, most);
+  return block.memory ? block : Block{fresh(bytes), bytes};
+}
+
+void leave_block(const Block& block) {
+  if (!idle().keep(block)) ::operator delete(block.memory, alignment(block.size));
+}
+
 Arena::~Arena() {
-  for (const Block& block : blocks_)
-    if (!idle().keep(block.memory, block.size)) ::operator delete(block.memory, alignment(block.size));
+  for (const Block& block : blocks_) leave_block(block);
   bytes_alive -= asked_;
 }
 
@@ -99,11 +103,11 @@ void* Arena::take_bytes(int64_t bytes) {
     next_ += room, left_ -= room;
   } else {
     blocks_.reserve(blocks_.size() + 1);
-    int64_t size = std::max(room, kSharedBytes);
-    memory = idle().take(size, &size);
-    if (!memory) memory = fresh(size);
-    blocks_.push_back({memory, size});
-    if (size - room > left_) next_ = static_cast<char*>(memory) + room, left_ = size - room;
+    const int64_t size = std::max(room, kSharedBytes);
+    blocks_.push_back(take_block(size, 2 * size));
+    const Block& block = blocks_.back();
+    memory = block.memory;
+    if (block.size - room > left_) next_ = static_cast<char*>(memory) + room, left_ = block.size - room;
   }
   asked_ += bytes;
   const int64_t alive = bytes_alive += bytes;

@@ -11,7 +11,20 @@
 
 namespace pddm::cpu {
 
-// Cache-line aligned memory, freed together: small arrays lie in blocks that they share. Throws std::bad_alloc.
+// Cache-line aligned memory of at least the size that was asked for. Throws std::bad_alloc.
+struct Block {
+  void* memory;
+  int64_t size;
+};
+
+// What is left for others, in all: fresh memory costs a page fault every 4 KiB, which a small batch would feel.
+constexpr int64_t kKeptBytes = 32 << 20;
+
+// One that was left, if one has at most so many bytes.
+Block take_block(int64_t bytes, int64_t most);
+void leave_block(const Block& block);
+
+// Memory, freed together: small arrays lie in blocks that they share.
 class Arena {
  public:
   Arena() = default;
@@ -32,10 +45,6 @@ class Arena {
  private:
   static void* zeroed(void* memory, int64_t bytes);
 
-  struct Block {
-    void* memory;
-    int64_t size;
-  };
   std::vector<Block> blocks_;
   char* next_ = nullptr;  // what is left of one of them
   int64_t left_ = 0;

@@ -186,7 +186,8 @@ class MetricLearningModule(LightningModule):
         slots = torch.stack([quads.valid.sum(), torch.tensor(len(quads.valid), device=feats.device)])
         if group is not None:
             dist.all_reduce(slots, group=group)
-        valid = slots[0] / slots[1].clamp(min=1) if self.mode != "batch" else slots[0]
+        # Of floats, since a quotient of integers has torch's default dtype, which may be float16.
+        valid = slots[0].float() / slots[1].clamp(min=1) if self.mode != "batch" else slots[0]
         terms = {"train_similarity": similarity, "train_embedding": embedding, "train_valid": valid}
         # Of a group each process has its own part of the loss.
         several = group is not None
