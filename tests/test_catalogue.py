@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,24 +216,18 @@ def test_unreadable_pictures_end_it_all_listed_or_are_left_out(embedder: Trained
     before = files(out)
     (photos / "a" / "0.png").write_bytes(b"no picture")
     (photos / "empty.png").write_bytes(b"")
-    (photos / "lost.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(
-        ValueError, match=r"3 of 3 pictures cannot be read: .*; --skip-unreadable leaves them"
+        ValueError, match=r"2 of 2 pictures cannot be read: .*; --skip-unreadable leaves them"
     ) as caught:
         Catalogue.build(embedder, photos, out)
-    for name in (
-        "a/0.png: not a readable picture (",
-        "empty.png: not a readable",
-        "lost.png: not a readable picture (No",
-    ):
+    for name in ("a/0.png: not a readable picture (", "empty.png: not a readable"):
         assert str(photos / name) in str(caught.value)
     assert files(out) == before
     made = Catalogue.build(embedder, photos, out, skip_unreadable=True)
     assert len(made) == 11
-    assert (made.changes.gone, made.changes.kept, len(made.changes.unreadable)) == (1, 11, 3)
+    assert (made.changes.gone, made.changes.kept, len(made.changes.unreadable)) == (1, 11, 2)
     (photos / "empty.png").unlink()
     draw(photos / "a" / "0.png", 1)
-    (photos / "lost.png").unlink()
     assert Catalogue.build(embedder, photos, out).changes == catalogues.Changes(new=1, kept=11)
 
 
@@ -403,10 +398,15 @@ def test_a_name_is_printed_in_one_line(
     assert "a\\n\\x1b[31m/ü 1.png" in lines[2]
 
 
-def test_a_pipe_is_no_picture(embedder: Trained, photos: Path, tmp_path: Path) -> None:
+def test_a_pipe_and_a_broken_link_are_no_pictures(embedder: Trained, photos: Path, tmp_path: Path) -> None:
+    """And are told as training tells them."""
     os.mkfifo(photos / "pipe.png")
+    (photos / "a" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    (photos / "circle.png").symlink_to("circle.png")
+    (photos / "lost").symlink_to("top.png/inside")
     made = Catalogue.build(embedder, photos, tmp_path / "out")
-    assert made.changes == catalogues.Changes(new=12, passed_over={"no file": 1})
+    assert made.changes == catalogues.Changes(new=12, no_files=("a/lost.png", "circle.png", "lost", "pipe.png"))
+    assert made.changes.said()[0] == "passed over: 4 broken links or special files, such as a/lost.png"
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -780,6 +780,10 @@ def test_the_command_line_refuses_before_any_work(
     out, all_, top = str(tmp_path / "out"), str(runs / "all"), str(photos / "top.png")
     for command, message in (
         (["embed", all_, str(photos), "--out", out, "--workers", "-1"], "--workers is -1; at least 0"),
+        (
+            ["embed", all_, str(photos), "--out", out, "--workers", "100000"],
+            "--workers is 100000; at least 0, and at",
+        ),
         (["embed", all_, str(tmp_path / "nowhere"), "--out", out], "nowhere: no such folder"),
         (["embed", str(tmp_path / "no.pt"), str(photos), "--out", out], "no.pt: no checkpoint"),
         (
@@ -799,6 +803,70 @@ def test_the_command_line_refuses_before_any_work(
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "target", "message"),
+    [
+        ("--page", "photos/top.png", "which is read; another file is accepted"),
+        ("--page", "link.html", "which is read; another file is accepted"),
+        ("--page", "photos/a/0.png", "which holds something that is no page of a search; a new file, or an earlier"),
+        ("--page", "notes.html", "which holds something that is no page"),
+        ("--page", "report.html", "which holds something that is no page"),
+        ("--page", "out/features.npy", "out; a file elsewhere is accepted"),
+        ("--page", "out/structures.npy", "out; a file elsewhere is accepted"),  # be it there or not
+        ("--json", "out/catalogue.json", "out; a file elsewhere is accepted"),
+        ("--json", "run/checkpoint.pt", "run; a file elsewhere is accepted"),
+        ("--json", "run/metrics.json", "run; a file elsewhere is accepted"),
+        ("--json", "photos/top.png", "which is read; another file is accepted"),
+        ("--json", "notes.html", "which holds something that is no JSON"),
+    ],
+)
+def test_a_search_writes_over_no_input_nor_anything_but_an_earlier_output(
+    runs: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    target: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(Trained, "embed", lambda *_: pytest.fail("embedded"))
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    for name in (FEATURES, FACTS):
+        (tmp_path / "out" / name).write_text("{}")
+    (tmp_path / "notes.html").write_text("<p>mine")
+    (tmp_path / "report.html").write_text("<!doctype html>\n<title>pddm-ext: 2 methods compared</title>")
+    (tmp_path / "link.html").symlink_to(photos / "top.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    command = ["search", str(tmp_path / "run"), str(tmp_path / "out"), str(photos / "top.png")]
+    assert cli.main([*command, option, str(tmp_path / target)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"pddm-ext: error: {option} is {tmp_path / target}, ")
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_search_writes_an_earlier_page_anew_where_it_lies(runs: Path, photos: Path, tmp_path: Path) -> None:
+    """Behind a link, in the folder of the run, or in an empty file."""
+    out, page = tmp_path / "out", tmp_path / "far" / "page.html"
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    Catalogue.build(pddm_ext.load(tmp_path / "run"), photos, out)
+    page.parent.mkdir()
+    (tmp_path / "page.html").symlink_to(page)
+    (tmp_path / "run" / "found.json").touch()
+    options = ["--page", str(tmp_path / "page.html"), "--json", str(tmp_path / "run" / "found.json")]
+    for photo in ("top.png", "a/2.bmp"):
+        command = ["search", str(tmp_path / "run"), str(out), str(photos / photo), "--accelerator", "cpu"]
+        assert cli.main([*command, *options]) == 0
+        assert (tmp_path / "page.html").is_symlink()
+        assert f"searched for: {Path(photo).name}" in page.read_text("utf-8")
+        (found,) = json.loads((tmp_path / "run" / "found.json").read_text("utf-8"))
+        assert found["photo"] == str(photos / photo)
+    assert [path.name for path in page.parent.iterdir()] == ["page.html"]
 
 
 def test_an_interrupted_embed_leaves_the_old_catalogue(

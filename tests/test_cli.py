@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import pddm_ext
-from pddm_ext.workbench import cli, loop, measuring, outcome
+from pddm_ext.workbench import checkpoint, cli, loop, measuring, outcome
 from pddm_ext.workbench.data import glyphs
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import CHECKPOINT, CONFIG
@@ -159,6 +162,107 @@ def test_eval_measures_any_folder(
     assert "--data is glyphs; " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("sides", [False, True])
+def test_eval_repeats_a_run_that_held_pictures_of_known_classes_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sides: bool
+) -> None:
+    """What the test pictures are searched for in has the held-out ones, too."""
+    (tmp_path / "photo_net.py").write_text(_PHOTO_NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    random, root, run = np.random.default_rng(0), tmp_path / "photos", tmp_path / "run"
+    for label in "abcd":
+        base = random.integers(60, 196, (4, 4, 3))
+        for place in range(10):
+            folder = root / ("test" if place > 7 else "train") / label if sides else root / label
+            folder.mkdir(parents=True, exist_ok=True)
+            noisy = (base + random.integers(-60, 61, base.shape)).astype(np.uint8)
+            Image.fromarray(noisy).resize((32, 32), Image.Resampling.NEAREST).save(folder / f"{place}.png")
+    data = ["--data", "folder", "--root", str(root), "--picture", "32", "--backbone", "photo_net:net"]
+    options = [
+        "--method",
+        "contrastive",
+        "--patience",
+        "2",
+        "--out",
+        str(run),
+        *([] if sides else ["--split", "known"]),
+    ]
+    assert cli.main(["train", *TINY_OPTIONS, *data, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "train on 4 classes, 28 pictures" in printed
+    assert "search among 4 classes, 32 pictures" in printed
+    table = printed[printed.index("by distance") :].partition("run: ")[0]
+    evaluate = ["eval", str(run), "--backbone", "photo_net:net", "--json", str(tmp_path / "again.json")]
+    assert cli.main(evaluate) == 0
+    assert capsys.readouterr().out.endswith(table)  # with the lines on what it began with
+    again, metrics = (json.loads(path.read_text("utf-8")) for path in (tmp_path / "again.json", run / "metrics.json"))
+    assert metrics["data"]["gallery"]["pictures"] == 32
+    del metrics["data"]["val"]
+    assert again == metrics
+    before = (run / "metrics.json").read_bytes()
+    assert cli.main(["train", "--resume", "--out", str(run)]) == 0
+    assert untimed(json.loads((run / "metrics.json").read_bytes())) == untimed(json.loads(before))
+
+
+@pytest.mark.parametrize(
+    ("given", "target", "message"),
+    [
+        ("run", "run/checkpoint.pt", "run; a file elsewhere is accepted"),
+        ("run", "run/metrics.json", "run; a file elsewhere is accepted"),
+        ("run", "run/tensorboard/x.json", "run; a file elsewhere is accepted"),
+        ("run", "link", "run; a file elsewhere is accepted"),
+        ("run/checkpoint.pt", "run/config.json", "run; a file elsewhere is accepted"),
+        ("run/checkpoint.pt", "run/checkpoint.pt", "which is read; another file is accepted"),
+        ("copy.pt", "copy.pt", "which is read; another file is accepted"),
+        ("run", "copy.pt", "which holds something that is no JSON; a new file, or an earlier one, is accepted"),
+        ("run", "circle", "a file in a folder that is there is accepted"),
+        ("run", "lost", "a file in a folder that is there is accepted"),
+    ],
+)
+def test_eval_writes_over_no_input_nor_anything_but_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, target: str, message: str
+) -> None:
+    (tmp_path / "run" / "tensorboard").mkdir(parents=True)
+    for name in ("run/checkpoint.pt", "run/config.json", "copy.pt"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "link").symlink_to("run/checkpoint.pt")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "lost").symlink_to("nowhere/at.json")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert cli.main(["eval", str(tmp_path / given), "--json", str(tmp_path / target)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"pddm-ext: error: --json is {tmp_path / target}")
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_user_names_is_written_through_links_and_into_pipes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to("far/file.json")
+    (tmp_path / "far").mkdir()
+    for content in (b"{}", b"[]"):
+        checkpoint.deliver(tmp_path / "link", content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "far" / "file.json").read_bytes() == content
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    cli._file("--page", tmp_path / "pipe", [])
+    checkpoint.deliver(tmp_path / "pipe", b"piped")
+    assert os.read(reader, 100) == b"piped"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "output").symlink_to("/dev/fd/1")
+    print("before")
+    cli._file("--json", tmp_path / "output", [])
+    checkpoint.deliver(tmp_path / "output", b"between\n")
+    print("after")
+    assert capfd.readouterr().out == "before\nbetween\nafter\n"
+    assert (tmp_path / "output").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "link", "output", "pipe"]
+
+
 def test_damaged_metrics_are_named(tmp_path: Path) -> None:
     assert outcome.read(tmp_path) is None
     for damaged in ("", "{", "[]", '{"settings": {}}', "\udcff"):
@@ -243,6 +347,7 @@ def test_a_bad_config_fails_before_any_work(
         (["--dim", "0"], "--dim is 0; at least 1 is accepted"),
         (["--devices", "0"], "--devices is 0; at least 1 is accepted"),
         (["--workers", "-1"], "--workers is -1; at least 0 is accepted"),
+        (["--workers", "100000"], "--workers is 100000; at most 1024 is accepted"),
         (["--warmup", "-1"], "--warmup is -1; at least 0 is accepted"),
         (["--lr", "nan"], "--lr is nan; a positive finite number is accepted"),
         (["--unit-lr-factor", "-1"], "--unit-lr-factor is -1.0; a positive finite number is accepted"),
@@ -316,6 +421,10 @@ def test_choices_are_named_by_the_parser(capsys: pytest.CaptureFixture[str]) -> 
         (["eval"], "pddm-ext eval: error: the following arguments are required: checkpoint"),
         (["compare", "--seed", "0"], "pddm-ext compare: error: unrecognized arguments: --seed 0"),
         (["compare", "--methods"], "pddm-ext compare: error: argument --methods: expected at least one argument"),
+        (["train", "--out", ""], "pddm-ext train: error: argument --out: it is ''; the name of a folder is accepted"),
+        (["compare", "--out", " "], "pddm-ext compare: error: argument --out: it is ' '; the name of a folder"),
+        (["embed", "run", "photos", "--out="], "pddm-ext embed: error: argument --out: it is ''; the name of a"),
+        (["export", "run", "--out", ""], "pddm-ext export: error: argument --out: it is ''; the name of a folder"),
     ],
 )
 def test_what_the_parser_refuses_takes_one_line(

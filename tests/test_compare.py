@@ -20,6 +20,7 @@ from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.evaluation.separation import spread
 from pddm_ext.workbench.loop import CHECKPOINT, CONFIG, Run
 from pddm_ext.workbench.measuring import CollapseWarning
+from pddm_ext.workbench.report import page
 from pddm_ext.workbench.settings import PROXIES, Settings
 from runs import TINY, TINY_OPTIONS, interrupt_at, make_archive, make_tiny, untimed
 
@@ -441,7 +442,12 @@ def test_an_interrupted_grid_says_how_to_go_on(
         (["--methods", "n-pair:nonsense=1"], "'nonsense' is no setting"),
         (["--seeds", "0"], "--seeds is 0; at least 1 is accepted"),
         (["--jobs", "0"], "--jobs is 0; at least 1 is accepted"),
-        (["--tries", "0"], "--tries is at least 1"),
+        (["--tries", "0"], "--tries is 0; at least 1 is accepted"),
+        (["--seeds", "1001"], "--seeds is 1001; at most 1000 is accepted"),
+        (["--seeds", "5000000000"], "--seeds is 5000000000; at most 1000 is accepted"),
+        (["--seeds", "9" * 30], f"--seeds is {'9' * 30}; at most 1000 is accepted"),
+        (["--tries", "5000000000"], "--tries is 5000000000; at most 1000 is accepted"),
+        (["--workers", "100000"], "--workers is 100000; at most 1024 is accepted"),
         (["--lrs", "0"], "--lr is 0.0; a positive finite number"),
         (["--devices", "2"], "--devices is 2; each run of a comparison has 1"),
     ],
@@ -455,6 +461,30 @@ def test_bad_comparisons_fail_before_any_work(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("now", "was", "said"),
+    [
+        ((0.8121, 0.4480), (0.8123, 0.4484), None),  # 81.2 and 44.8 on either side
+        ((0.8121, 0.4495), (0.8123, 0.4484), None),  # above, where they are seen to differ
+        ((0.8121, 0.4470), (0.8121, 0.4484), "Recall@1 81.2 % against 81.2 %, MAP@R 44.7 % against 44.8 %"),
+        ((0.8112, 0.4495), (0.8121, 0.4484), "Recall@1 81.1 % against 81.2 %, MAP@R 45.0 % against 44.8 %"),
+    ],
+)
+def test_below_is_what_is_below_as_it_is_printed(
+    now: tuple[float, float], was: tuple[float, float], said: str | None
+) -> None:
+    def figures(recall: float, map_at_r: float) -> dict[str, Any]:
+        return {"recall": {"1": {"value": recall}}, "map_at_r": {"value": map_at_r}}
+
+    metrics = {
+        "settings": {"seed": 0},
+        "results": {"distance": figures(*now)},
+        "baselines": {"untrained": figures(*was)},
+    }
+    told = [] if said is None else [f"The run has ended below the untrained embedder, by distance: {said}"]
+    assert [str(below) for below in page._below({"": [metrics]})] == told
 
 
 @pytest.mark.parametrize("option", ["--method", "--seed"])

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
-from pddm_ext.workbench.data import augment, glyphs
+from pddm_ext.workbench.data import augment, glyphs, splits
 from pddm_ext.workbench.data import load as by_name
 from pddm_ext.workbench.data.augment import DRAWINGS
 from pddm_ext.workbench.data.splits import Dataset, TestClasses, TestSet, batches, in_memory
+from pddm_ext.workbench.evaluation import evaluate
 from pddm_ext.workbench.loop import Run
 from pddm_ext.workbench.settings import Settings
-from runs import TINY, blots, differences, with_gallery
+from runs import TINY, blots, differences, seen_by, with_gallery
 from small_data import PUBLISHED, make_folder, make_omniglot, scatter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,6 +143,26 @@ def test_few_labels(tiny: Dataset, share: float) -> None:
     assert (few.digest == tiny.train.thinned(share, 4).digest) == (share == 1)
 
 
+def test_holding_pictures_out_leaves_what_is_searched_among_whole(tiny: Dataset) -> None:
+    rows = torch.arange(80)
+    train = replace(tiny.train, pictures=tiny.train.pictures[rows % 32], labels=tiny.train.labels[rows % 32])
+    data = replace(tiny, train=train, test=tiny.train, gallery=train, protocol="known")
+    held = data.hold_out(0)
+    assert held.val is not None
+    assert len(held.train.labels) + len(held.val.labels) == 80
+    assert held.gallery is train
+    # Validation pictures are not among what they are searched for in, nor where a setting is chosen by them.
+    for selecting in (held.selecting(), data.validation(0)):
+        assert selecting is not None
+        assert selecting.gallery is not None
+        assert selecting.gallery.digest == held.train.digest
+        again = selecting.hold_out(1)
+        assert again.gallery is selecting.gallery
+        chosen = again.selecting()
+        assert chosen is not None
+        assert chosen.gallery is again.train
+
+
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.0])
 def test_wrong_labels(tiny: Dataset, share: float) -> None:
     split = tiny.train
@@ -201,3 +224,18 @@ def test_validation_classes_are_searched_for_by_their_other_pictures(tiny: Datas
         for picture, label in zip(stored, held.test.labels, strict=True):
             row = 4 * tiny.train.names.index(held.test.names[int(label)])
             assert torch.equal(picture, tiny.train.pictures[torch.tensor([row])][0])
+
+
+def test_no_more_processes_read_than_there_are_batches(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    class Loader(DataLoader[object]):
+        def __init__(self, *given: object, num_workers: int, **options: object) -> None:
+            started.append(num_workers)
+            super().__init__(*given, num_workers=0, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(splits, "DataLoader", Loader)
+    monkeypatch.setattr(evaluate, "DataLoader", Loader)
+    assert len(list(batches(tiny.train, 4, 3, 2, seed=0, workers=1000))) == 2
+    assert len(seen_by(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.zeros(300, 1, 4, 4), workers=1000)) == 300
+    assert started == [2, 2]

@@ -23,6 +23,7 @@ from pddm_ext import _numbers
 from . import catalogue_files as files
 from . import checkpoint
 from .catalogue_files import Content, Floats, label
+from .data.photos import no_files
 from .data.reading import extensions
 from .embedding import embed, walk
 from .trained import Picture, Trained
@@ -76,6 +77,7 @@ class Changes:
         anew: why all were embedded in spite of a catalogue that was there; empty where that was not so.
         unreadable: pictures left out, each with its reason.
         passed_over: other files by their extension.
+        no_files: broken links and special files, which are passed over, too.
     """
 
     new: int = 0
@@ -85,6 +87,7 @@ class Changes:
     anew: str = ""
     unreadable: tuple[str, ...] = ()
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    no_files: tuple[str, ...] = ()
 
     def said(self) -> list[str]:
         """In lines for people."""
@@ -94,6 +97,8 @@ class Changes:
             count = sum(self.passed_over.values())
             what = "files that are no pictures" if count > 1 else "file that is no picture"
             lines.append(f"passed over {count} {what} by name: {kinds}")
+        if self.no_files:
+            lines.append(f"passed over: {no_files(self.no_files)}")
         if self.anew:
             lines.append(f"all embedded: {self.anew}")
         return [*lines, f"{self.new} new, {self.changed} changed, {self.gone} gone, {self.kept} kept"]
@@ -144,9 +149,9 @@ class Catalogue:
         """Embed a folder's pictures into a catalogue, or bring the catalogue that is there up to date.
 
         Pictures are what their extensions say (:func:`.data.reading.extensions`), in folders of any depth; files and
-        folders whose names start with a dot are passed over. Of a catalogue of the same folder by the same embedder
-        only files whose size or time is another are embedded again. Until all is written the old catalogue stays; what
-        was embedded by then is kept for the next time.
+        folders whose names start with a dot are passed over, and so are links to nowhere. Of a catalogue of the same
+        folder by the same embedder only files whose size or time is another are embedded again. Until all is written
+        the old catalogue stays; what was embedded by then is kept for the next time.
 
         Args:
             trained: the embedder.
@@ -171,7 +176,8 @@ class Catalogue:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; a folder of pictures is expected")
         passed_over: Counter[str] = Counter()
-        found = dict(sorted(walk(folder, "", passed_over, ())))
+        lost: list[str] = []
+        found = dict(sorted(walk(folder, "", passed_over, lost, ())))
         _enough(folder, len(found), index)
         with checkpoint.claimed(out):
             before, anew = _before(out, trained, folder)
@@ -199,6 +205,7 @@ class Catalogue:
                     anew=anew,
                     unreadable=tuple(unreadable),
                     passed_over=dict(passed_over),
+                    no_files=tuple(sorted(lost)),
                 )
                 kind = _by_size(len(paths)) if index == "auto" else index
                 if anew or embedded or changes.gone or kind != before.index or not len(before.paths):

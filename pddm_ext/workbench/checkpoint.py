@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .. import __version__
+from .console import own
 
 #: A reader of FORMAT also reads every earlier one that a release has written; the first release writes 4.
 FORMAT = 4
@@ -60,13 +62,32 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """:func:`write_bytes` of plain values, for people too: letters of any script as they are.
+def deliver(path: Path, content: bytes) -> None:
+    """Write to a file that a user has named: a link is followed, and a device or a pipe is written to as it is."""
+    descriptor = own(path)
+    if descriptor is not None:  # which is open already, and may be no file that could be opened again
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+    elif path.exists() and not path.is_file():
+        path.write_bytes(content)
+    else:
+        write_bytes(Path(os.path.realpath(path)), content)
+
+
+def as_json(value: Any) -> bytes:
+    """Plain values for people, too: letters of any script as they are.
 
     What a file's name may hold and UTF-8 may not (a lone surrogate) is written as JSON's escape.
     """
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    return text.encode("utf-8", "backslashreplace")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """:func:`write_bytes` of :func:`as_json`."""
+    write_bytes(path, as_json(value))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,9 +16,12 @@ import torch
 
 from .. import _C, __version__
 from .._installing import bring
-from .console import brief_warnings, lenient
+from .console import brief_warnings, lenient, own
 from .interrupts import follow
-from .settings import DRAWINGS, Settings, difference, option, parse, read, written
+from .settings import DRAWINGS, WORKERS, Settings, difference, option, parse, read, written
+
+#: Runs of a method in a comparison: beyond, their seeds would be those of the runs that choose a learning rate.
+_SEEDS = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +105,7 @@ def _parser() -> _Parser:
         **exact,
     )
     _add_settings(train)
-    train.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA/METHOD/seed-SEED)")
+    train.add_argument("--out", type=_folder, help="folder of the run (default: runs/DATA/METHOD/seed-SEED)")
     train.add_argument(
         "--resume", action="store_true", help="continue from the checkpoint in --out, by its config.json"
     )
@@ -138,7 +142,9 @@ def _parser() -> _Parser:
     evaluate.add_argument("--workers", type=int, help="processes that read pictures (default: the run's)")
     evaluate.add_argument("--backbone", help="confirms a backbone MODULE:CALLABLE, whose code will run")
     evaluate.add_argument("--candidates", type=int, default=100, help="nearest rows that are re-ranked (default: 100)")
-    evaluate.add_argument("--json", type=Path, help="write every figure to this file, too")
+    evaluate.add_argument(
+        "--json", type=Path, help="write every figure to this file, too, in the place of an earlier one"
+    )
     _add_progress(evaluate)
 
     compare = commands.add_parser(
@@ -156,7 +162,7 @@ def _parser() -> _Parser:
         metavar="METHOD[:SETTING=VALUE,...]",
         help="what to compare (default: pddm-anchor euclidean-anchor)",
     )
-    compare.add_argument("--seeds", type=int, default=5, help="runs of each method (default: 5)")
+    compare.add_argument("--seeds", type=int, default=5, help="runs of each method, up to 1000 (default: 5)")
     compare.add_argument(
         "--lrs",
         type=float,
@@ -164,9 +170,9 @@ def _parser() -> _Parser:
         default=[],
         help="learning rates to choose from on validation classes, or pictures of known ones",
     )
-    compare.add_argument("--tries", type=int, default=1, help="runs for each of --lrs (default: 1)")
+    compare.add_argument("--tries", type=int, default=1, help="runs for each of --lrs, up to 1000 (default: 1)")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    compare.add_argument("--out", type=Path, help="folder of the grid (default: runs/DATA)")
+    compare.add_argument("--out", type=_folder, help="folder of the grid (default: runs/DATA)")
     _add_progress(compare)
 
     embed = commands.add_parser(
@@ -178,14 +184,16 @@ def _parser() -> _Parser:
     )
     _add_trained(embed)
     embed.add_argument("folder", type=Path, help="of the pictures")
-    embed.add_argument("--out", type=Path, required=True, help="folder of the catalogue")
+    embed.add_argument("--out", type=_folder, required=True, help="folder of the catalogue")
     embed.add_argument(
         "--index",
         default="auto",
         choices=("auto", "flat", "hnsw", "ivf-pq"),
         help="how it is searched: flat is exact, the others are quick among many (default: auto, by size)",
     )
-    embed.add_argument("--workers", type=int, default=2, help="processes that read pictures (default: 2)")
+    embed.add_argument(
+        "--workers", type=int, default=2, help="processes that read pictures, at most one for each 32 (default: 2)"
+    )
     embed.add_argument("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
     _add_progress(embed)
 
@@ -208,8 +216,10 @@ def _parser() -> _Parser:
     search.add_argument(
         "--candidates", type=int, default=100, help="nearest by distance that are ranked (default: 100)"
     )
-    search.add_argument("--json", type=Path, help="write the matches to this file, too")
-    search.add_argument("--page", type=Path, help="write a page of pictures to this file, too")
+    search.add_argument("--json", type=Path, help="write the matches to this file, too, in the place of an earlier one")
+    search.add_argument(
+        "--page", type=Path, help="write a page of pictures to this file, too, in the place of an earlier one"
+    )
 
     export = commands.add_parser(
         "export",
@@ -219,7 +229,7 @@ def _parser() -> _Parser:
         **exact,
     )
     _add_trained(export, computes=False)
-    export.add_argument("--out", type=Path, required=True, help="folder to make, or an empty one")
+    export.add_argument("--out", type=_folder, required=True, help="folder to make, or an empty one")
     export.add_argument(
         "--format",
         nargs="+",
@@ -229,6 +239,13 @@ def _parser() -> _Parser:
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
+
+
+def _folder(text: str) -> Path:
+    """A folder to write into. An empty name, as of a shell's variable that is not set, would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"it is {text!r}; the name of a folder is accepted, as . is for this one")
+    return Path(text)
 
 
 def _add_trained(parser: argparse.ArgumentParser, computes: bool = True) -> None:
@@ -404,7 +421,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.candidates < 1:
         raise ValueError(f"--candidates is {arguments.candidates}; at least 1 is accepted")
-    _file("--json", arguments.json)
+    _file("--json", arguments.json, [arguments.checkpoint])
 
     from . import backbones, checkpoint, devices, outcome, trained
     from .data import scan
@@ -438,7 +455,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         state, used, dataset, candidates=arguments.candidates, workers=settings.workers, progress=arguments.progress
     )
     if arguments.json is not None:
-        checkpoint.write_json(arguments.json, metrics)
+        checkpoint.deliver(arguments.json, checkpoint.as_json(metrics))
     print(page.summary(metrics))
     return 0
 
@@ -446,9 +463,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     common = _settings(arguments)
     folder = _out(arguments.out or Path("runs") / common.data, common)
-    for name in ("seeds", "jobs"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1 is accepted")
+    for name, most in (("seeds", _SEEDS), ("tries", _SEEDS), ("jobs", None)):
+        value = getattr(arguments, name)
+        if value < 1:
+            raise ValueError(f"--{name} is {value}; at least 1 is accepted")
+        if most is not None and value > most:
+            raise ValueError(f"--{name} is {value}; at most {most} is accepted")
 
     from . import checkpoint, compare
     from .report import page
@@ -472,8 +492,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _embed(arguments: argparse.Namespace) -> int:
-    if arguments.workers < 0:
-        raise ValueError(f"--workers is {arguments.workers}; at least 0 is accepted")
+    if not 0 <= arguments.workers <= WORKERS:
+        raise ValueError(f"--workers is {arguments.workers}; at least 0, and at most {WORKERS}, is accepted")
     if not arguments.folder.is_dir():
         raise FileNotFoundError(f"{arguments.folder}: no such folder; a folder of pictures is expected")
 
@@ -512,8 +532,8 @@ def _search(arguments: argparse.Namespace) -> int:
                 f"{'-k' if name == 'k' else option(name)} is {getattr(arguments, name)}; at least 1 is accepted"
             )
     for name in ("json", "page"):
-        _file(option(name), getattr(arguments, name))
-    if arguments.json and arguments.page and arguments.json.resolve() == arguments.page.resolve():
+        _file(option(name), getattr(arguments, name), [arguments.checkpoint, arguments.catalogue, *arguments.photos])
+    if arguments.json and arguments.page and _same(arguments.json, arguments.page):
         raise ValueError(f"--json and --page are both {arguments.page}; two files are accepted")
     missing = [str(photo) for photo in arguments.photos if not photo.is_file()]
     if missing:
@@ -529,7 +549,7 @@ def _search(arguments: argparse.Namespace) -> int:
     catalogue = Catalogue.open(arguments.catalogue, embedder)
     found = catalogue.search(arguments.photos, arguments.k, arguments.by, arguments.candidates)
     if arguments.json is not None:
-        checkpoint.write_json(arguments.json, search.plain(arguments.photos, found))
+        checkpoint.deliver(arguments.json, checkpoint.as_json(search.plain(arguments.photos, found)))
     if arguments.page is not None:
         search.write(arguments.page, catalogue, arguments.photos, found, arguments.by)
     print(search.table(arguments.photos, found))
@@ -538,9 +558,72 @@ def _search(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _file(name: str, path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+#: What commands write into the folder of a run or of a catalogue.
+_WRITTEN = {
+    ".lock",
+    "checkpoint.pt",
+    "config.json",
+    "metrics.json",
+    "catalogue.json",
+    "features.npy",
+    "structures.npy",
+    "index.faiss",
+    "features",
+    "tensorboard",
+    ".unfinished",
+}
+
+
+#: How files that were written for --page and --json begin.
+_PAGE = re.compile(rb"<!doctype html>.*?<title>pddm-ext: \d+ searched for among ", re.DOTALL)
+_JSON = re.compile(rb"\s*([\[{]|$)")
+
+
+def _same(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to one file, be it there or not."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _file(name: str, path: Path | None, inputs: Sequence[Path]) -> None:
+    """Refuse a file to write that is no file, is read or written by a command, or holds something else.
+
+    Args:
+        name: ``--json`` or ``--page``, which says what it is to hold.
+        path: the file, if one was asked for.
+        inputs: files that are read, and folders of runs and catalogues.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    if path is None:
+        return
+    real = Path(os.path.realpath(path))  # what is behind a link is what is written
+    if path.is_dir() or real.is_symlink() or not real.parent.is_dir():
         raise ValueError(f"{name} is {path}; a file in a folder that is there is accepted")
+    for read_from in inputs:
+        if not read_from.is_dir() and _same(real, read_from):
+            raise ValueError(f"{name} is {path}, which is read; another file is accepted")
+        run = not read_from.is_dir() and (read_from.parent / "config.json").is_file()
+        folder = read_from.parent if run else read_from
+        holders = [parent for parent in real.parents if folder.is_dir() and _same(parent, folder)]
+        if holders and real.relative_to(holders[0]).parts[0] in _WRITTEN:
+            raise ValueError(f"{name} is {path}, which is of {folder}; a file elsewhere is accepted")
+    # A device or a pipe holds nothing, and this process's own output is not overwritten.
+    if not real.is_file() or own(path) is not None:
+        return
+    kind, begins = ("page of a search", _PAGE) if name == "--page" else ("JSON", _JSON)
+    try:
+        with real.open("rb") as file:
+            begin = file.read(4096)
+    except OSError as error:
+        raise ValueError(f"{name} is {path} ({error.strerror}); a file that can be written is accepted") from error
+    if begin and not begins.match(begin):
+        raise ValueError(
+            f"{name} is {path}, which holds something that is no {kind}; a new file, or an earlier one, is accepted"
+        )
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
 
@@ -51,6 +51,15 @@ class _Lenient:
             os.close(nowhere)
         except OSError:  # a stream without a file
             pass
+
+
+def own(path: str | os.PathLike[str]) -> int | None:
+    """The descriptor of this process's output or errors, where the path leads to the same file, as /dev/stdout does."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+    return None
 
 
 @contextmanager

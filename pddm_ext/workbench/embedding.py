@@ -22,9 +22,12 @@ from .trained import BATCH, Trained
 
 
 def walk(
-    folder: Path, inside: str, passed_over: Counter[str], above: tuple[tuple[int, int], ...]
+    folder: Path, inside: str, passed_over: Counter[str], no_files: list[str], above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Relative paths of pictures, with size and time; links are followed, but not around in a circle."""
+    """Relative paths of pictures, with size and time; links are followed, but not around in a circle.
+
+    Files of other kinds are counted in ``passed_over``; links to nowhere, and what is no file, go to ``no_files``.
+    """
     known, status = extensions(), os.stat(folder / inside)
     this = (status.st_dev, status.st_ino)
     if this in above:
@@ -34,20 +37,20 @@ def walk(
             if entry.name.startswith("."):  # archivers leave files like ._one.jpg beside the pictures
                 continue
             path = f"{inside}/{entry.name}" if inside else entry.name
-            if entry.is_dir():
-                yield from walk(folder, path, passed_over, (*above, this))
+            # An entry of a folder ends at a link that leads to itself, a path does not.
+            there = Path(entry.path) if entry.is_symlink() else entry
+            if there.is_dir():
+                yield from walk(folder, path, passed_over, no_files, (*above, this))
+                continue
+            if not there.is_file():  # a broken link; or a pipe, at which reading would wait for ever
+                no_files.append(path)
                 continue
             kind = os.path.splitext(entry.name)[1].lower()
             if kind not in known:
                 passed_over[kind or "no extension"] += 1
                 continue
-            if entry.is_file():
-                status = entry.stat()
-                yield path, (status.st_size, status.st_mtime_ns)
-            elif entry.is_symlink():  # to nowhere, which reading will name
-                yield path, (-1, 0)
-            else:
-                passed_over["no file"] += 1  # a pipe, say, which reading would wait for
+            status = entry.stat()
+            yield path, (status.st_size, status.st_mtime_ns)
 
 
 class _Files:

@@ -42,6 +42,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 #: Adam divides a rate by numbers below 1, and float32, in which it does, ends at 3e38.
 _LARGEST_RATE = 1e30
+#: Processes that read pictures: more than any machine reads with, and few enough for one to start.
+WORKERS = 1024
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -142,7 +144,9 @@ class Settings:
         "auto", "device kind, by Lightning Fabric's names: cpu, cuda, ...; auto is one that PDDM can score on"
     )
     devices: int = _setting(1, "processes, one for each device; each mines its own batch, or see --gather")
-    workers: int = _setting(0, "processes that read pictures; 0 reads in the training process")
+    workers: int = _setting(
+        0, "processes that read pictures, at most one for each batch; 0 reads in the training process"
+    )
     seed: int = _setting(0, "of weights, batches and the test set")
     every: int = _setting(50, "evaluate and checkpoint every so many updates")
     patience: int = _setting(
@@ -179,6 +183,8 @@ class Settings:
             value = getattr(self, setting.name)
             if type(value) is int and setting.name != "seed" and value >= 2**31:
                 raise ValueError(f"{option(setting.name)} is {value}; less than 2**31 is accepted")
+        if self.workers > WORKERS:
+            raise ValueError(f"--workers is {self.workers}; at most {WORKERS} is accepted")
         if self.seed >= 2**32:
             raise ValueError(f"--seed is {self.seed}; less than 2**32 is accepted")
         factors = ("unit_lr_factor", "backbone_lr_factor", "proxy_lr_factor")

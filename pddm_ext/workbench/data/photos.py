@@ -373,11 +373,17 @@ def _told(root: Path, kind: str, paths: Sequence[str]) -> str:
     if noun in ("folder", "picture", "file") and place:
         return f"{_counted(len(paths), noun)} {place}{end}"
     if kind == "no file":
-        return f"{_counted(len(paths), 'broken link')} or special file{'s' * (len(paths) > 1)}{end}"
+        return no_files(paths)
     if not kind:
         return f"{_counted(len(paths), 'file')} without an extension{end}"
     reader = f" ({OPTIONAL[kind][1]} would read them)" if kind in OPTIONAL else ""
     return f"{_counted(len(paths), 'file')} of the kind {legible(kind)}{end}{reader}"
+
+
+def no_files(paths: Sequence[str]) -> str:
+    """Links to nowhere, and what is neither a file nor a folder, in words."""
+    several = "s" * (len(paths) > 1)
+    return f"{_counted(len(paths), 'broken link')} or special file{several}, such as {legible(paths[0])}"
 
 
 def _counted(number: int, noun: str) -> str:

@@ -231,6 +231,9 @@ class Dataset:
         """The data with some training pictures held out as ``val``: a quarter of the classes where test classes are
         unseen, a fifth of each class's pictures where they are known. The data itself where it has a ``val``.
 
+        The gallery of the test queries stays whole, for what is measured not to depend on how a step is chosen; the
+        validation queries are searched for among what is left to train on.
+
         Raises:
             ValueError: too few classes or pictures.
         """
@@ -253,8 +256,8 @@ class Dataset:
                 f"or a folder val/, are accepted"
             )
         train = self.train.some(torch.cat(kept).sort().values)
-        gallery = train if self.gallery is self.train else self.gallery
-        return replace(self, train=train, val=self.train.some(torch.cat(out).sort().values), gallery=gallery)
+        among = train if self.gallery is self.train else self.among
+        return replace(self, train=train, val=self.train.some(torch.cat(out).sort().values), among=among)
 
     def validation(self, fold: int) -> Dataset:
         """Some training classes in the test classes' place, to choose settings by.
@@ -370,7 +373,7 @@ def batches(
     loader: Iterable[tuple[Tensor, Tensor, Tensor]] = DataLoader(
         _Batches(split),  # type: ignore[arg-type]
         batch_sampler=rows,
-        num_workers=workers,
+        num_workers=min(workers, len(rows)),
         collate_fn=_whole,  # type: ignore[arg-type]
         generator=torch.Generator().manual_seed(seed),  # else it draws from torch's own, once for each call
     )

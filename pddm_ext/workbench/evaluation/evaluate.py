@@ -46,7 +46,7 @@ def over(
         pictures,  # type: ignore[arg-type]
         batch_size=None,
         sampler=rows,
-        num_workers=workers,
+        num_workers=min(workers, len(rows)),
         generator=torch.Generator(),
     )
     parts: list[list[Tensor]] = []

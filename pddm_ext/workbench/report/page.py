@@ -352,18 +352,25 @@ def _below(cells: Cells) -> list[_Below]:
                 for metrics in seeds
                 if name in metrics.get("baselines", {})
             }
-            lower = {seed: pair for seed, pair in pairs.items() if pair[0] < pair[1]}
+            lower = {seed: pair for seed, pair in pairs.items() if _written(pair[0]) < _written(pair[1])}
             if lower:
                 means = [
                     [100 * statistics.fmean(pair[side][figure] for pair in lower.values()) for side in (0, 1)]
                     for figure in (0, 1)
                 ]
+                if all(f"{now:.1f}" == f"{was:.1f}" for now, was in means):
+                    continue
                 figures = ", ".join(
                     f"{figure} {now:.1f} % against {was:.1f} %"
                     for figure, (now, was) in zip(("Recall@1", "MAP@R"), means, strict=True)
                 )
                 found.append(_Below(label, called, tuple(lower), len(seeds), figures))
     return found
+
+
+def _written(figures: Sequence[float]) -> tuple[float, ...]:
+    """Shares to the precision that they are printed with: below is what a reader sees to be below."""
+    return tuple(float(f"{100 * figure:.1f}") for figure in figures)
 
 
 def _left_out(everything: Sequence[Metrics]) -> str:

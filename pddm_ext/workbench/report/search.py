@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..catalogue import Catalogue, Match
-from ..checkpoint import write_bytes
+from ..checkpoint import deliver
 from ..data.splits import printable
 from ..trained import Trained
 from .page import RANKINGS, _aligned
@@ -83,7 +83,7 @@ def write(path: Path, catalogue: Catalogue, photos: Sequence[Path], found: Seque
     """Write the page: photographs as the net sees them, each with its matches; one HTML file that fetches nothing.
 
     Args:
-        path: of the file, in an existing folder.
+        path: of the file, in an existing folder; a link is followed.
         catalogue: that was searched.
         photos: that were searched for.
         found: what :meth:`.catalogue.Catalogue.search` gave for them.
@@ -116,7 +116,7 @@ def write(path: Path, catalogue: Catalogue, photos: Sequence[Path], found: Seque
             drawings=trained.view.channels == 1,
         )
     )
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    deliver(path, text.encode("utf-8", "backslashreplace"))
     return path
 
 
