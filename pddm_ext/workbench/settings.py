@@ -42,7 +42,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 #: Adam divides a rate by numbers below 1, and float32, in which it does, ends at 3e38.
 _LARGEST_RATE = 1e30
-#: Processes that read pictures: more than any machine reads with, and few enough for one to start.
+#: More processes than any machine reads pictures with, and few enough for one to start.
 WORKERS = 1024
 
 
