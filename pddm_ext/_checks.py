@@ -83,8 +83,8 @@ def _formula(unit: Parameters) -> None:
         )
 
 
-def _unit(unit: Any, dim: int) -> Tensor:
-    """The first of its parameters, whose device is that of all."""
+def _unit(unit: Any, dim: int) -> list[Tensor]:
+    """Its parameters, of one device, which a parametrization makes anew each time that they are asked for."""
     if not isinstance(unit, Parameters):
         raise TypeError(f"unit is a {type(unit).__name__}; a PDDM is accepted")
     if unit.dim != dim:
@@ -109,7 +109,7 @@ def _unit(unit: Any, dim: int) -> Tensor:
             _parameter(f"unit's {'uvcs'[place // 2]}.{('weight', 'bias')[place % 2]}", p, wanted)
     if not plain:
         _devices(*tensors)
-    return tensors[0]
+    return tensors
 
 
 def _parameter(name: str, p: Any, wanted: tuple[int, ...]) -> None:
@@ -214,7 +214,8 @@ def mining(
     default: Callable[[int, torch.device], U],
     candidates: int | None = None,
     references: References = NO_REFERENCES,
-) -> U:
+) -> tuple[U, list[Tensor]]:
+    """The unit, and its parameters."""
     mode(mode_name)
     number_of_candidates(candidates)
     _matrix("feats", feats)
@@ -225,10 +226,10 @@ def mining(
         raise ValueError("feats has shape (n, 0); a dimension of at least 1 is accepted")
     if unit is None:
         unit = default(feats.shape[1], feats.device)
-    weight = _unit(unit, feats.shape[1])
+    tensors = _unit(unit, feats.shape[1])
     _formula(unit)
-    _devices(feats, weight)
-    return unit
+    _devices(feats, tensors[0])
+    return unit, tensors
 
 
 def numbers_of(feats: Any) -> dict[str, int]:
@@ -247,28 +248,34 @@ def rows_of(x: Any) -> int:
     return x.shape[0] if isinstance(x, Tensor) and not x.is_nested and x.dim() > 0 else -1
 
 
-def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> None:
+# Of what follows each returns the unit's parameters.
+
+
+def pairs(feats: Tensor, i: Tensor, j: Tensor, unit: Parameters) -> list[Tensor]:
     _matrix("feats", feats)
     _vector("i", i, None, "")
     _vector("j", j, i.shape[0], "i")
-    weight = _unit(unit, feats.shape[1])
+    tensors = _unit(unit, feats.shape[1])
     _formula(unit)
-    _devices(feats, i, j, weight)
+    _devices(feats, i, j, tensors[0])
     if readable(feats):  # the kernels repeat it
         for name, index in (("i", i), ("j", j)):
             low, high = index.long().aminmax() if len(index) else (0, -1)
             if low < 0 or high >= feats.shape[0]:
                 at = int(((index.long() < 0) | (index.long() >= feats.shape[0])).nonzero()[0])
                 raise IndexError(f"{name}[{at}] is {index.tolist()[at]}; feats has {feats.shape[0]} rows")
+    return tensors
 
 
-def matched_rows(x: Tensor, y: Tensor, unit: Parameters) -> None:
+def matched_rows(x: Tensor, y: Tensor, unit: Parameters) -> list[Tensor]:
     _features("x", x)
     _features("y", y)
     if x.shape != y.shape or x.dim() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; (…, dim) twice is accepted")
     _same_dtype("x", x, "y", y)
-    _devices(x, y, _unit(unit, x.shape[-1]))
+    tensors = _unit(unit, x.shape[-1])
+    _devices(x, y, tensors[0])
+    return tensors
 
 
 def _same_dtype(a: str, x: Tensor, b: str, y: Tensor) -> None:
@@ -284,21 +291,23 @@ def _both(a: str, x: Tensor, b: str, y: Tensor) -> None:
     _devices(x, y)
 
 
-def matrix(x: Tensor, unit: Parameters, y: Tensor | None) -> None:
+def matrix(x: Tensor, unit: Parameters, y: Tensor | None) -> list[Tensor]:
     _matrix("x", x)
     if y is not None:
         _both("x", x, "y", y)
-    weight = _unit(unit, x.shape[1])
+    tensors = _unit(unit, x.shape[1])
     _formula(unit)
-    _devices(x, weight)
+    _devices(x, tensors[0])
+    return tensors
 
 
-def ranking(queries: Tensor, gallery: Tensor, k: int, unit: Parameters) -> None:
+def ranking(queries: Tensor, gallery: Tensor, k: int, unit: Parameters) -> list[Tensor]:
     _matrix("queries", queries)
     _both("queries", queries, "gallery", gallery)
-    weight = _unit(unit, queries.shape[1])
+    tensors = _unit(unit, queries.shape[1])
     _formula(unit)
-    _devices(queries, weight)
+    _devices(queries, tensors[0])
     integer("k", k)
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"k is {k}; 1 to {gallery.shape[0]}, the rows of gallery, is accepted")
+    return tensors

@@ -84,7 +84,7 @@ def mine_and_score(
         references = _checks.References(ref_feats, ref_labels, ids, ref_ids)
         if group is None:
             check(ignore_label)
-            unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
+            unit, _ = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
         else:  # what one process refuses, all do
             given = (feats, labels, unit, mode, ignore_label, candidates, references, group)
             processes.of_miners(*given, default_unit)

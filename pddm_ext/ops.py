@@ -38,8 +38,9 @@ _EMULATED = _C.build_info()["cuda"] == "emulated"
 UnitArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]
 
 
-def unit_arguments(unit: Parameters) -> UnitArguments:
-    w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s = unit.tensors()
+def unit_arguments(unit: Parameters, tensors: list[Tensor] | None = None) -> UnitArguments:
+    """Of a unit, and its tensors where they have been asked for."""
+    w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s = unit.tensors() if tensors is None else tensors
     rounded = on_device(w_u) and allow_tf32()  # the CPU's products never are, and torch takes long to ask
     return w_u, b_u, w_v, b_v, w_c, b_c, w_s, b_s, unit.normalize_input, rounded
 

@@ -248,7 +248,7 @@ def mine_and_score(
         of = processes.of_miners(*given, default_unit)
         return _mine_group(feats, labels, unit, mode, ignore_label, references, group, of)
     check(ignore_label)
-    unit = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
+    unit, _ = _checks.mining(feats, labels, unit, mode, default_unit, candidates, references)
     left_out = unlabelled(labels, ignore_label)
     if ref_feats is not None and ref_labels is not None:
         others = ref_feats.to(autocast(feats).dtype)

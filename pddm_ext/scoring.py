@@ -27,8 +27,8 @@ def score_pairs(feats: Tensor, i: Tensor, j: Tensor, unit: PDDM) -> Tensor:
         TypeError: a dtype that is not accepted.
         IndexError: a row number out of range.
     """
-    _checks.pairs(feats, i, j, unit)
-    scores: Tensor = call("score_pairs", autocast(feats), i, j, *unit_arguments(unit))
+    tensors = _checks.pairs(feats, i, j, unit)
+    scores: Tensor = call("score_pairs", autocast(feats), i, j, *unit_arguments(unit, tensors))
     return scores
 
 
@@ -47,11 +47,11 @@ def score_matrix(x: Tensor, unit: PDDM, y: Tensor | None = None) -> Tensor:
         ValueError: a shape or feature dimension that does not fit.
         TypeError: a dtype that is not accepted.
     """
-    _checks.matrix(x, unit, y)
+    tensors = _checks.matrix(x, unit, y)
     rows, split = (autocast(x), -1) if y is None else (torch.cat([autocast(x), autocast(y)]), x.shape[0])
     if y is not None and tracing():
         raise RuntimeError("torch.jit.trace would keep the number of x's rows beside y; torch.export is accepted")
-    scores: Tensor = call("score_matrix", rows, split, *unit_arguments(unit))
+    scores: Tensor = call("score_matrix", rows, split, *unit_arguments(unit, tensors))
     return scores
 
 
@@ -72,7 +72,7 @@ def topk(queries: Tensor, gallery: Tensor, k: int, unit: PDDM) -> tuple[Tensor, 
         ValueError: a shape, feature dimension or k that does not fit.
         TypeError: a dtype that is not accepted.
     """
-    _checks.ranking(queries, gallery, k, unit)
+    tensors = _checks.ranking(queries, gallery, k, unit)
     with torch.no_grad():
-        scores, indices = call("topk", autocast(queries), autocast(gallery), k, *unit_arguments(unit))
+        scores, indices = call("topk", autocast(queries), autocast(gallery), k, *unit_arguments(unit, tensors))
     return scores, indices

@@ -35,11 +35,11 @@ class PDDM(Parameters):
             ValueError: shapes differ, or the last dimension is not the unit's.
             TypeError: a dtype that is not accepted.
         """
-        _checks.matched_rows(x, y, self)
+        tensors = _checks.matched_rows(x, y, self)
         n = x[..., 0].numel()
         rows = torch.cat([autocast(x).reshape(n, self.dim), autocast(y).reshape(n, self.dim)])
         i = torch.arange(n, device=x.device)
-        scores: Tensor = call("score_pairs", rows, i, i + n, *unit_arguments(self))
+        scores: Tensor = call("score_pairs", rows, i, i + n, *unit_arguments(self, tensors))
         return scores.reshape(x.shape[:-1])
 
     def mine(
@@ -64,9 +64,9 @@ class PDDM(Parameters):
             arguments = (ignore_label, unit_arguments(self), MODES.index(mode), group, references)
             mined = mine_group(autocast(feats), labels, of, *arguments)
             return _quadruplets(mined).of_rows(sum(of), references.number())
-        _checks.mining(feats, labels, self, mode, default_unit, candidates, references)
+        _, tensors = _checks.mining(feats, labels, self, mode, default_unit, candidates, references)
         left_out = unlabelled(labels, ignore_label)
-        numbers = (*unit_arguments(self), MODES.index(mode))
+        numbers = (*unit_arguments(self, tensors), MODES.index(mode))
         if ref_feats is not None and ref_labels is not None:
             rows = autocast(feats)
             classes, ref_classes = number_classes(labels, ref_labels, left_out, unlabelled(ref_labels, ignore_label))

@@ -8,6 +8,8 @@ import threading
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
 import pddm_ext
 from helpers import (
@@ -122,6 +124,31 @@ def test_calling_a_unit_scores_matched_rows():
     assert_within(got, *(f(*rows).diagonal().reshape(2, 3, 4) for f in (truth, bound_of)))
     assert_same_bits(unit(x.transpose(0, 2), y.transpose(0, 2)), got.transpose(0, 2))
     assert_same_bits(unit(x[0, 0, 0], y[0, 0, 0]), got[0, 0, 0])
+
+
+def test_a_parametrization_is_asked_once_in_a_call():
+    class Counted(nn.Module):
+        asked = 0
+
+        def forward(self, x):
+            self.asked += 1
+            return x
+
+    unit, counted = make_unit(4), Counted()
+    parametrize.register_parametrization(unit.v, "weight", counted)
+    for call in (
+        lambda: unit(X, X),
+        lambda: unit.mine(X, LABELS),
+        lambda: unit.mine(X, LABELS, candidates=2),
+        lambda: unit.mine(X, LABELS, ref_feats=X, ref_labels=LABELS),
+        lambda: pddm_ext.mine_and_score(X, LABELS, unit, mode="anchor"),
+        lambda: pddm_ext.score_pairs(X, I, I, unit),
+        lambda: pddm_ext.score_matrix(X, unit, X),
+        lambda: pddm_ext.topk(X, X, 2, unit),
+    ):
+        counted.asked = 0
+        call()
+        assert counted.asked == 1
 
 
 # --- The default unit -------------------------------------------------------------------------------------------------

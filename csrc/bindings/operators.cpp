@@ -64,6 +64,15 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 // of this size lie in what earlier ones have left, where that is no more than an eighth larger.
 constexpr int64_t kReusedBytes = 128 << 10;
 
+#if defined(__linux__)
+struct Leave {
+  void operator()(cpu::Block* block) const {
+    cpu::leave_block(*block);
+    delete block;
+  }
+};
+#endif
+
 // Dense, to be filled, on the device of `like`.
 Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
@@ -77,11 +86,8 @@ Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
   const int64_t bytes = stride * int64_t(aoti_torch_dtype_element_size(type));
   if (torch_from_blob && like.is_cpu() && bytes >= kReusedBytes && bytes <= cpu::kKeptBytes) {
-    auto block = std::make_unique<cpu::Block>(cpu::take_block(bytes, bytes + bytes / 8));
-    const auto leave = [](void*, void* context) {
-      const std::unique_ptr<cpu::Block> left(static_cast<cpu::Block*>(context));
-      cpu::leave_block(*left);
-    };
+    std::unique_ptr<cpu::Block, Leave> block(new cpu::Block(cpu::take_block(bytes, bytes + bytes / 8)));
+    const auto leave = [](void*, void* context) { Leave()(static_cast<cpu::Block*>(context)); };
     TORCH_ERROR_CODE_CHECK(torch_from_blob(block->memory, dims, sizes.data(), strides.data(), 0, type, device,
                                            like.get_device_index(), &made, aoti_torch_layout_strided(), nullptr, 0,
                                            leave, block.get()));
