@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from pddm_ext import PDDM
+from pddm_ext.workbench import cli
 from pddm_ext.workbench.console import Progress
 from pddm_ext.workbench.data.augment import DRAWINGS
 from pddm_ext.workbench.data.splits import Dataset, Split, TestSet, batches, in_memory
@@ -173,3 +174,20 @@ def dropping() -> nn.Module:
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_refused(
+    command: list[str], folder: Path, capsys: pytest.CaptureFixture[str], begin: str, message: str
+) -> None:
+    """That a command says in a line what is wrong, and leaves all files of a folder as they are."""
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    before = files()
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"pddm-ext: error: {begin}")
+    assert error.count("\n") == 1
+    assert files() == before

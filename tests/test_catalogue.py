@@ -30,7 +30,7 @@ from pddm_ext.workbench.catalogue import UNFINISHED, Catalogue
 from pddm_ext.workbench.catalogue_files import FACTS, FEATURES, INDEX, STRUCTURES
 from pddm_ext.workbench.loop import CHECKPOINT
 from pddm_ext.workbench.trained import Trained
-from runs import make_tiny, trained
+from runs import assert_refused, make_tiny, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -840,14 +840,9 @@ def test_a_search_writes_over_no_input_nor_anything_but_an_earlier_output(
     (tmp_path / "notes.html").write_text("<p>mine")
     (tmp_path / "report.html").write_text("<!doctype html>\n<title>pddm-ext: 2 methods compared</title>")
     (tmp_path / "link.html").symlink_to(photos / "top.png")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     command = ["search", str(tmp_path / "run"), str(tmp_path / "out"), str(photos / "top.png")]
-    assert cli.main([*command, option, str(tmp_path / target)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith(f"pddm-ext: error: {option} is {tmp_path / target}, ")
-    assert error.count("\n") == 1
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    command += [option, str(tmp_path / target)]
+    assert_refused(command, tmp_path, capsys, f"{option} is {tmp_path / target}, ", message)
 
 
 def test_a_search_writes_an_earlier_page_anew_where_it_lies(runs: Path, photos: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pddm_ext.workbench.data import glyphs
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import CHECKPOINT, CONFIG
 from pddm_ext.workbench.settings import Settings
-from runs import TINY, TINY_OPTIONS, make_archive, scalars, untimed
+from runs import TINY, TINY_OPTIONS, assert_refused, make_archive, scalars, untimed
 from small_data import make_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -228,13 +228,8 @@ def test_eval_writes_over_no_input_nor_anything_but_json(
     (tmp_path / "link").symlink_to("run/checkpoint.pt")
     (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "lost").symlink_to("nowhere/at.json")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert cli.main(["eval", str(tmp_path / given), "--json", str(tmp_path / target)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith(f"pddm-ext: error: --json is {tmp_path / target}")
-    assert error.count("\n") == 1
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    command = ["eval", str(tmp_path / given), "--json", str(tmp_path / target)]
+    assert_refused(command, tmp_path, capsys, f"--json is {tmp_path / target}", message)
 
 
 def test_what_a_user_names_is_written_through_links_and_into_pipes(
