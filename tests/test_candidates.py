@@ -177,15 +177,17 @@ def test_dot_products_are_those_of_definition(capability, dtype):
 
 
 @cpu_only("a GPU's products are torch's")
-@pytest.mark.skipif("avx512_bf16" not in CAPABILITIES, reason="without products of whole numbers")
+@pytest.mark.skipif("avx512_bf16" not in CAPABILITIES, reason="without products of fewer bits")
+@pytest.mark.parametrize("name", [name for name in CAPABILITIES if name in ("avx512_bf16", "amx")])
 @pytest.mark.parametrize("dim", [32, 131])
-def test_products_of_whole_numbers_leave_the_choice_as_it_is(dim):
+def test_products_of_fewer_bits_leave_the_choice_as_it_is(dim, name):
     feats, labels = make_features(1300, dim), make_labels(1300)
     feats[1100:] = feats[:200] + 1e-4 * feats[200:400]  # some are nearly alike
     rows = candidates.rows_of(feats, labels)
     with instruction_set("avx512"):
         expected = candidates.nearest(rows, None, 9)
-    assert torch.equal(candidates.nearest(rows, None, 9), expected)
+    with instruction_set(name):
+        assert torch.equal(candidates.nearest(rows, None, 9), expected)
 
 
 @cpu_only("torch's own memory is not counted")

@@ -8,6 +8,11 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#if defined(PDDM_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "asked.h"
 #include "dense.h"
 #include "gradient.h"
@@ -31,6 +36,15 @@ struct InstructionSet {
   const RoundedEngine* (*rounded)();
 };
 
+#if defined(PDDM_AMX)
+// The kernel grants a process its tiles only when asked to.
+bool tiles_allowed() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
+
 #define PDDM_SET(isa, supported)   \
   {#isa,                           \
    [] { return bool(supported); }, \
@@ -49,6 +63,11 @@ const InstructionSet kSets[] = {
     PDDM_SET(avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                               __builtin_cpu_supports("avx512vl")),
+#endif
+#if defined(PDDM_AMX)
+    PDDM_SET(amx, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && tiles_allowed()),
 #endif
 #endif
 };
@@ -182,10 +201,9 @@ void nearest(Precision precision, const Parallel& parallel, const Rows& rows, in
   const InstructionSet* set = chosen();
   if (precision == Precision::float64)
     return Nearest<double>(*set->float64(), parallel, rows, dim, classes, count).write(indices, count);
-  const RoundedEngine* rounded = set->rounded();
-  if (rounded && RoundedNearest::suits(rows.count, dim, count) &&
-      RoundedNearest(*rounded, *set->float32(), parallel, rows, dim, classes, count).find(indices))
-    return;
+  if (RoundedNearest::suits(rows.count, dim, count))
+    for (const RoundedEngine* rounded = set->rounded(); rounded; rounded = rounded->finer)
+      if (RoundedNearest(*rounded, *set->float32(), parallel, rows, dim, classes, count).find(indices)) return;
   Nearest<float>(*set->float32(), parallel, rows, dim, classes, count).write(indices, count);
 }
 

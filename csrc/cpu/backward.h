@@ -95,7 +95,7 @@ PDDM_INLINE void product(const Backward<T>& b, int64_t rows, int64_t panels, int
   const int64_t size = padded((rows + blocks - 1) / blocks, kStrip), begin = part / panels * size;
   if (begin >= rows) return;
   Panel<T> weights = pack(panel);
-  for_strips(rows - begin < size ? rows - begin : size, [&](auto columns, int64_t r) {
+  for_strips<Plain<T>>(rows - begin < size ? rows - begin : size, [&](auto columns, int64_t r) {
     Tile<T, decltype(columns)::value> tile;
     tile.clear();
     fill(tile, begin + r, weights);

@@ -177,19 +177,25 @@ class Engine {
   ~Engine() = default;
 };
 
-// Dot products of rows of whole numbers: twice as many in an instruction as of floats, and nearly those of the rows
-// that were rounded to them.
+// Dot products of rows that were rounded, as whole numbers: several times as many a second as of floats.
 class RoundedEngine {
  public:
   int lanes;
+  const RoundedEngine* finer;  // one that rounds less, and is slower; or null
 
-  // Whole numbers q ≈ x / scale of a panel x, (step, lane), two steps to an element; |q| < 2¹⁵. Lane by lane
-  // ‖x − scale q‖²; of a row of a negative class all is 0.
-  virtual void round(int32_t* whole, const float* panel, const int32_t* classes, float scale, int64_t dim,
+  // Of a row of a panel.
+  virtual int64_t elements(int64_t dim) const = 0;
+  // Rounds x / scale of a panel x, (step, lane), to numbers q; |x / scale| ≤ 32000. Lane by lane ‖x − scale q‖²; of a
+  // row of a negative class all is 0.
+  virtual void round(int32_t* rounded, const float* panel, const int32_t* classes, float scale, int64_t dim,
                      float* error) const = 0;
-  // As the engine's.
+  // How far a product is at most from q · q, over ‖q‖ ‖q‖; and one more for its fraction.
+  virtual double error(int64_t dim) const = 0;
+  // As the engine's, by a thread that has called `begin` and will call `end`.
   virtual int32_t meet(const ListsOf<int32_t>& lists, const Side<int32_t>& a, const Side<int32_t>& b,
-                       int64_t steps) const = 0;
+                       int64_t dim) const = 0;
+  virtual void begin() const = 0;
+  virtual void end() const = 0;
   // Finds a floor that `least` entries of a list are above, or up to `most` where that is quicker, or more where they
   // are equal; leaves those above it less the margin; returns how many. `floor` comes as one that all entries are
   // above, and there is room for a vector after them.
@@ -197,7 +203,7 @@ class RoundedEngine {
                        int32_t* floor) const = 0;
 
  protected:
-  explicit constexpr RoundedEngine(int lanes) : lanes(lanes) {}
+  constexpr RoundedEngine(int lanes, const RoundedEngine* finer) : lanes(lanes), finer(finer) {}
   ~RoundedEngine() = default;
 };
 
@@ -215,4 +221,4 @@ PDDM_DECLARE_ENGINES(portable)
 PDDM_DECLARE_ENGINES(avx2)
 PDDM_DECLARE_ENGINES(avx512)
 PDDM_DECLARE_ENGINES(avx512_bf16)
-#undef PDDM_DECLARE_ENGINES
+PDDM_DECLARE_ENGINES(amx)

@@ -27,7 +27,7 @@ PDDM_INLINE T clamped(T norm) {
 
 template <class Op>
 constexpr int64_t folded(int64_t steps) {
-  return (steps + Op::kFold - 1) / Op::kFold;
+  return padded(steps, Op::kSteps) / Op::kFold;
 }
 
 // Lane-wise numbers of one group.
@@ -69,7 +69,7 @@ PDDM_INLINE void hidden_layer(const Workspace<typename Op::Scalar>& w, const Blo
                               int64_t count) {
   using T = typename Op::Scalar;
   constexpr int width = kWidth<T>, lanes = kLanes<T>, fold = Op::kFold;
-  const int64_t dim = folded<Op>(w.dim) * fold, hidden = padded(w.hidden, kUnit);
+  const int64_t dim = folded<Op>(w.dim) * fold, hidden = padded(w.hidden, kUnitOf<Op>);
   constexpr int64_t kNear = 512 << 10;  // bytes of rows that stay in the second-level cache by themselves
   const bool scattered = w.rows * (w.f_stride + w.a_stride) * int64_t(sizeof(T)) > kNear;
   const auto next = [&](int64_t g) { return scattered && g + 1 < count ? groups + g + 1 : nullptr; };
@@ -90,7 +90,7 @@ PDDM_INLINE void hidden_layer(const Workspace<typename Op::Scalar>& w, const Blo
     for (int l = 0; l < lanes; ++l) b.lanes[g].norm_u[l] = T(0);
   }
 
-  for_strips(w.hidden, [&](auto columns, int64_t c) {
+  for_strips<Op>(w.hidden, [&](auto columns, int64_t c) {
     constexpr int C = decltype(columns)::value;
     const auto* strip = static_cast<const typename Op::Element*>(w.w_u) + c * folded<Op>(w.dim);
     for (int64_t g = 0; g < count; ++g) {
@@ -163,8 +163,8 @@ template <class Op, class Emit>
 PDDM_INLINE void combined_layer(const Workspace<typename Op::Scalar>& w, const Block<Op>& b, int64_t count,
                                 const Emit& emit) {
   using T = typename Op::Scalar;
-  const int64_t steps = folded<Op>(padded(w.hidden, kUnit));
-  for_strips(w.combined, [&](auto columns, int64_t c) {
+  const int64_t steps = folded<Op>(padded(w.hidden, kUnitOf<Op>));
+  for_strips<Op>(w.combined, [&](auto columns, int64_t c) {
     constexpr int C = decltype(columns)::value;
     const auto* strip = static_cast<const typename Op::Element*>(w.w_c) + c * 2 * steps;
     for (int64_t g = 0; g < count; ++g) {
@@ -191,6 +191,7 @@ PDDM_INLINE void score_groups(const Workspace<typename Op::Scalar>& w, const Gro
   using T = typename Op::Scalar;
   constexpr int width = kWidth<T>, lanes = kLanes<T>;
   const Block<Op> b(w, count, scratch);
+  [[maybe_unused]] const typename Op::Held held;
   hidden_layer<Op>(w, b, groups, count);
   for (int64_t l = 0; l < count * lanes; ++l) out[l] = w.b_s;
   combined_layer<Op>(w, b, count, [&](auto columns, int64_t c, int64_t g, const auto& tile) {
@@ -234,7 +235,7 @@ PDDM_INLINE void prepare_rows(const Workspace<T>& w, const T* const* rows, int64
         for (int r = 0; r < width; ++r) store(f_panel(panel) + (k0 + r) * lanes + half * width, v[r]);
       }
   }
-  for_strips(w.hidden, [&](auto columns, int64_t c) {
+  for_strips<Op>(w.hidden, [&](auto columns, int64_t c) {
     constexpr int C = decltype(columns)::value;
     for (int64_t panel = first; panel < first + count; ++panel) {
       Tile<T, C> tile;

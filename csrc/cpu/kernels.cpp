@@ -1,5 +1,5 @@
 // The kernels of one instruction set, behind the Engine interface. Compiled once per set: PDDM_ISA names it,
-// PDDM_VECTOR_BYTES is its register width, PDDM_HAS_BF16 and PDDM_HAS_INT16 say what else it multiplies.
+// PDDM_VECTOR_BYTES is its register width, PDDM_HAS_BF16, PDDM_HAS_INT16 and PDDM_HAS_AMX say what else it multiplies.
 #include "backward.h"
 #include "meet.h"
 
@@ -10,6 +10,21 @@ namespace {
 constexpr int64_t kBlockBytes = 512 << 10;
 constexpr int64_t kMaxBlockGroups = 16;
 
+#if defined(PDDM_HAS_AMX)
+// Of the four products of two halves and two halves.
+inline int64_t spin_tiles(int64_t rounds, float* sink) {
+  const Tiles held;
+  float sums[4][kTileWords] = {};
+  load_tile<4>(sums), load_tile<5>(sums), load_tile<6>(sums), load_tile<7>(sums);
+  clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+  for (int64_t r = 0; r < rounds; ++r)
+    dot_bf16_tiles<0, 4, 6>(), dot_bf16_tiles<1, 4, 7>(), dot_bf16_tiles<2, 5, 6>(), dot_bf16_tiles<3, 5, 7>();
+  store_tile<0>(sums[0]), store_tile<1>(sums[1]), store_tile<2>(sums[2]), store_tile<3>(sums[3]);
+  *sink = sums[0][0] + sums[1][0] + sums[2][0] + sums[3][0];
+  return rounds * 4 * kTileRows * kTileRows * 32 * 2;
+}
+#endif
+
 template <class Op>
 class Kernels final : public cpu::Engine<typename Op::Scalar> {
   using T = typename Op::Scalar;
@@ -19,9 +34,10 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
   constexpr Kernels() : cpu::Engine<T>(kLanes<T>) {}
 
   cpu::PackedSizes packed_sizes(const Workspace<T>& w) const override {
-    const int64_t hidden = padded(w.hidden, kUnit), combined = padded(w.combined, kUnit);
+    const int64_t hidden = padded(w.hidden, kUnitOf<Op>), combined = padded(w.combined, kUnitOf<Op>);
     return {hidden * folded<Op>(w.dim) * int64_t(sizeof(Element)),
-            combined * 2 * folded<Op>(hidden) * int64_t(sizeof(Element)), hidden * w.dim * int64_t(sizeof(T))};
+            combined * 2 * folded<Op>(hidden) * int64_t(sizeof(Element)),
+            padded(w.hidden, kUnit) * w.dim * int64_t(sizeof(T))};
   }
 
   int64_t block_groups(const Workspace<T>& w) const override {
@@ -33,23 +49,28 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
   }
 
   int64_t pack_parts(const Workspace<T>& w) const override {
-    return strip_count(w.hidden) + strip_count(w.combined) + 1;
+    return strip_count<Op>(w.hidden) + strip_count<Op>(w.combined) + strip_count<Plain<T>>(w.hidden) + 1;
   }
 
   void pack(const Workspace<T>& w, const Unit& unit, int64_t part) const override {
     const T *w_u = static_cast<const T*>(unit.w_u), *w_v = static_cast<const T*>(unit.w_v),
             *w_c = static_cast<const T*>(unit.w_c);
-    const int64_t dim = w.dim, hidden = w.hidden, combined = w.combined, half = padded(hidden, kUnit);
-    if (part < strip_count(hidden))
-      return for_strip(hidden, part, [&](auto columns, int64_t c) {
+    const int64_t dim = w.dim, hidden = w.hidden, combined = w.combined, half = padded(hidden, kUnitOf<Op>);
+    if (part < strip_count<Op>(hidden))
+      return for_strip<Op>(hidden, part, [&](auto columns, int64_t c) {
         constexpr int C = decltype(columns)::value;
         const int64_t steps = folded<Op>(dim);
         pack_strip<Op, C>(static_cast<Element*>(w.w_u) + c * steps, Matrix<T>{w_u, hidden, dim, dim}, c, steps);
+      });
+    part -= strip_count<Op>(hidden);
+    if (part < strip_count<Plain<T>>(hidden))
+      return for_strip<Plain<T>>(hidden, part, [&](auto columns, int64_t c) {
+        constexpr int C = decltype(columns)::value;
         pack_strip<Plain<T>, C>(w.w_v + c * dim, Matrix<T>{w_v, hidden, dim, dim}, c, dim);
       });
-    part -= strip_count(hidden);
-    if (part < strip_count(combined))
-      return for_strip(combined, part, [&](auto columns, int64_t c) {
+    part -= strip_count<Plain<T>>(hidden);
+    if (part < strip_count<Op>(combined))
+      return for_strip<Op>(combined, part, [&](auto columns, int64_t c) {
         constexpr int C = decltype(columns)::value;
         const int64_t steps = folded<Op>(half);
         Element* strip = static_cast<Element*>(w.w_c) + c * 2 * steps;
@@ -95,6 +116,9 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
   }
 
   int64_t spin(int64_t rounds, T* sink) const override {
+#if defined(PDDM_HAS_AMX)
+    if constexpr (std::is_same_v<Op, Bf16Tiles>) return spin_tiles(rounds, sink);
+#endif
     Tile<T, kStrip> tile;
     for (int c = 0; c < kStrip; ++c) tile.acc[c][0] = broadcast(T(c)), tile.acc[c][1] = broadcast(T(c) / T(2));
     Element zeros[kLanes<T>] = {};
@@ -113,30 +137,60 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
 };
 
 #if defined(PDDM_HAS_INT16)
-class RoundedKernels final : public cpu::RoundedEngine {
+class RoundedKernels : public cpu::RoundedEngine {
  public:
-  constexpr RoundedKernels() : cpu::RoundedEngine(kLanes<int32_t>) {}
+  explicit constexpr RoundedKernels(const cpu::RoundedEngine* finer) : cpu::RoundedEngine(kLanes<int32_t>, finer) {}
 
-  void round(int32_t* whole, const float* panel, const int32_t* classes, float scale, int64_t dim,
+  int64_t elements(int64_t dim) const override { return (dim + 1) / 2; }
+  void round(int32_t* rounded, const float* panel, const int32_t* classes, float scale, int64_t dim,
              float* error) const override {
-    round_panel(whole, panel, classes, scale, dim, error);
+    round_panel(rounded, panel, classes, scale, dim, error);
   }
+  double error(int64_t) const override { return 0; }
   int32_t meet(const cpu::ListsOf<int32_t>& lists, const cpu::Side<int32_t>& a, const cpu::Side<int32_t>& b,
-               int64_t steps) const override {
-    return meet_panels<Int16>(lists, a, b, steps);
+               int64_t dim) const override {
+    return meet_panels<Int16>(lists, a, b, elements(dim));
   }
+  void begin() const override {}
+  void end() const override {}
   int64_t thin(int32_t* values, int32_t* rows, int64_t size, int64_t least, int64_t most, int32_t margin,
                int32_t* floor) const override {
     return thin_rounded(values, rows, size, least, most, margin, floor);
   }
 };
 
-constexpr RoundedKernels kRounded;
+constexpr RoundedKernels kWhole(nullptr);
+#endif
+
+#if defined(PDDM_HAS_AMX)
+class TileKernels final : public RoundedKernels {
+ public:
+  using RoundedKernels::RoundedKernels;
+
+  int64_t elements(int64_t dim) const override { return padded(dim, kTileSteps); }
+  void round(int32_t* rounded, const float* panel, const int32_t* classes, float scale, int64_t dim,
+             float* error) const override {
+    tile_panel(rounded, panel, classes, scale, dim, error);
+  }
+  // An addition loses half a unit in the last place of what is at most the sum of all sizes; twice that, for nobody
+  // says how many there are.
+  double error(int64_t dim) const override { return double(padded(dim, kTileSteps)) / (1 << 23); }
+  int32_t meet(const cpu::ListsOf<int32_t>& lists, const cpu::Side<int32_t>& a, const cpu::Side<int32_t>& b,
+               int64_t dim) const override {
+    return meet_tiles(lists, a, b, dim);
+  }
+  void begin() const override { take_tiles(); }
+  void end() const override { leave_tiles(); }
+};
+
+constexpr TileKernels kTiles(&kWhole);
 #endif
 
 constexpr Kernels<Plain<float>> kFloat32;
 constexpr Kernels<Plain<double>> kFloat64;
-#if defined(PDDM_HAS_BF16)
+#if defined(PDDM_HAS_AMX)
+constexpr Kernels<Bf16Tiles> kBfloat16;
+#elif defined(PDDM_HAS_BF16)
 constexpr Kernels<Bf16> kBfloat16;
 #endif
 
@@ -152,8 +206,10 @@ const cpu::Engine<float>* bfloat16_engine() {
 #endif
 }
 const cpu::RoundedEngine* rounded_engine() {
-#if defined(PDDM_HAS_INT16)
-  return &kRounded;
+#if defined(PDDM_HAS_AMX)
+  return &kTiles;
+#elif defined(PDDM_HAS_INT16)
+  return &kWhole;
 #else
   return nullptr;
 #endif

@@ -44,12 +44,14 @@ struct Lists : ListsOf<T> {
 };
 
 // block(a, b) for every two panels once, in either order, a panel and itself included, and nobody is at a panel
-// that another is at. `chunk` panels stay while others pass by.
+// that another is at. `chunk` panels stay while others pass by. What `around()` returns lives while a thread goes from
+// block to block.
 //
 // Every group of panels meets itself, then every other, in the order of a tournament: one stays, the others go round
 // it, and nobody meets two at a time.
-template <class Block>
-void every_two_panels(const Parallel& parallel, int64_t panels, int64_t chunk, const Block& block) {
+template <class Around, class Block>
+void every_two_panels(const Parallel& parallel, int64_t panels, int64_t chunk, const Around& around,
+                      const Block& block) {
   constexpr int64_t kGroups = 4;       // of each thread, so that none waits long for the last
   constexpr int64_t kLeastPanels = 4;  // of a group
   const int64_t most = parallel.threads > 1 ? kGroups * int64_t(parallel.threads) : 1;
@@ -65,6 +67,7 @@ void every_two_panels(const Parallel& parallel, int64_t panels, int64_t chunk, c
   };
   std::vector<std::mutex> locks(static_cast<size_t>(groups));
   share(parallel, groups + pairs * others, [&](int64_t, int64_t task) {
+    [[maybe_unused]] const auto meanwhile = around();
     if (task < groups) {
       const std::lock_guard<std::mutex> guard(locks[task]);
       return visit(task, task);

@@ -16,6 +16,7 @@
 
 namespace pddm::PDDM_ISA {
 
+using cpu::kMaxLanes;
 using cpu::ListsOf;
 using cpu::Side;
 
@@ -23,14 +24,27 @@ using cpu::Side;
 static_assert(kLanes<float> == kLanes<int32_t>);
 #endif
 
+// The products of two panels, and bit by bit which are above the floor of their row, lane by lane, then of their
+// column.
+template <class T>
+struct Met {
+  alignas(64) T products[kLanes<T>][kLanes<T>];
+  uint64_t above[kLanes<T>];
+};
+
+// Keeps a vector of a row's products; returns the row's bits.
+template <class T>
+PDDM_INLINE uint64_t keep(T* products, Vec<T> product, Vec<T> floor, Vec<T> column_floors, int half) {
+  store(products + half * kWidth<T>, product);
+  return uint64_t(lanes_above<T>(product, floor)) << (half * kWidth<T>) |
+         uint64_t(lanes_above<T>(product, column_floors)) << (half * kWidth<T> + 32);
+}
+
 template <class Op>
-PDDM_INLINE int32_t meet_panels(const ListsOf<typename Op::Scalar>& lists, const Side<typename Op::Scalar>& a,
-                                const Side<typename Op::Scalar>& b, int64_t steps) {
+PDDM_INLINE void make_products(Met<typename Op::Scalar>& met, const Side<typename Op::Scalar>& a,
+                               const Side<typename Op::Scalar>& b, int64_t steps) {
   using T = typename Op::Scalar;
   constexpr int width = kWidth<T>, lanes = kLanes<T>;
-  T products[lanes][lanes];
-  uint64_t above[lanes];  // of the row's floor, lane by lane; then of the columns'
-  const uint64_t both = a.first == b.first ? 0xffffffffu : ~uint64_t(0);
   for_even_strips<T>(lanes, [&](auto columns, int64_t c) {
     constexpr int C = decltype(columns)::value;
     Tile<T, C> tile;
@@ -40,35 +54,74 @@ PDDM_INLINE int32_t meet_panels(const ListsOf<typename Op::Scalar>& lists, const
     PDDM_UNROLL
     for (int r = 0; r < C; ++r) {
       const Vec<T> floor = broadcast(a.floors[c + r]);
-      uint64_t lanes_of[2] = {0, 0};
+      met.above[c + r] = 0;
       PDDM_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const Vec<T> product = tile.acc[r][half];
-        store(products[c + r] + half * width, product);
-        lanes_of[0] |= lanes_above<T>(product, floor) << (half * width);
-        lanes_of[1] |= lanes_above<T>(product, floors[half]) << (half * width);
-      }
-      above[c + r] = (lanes_of[0] | lanes_of[1] << 32) & both;
+      for (int half = 0; half < 2; ++half)
+        met.above[c + r] |= keep<T>(met.products[c + r], tile.acc[r][half], floor, floors[half], half);
     }
   });
-  // Whose list, and whether it takes the entry, is nobody's guess, so there is no branch: it is written, and counts or
-  // does not.
+}
+
+// Which bits of which rows are set, one after the other; both have room for 64 more than there are.
+struct Bits {
+  uint8_t row[kMaxLanes * 64 + 64], bit[kMaxLanes * 64 + 64];
+};
+
+// Returns how many there are. A row has none, or one, or many, and which is nobody's guess: there is no branch, or one
+// where it has more than a few only.
+PDDM_INLINE int64_t list_bits(const uint64_t* rows, int count_rows, uint64_t allowed, Bits& out) {
+  int64_t count = 0;
+  for (int r = 0; r < count_rows; ++r) {
+    uint64_t left = rows[r] & allowed;
+    const int64_t end = count + __builtin_popcountll(left);
+#if defined(__AVX512VBMI2__) && !defined(PDDM_PLAIN_VECTORS)
+    const __m512i all =
+        _mm512_set_epi64(0x3f3e3d3c3b3a3938, 0x3736353433323130, 0x2f2e2d2c2b2a2928, 0x2726252423222120,
+                         0x1f1e1d1c1b1a1918, 0x1716151413121110, 0x0f0e0d0c0b0a0908, 0x0706050403020100);
+    _mm512_storeu_si512(out.bit + count, _mm512_maskz_compress_epi8(left, all));
+    _mm512_storeu_si512(out.row + count, _mm512_set1_epi8(char(r)));
+#else
+    constexpr int kFew = 2;
+    const auto next = [&](int64_t at) {
+      out.row[at] = uint8_t(r), out.bit[at] = uint8_t(__builtin_ctzll(left | uint64_t(1) << 63));
+      left &= left - 1;
+    };
+    for (int t = 0; t < kFew; ++t) next(count + t);
+    for (int64_t t = count + kFew; t < end; ++t) next(t);
+#endif
+    count = end;
+  }
+  return count;
+}
+
+// Whether a list takes an entry is nobody's guess either: it is written, and counts or does not.
+template <class T>
+PDDM_INLINE int32_t offer(const ListsOf<T>& lists, const Side<T>& a, const Side<T>& b, const Met<T>& met) {
+  Bits bits;
+  const int64_t count = list_bits(met.above, kLanes<T>, a.first == b.first ? 0xffffffffu : ~uint64_t(0), bits);
   T *const values = lists.values, *const rows = lists.rows;
   const T* const classes = lists.classes;
   int32_t* const sizes = lists.sizes;
   const int64_t room = lists.room;
   int32_t longest = 0;
-  for (int r = 0; r < lanes; ++r)
-    for (uint64_t left = above[r]; left; left &= left - 1) {
-      const int bit = __builtin_ctzll(left), c = bit & 31;
-      const int64_t i = a.first + r, j = b.first + c, other = i ^ ((i ^ j) & (int64_t(bit >> 5) - 1)),
-                    row = i ^ j ^ other;
-      const T own = classes[row], its = classes[other];
-      const int32_t size = sizes[row], more = size + ((own != its) & (own >= 0) & (its >= 0));
-      values[row * room + size] = products[r][c], rows[row * room + size] = T(other);
-      sizes[row] = more, longest = longest > more ? longest : more;
-    }
+  for (int64_t t = 0; t < count; ++t) {
+    const int r = bits.row[t], bit = bits.bit[t], c = bit & 31;
+    const int64_t i = a.first + r, j = b.first + c, other = i ^ ((i ^ j) & (int64_t(bit >> 5) - 1)),
+                  row = i ^ j ^ other;
+    const T own = classes[row], its = classes[other];
+    const int32_t size = sizes[row], more = size + ((own != its) & (own >= 0) & (its >= 0));
+    values[row * room + size] = met.products[r][c], rows[row * room + size] = T(other);
+    sizes[row] = more, longest = longest > more ? longest : more;
+  }
   return longest;
+}
+
+template <class Op>
+PDDM_INLINE int32_t meet_panels(const ListsOf<typename Op::Scalar>& lists, const Side<typename Op::Scalar>& a,
+                                const Side<typename Op::Scalar>& b, int64_t steps) {
+  Met<typename Op::Scalar> met;
+  make_products<Op>(met, a, b, steps);
+  return offer(lists, a, b, met);
 }
 
 template <class T>
@@ -168,8 +221,7 @@ PDDM_INLINE void round_panel(int32_t* whole, const float* panel, const int32_t* 
                              float* error) {
   constexpr int width = kWidth<float>, lanes = kLanes<float>;
   for (int half = 0; half < lanes; half += width) {
-    Vec<int32_t> there{};
-    for (int lane = 0; lane < width; ++lane) there[lane] = classes[half + lane] < 0 ? 0 : -1;
+    const Vec<int32_t> there = load(classes + half) >= 0;
     Vec<float> left{};
     for (int64_t k = 0; k < dim; k += Int16::kFold) {
       Vec<int32_t> q[Int16::kFold] = {};
@@ -212,6 +264,71 @@ PDDM_INLINE int64_t thin_rounded(int32_t* values, int32_t* rows, int64_t size, i
   }
   *floor = low;
   return keep_above(values, rows, size, low - margin);
+}
+
+#endif
+
+#if defined(PDDM_HAS_AMX)
+
+// A panel lies there twice, as tiles to the left of a product and to its right: (left or right, block of steps, half of
+// the lanes).
+constexpr int64_t kTileSteps = 32;
+
+PDDM_INLINE void tile_panel(int32_t* tiles, const float* panel, const int32_t* classes, float scale, int64_t dim,
+                            float* error) {
+  constexpr int width = kWidth<float>, lanes = kLanes<float>, words = kTileSteps / 2;
+  static_assert(width == kTileRows && words == kTileRows);
+  int32_t* const right = tiles + padded(dim, kTileSteps) / kTileSteps * 2 * kTileWords;
+  for (int half = 0; half < 2; ++half) {
+    const Vec<int32_t> there = load(classes + half * width) >= 0;
+    Vec<float> left{};
+    for (int64_t k = 0; k < dim; k += kTileSteps) {
+      const int64_t tile = (k / kTileSteps * 2 + half) * kTileWords;
+      Vec<int32_t> row[words];
+      for (int w = 0; w < words; ++w) {
+        const auto step = [&](int64_t at) {
+          return at < dim && there ? load(panel + at * lanes + half * width) : Vec<float>{};
+        };
+        const Vec<float> x[2] = {step(k + 2 * w), step(k + 2 * w + 1)};
+        const Vec<uint32_t> word = pack_bf16(x[0] * (1 / scale), x[1] * (1 / scale));
+        const Vec<float> rest[2] = {x[0] - Vec<float>(word << 16) * scale,
+                                    x[1] - Vec<float>(word & 0xffff0000u) * scale};
+        left += rest[0] * rest[0] + rest[1] * rest[1];
+        row[w] = Vec<int32_t>(word);
+        store(right + tile + w * width, row[w]);
+      }
+      transpose<int32_t>(row);
+      for (int r = 0; r < kTileRows; ++r) store(tiles + tile + r * width, row[r]);
+    }
+    store(error + half * width, left);
+  }
+}
+
+PDDM_INLINE int32_t meet_tiles(const ListsOf<int32_t>& lists, const Side<int32_t>& a, const Side<int32_t>& b,
+                               int64_t dim) {
+  constexpr int width = kWidth<int32_t>, lanes = kLanes<int32_t>;
+  const int64_t blocks = padded(dim, kTileSteps) / kTileSteps;
+  const int32_t *left = a.panel, *right = b.panel + blocks * 2 * kTileWords;
+  clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+  for (int64_t block = 0; block < blocks; ++block, left += 2 * kTileWords, right += 2 * kTileWords) {
+    load_tile<4>(left), load_tile<5>(left + kTileWords), load_tile<6>(right), load_tile<7>(right + kTileWords);
+    dot_bf16_tiles<0, 4, 6>(), dot_bf16_tiles<1, 4, 7>(), dot_bf16_tiles<2, 5, 6>(), dot_bf16_tiles<3, 5, 7>();
+  }
+  alignas(64) float products[4][kTileWords];
+  store_tile<0>(products[0]), store_tile<1>(products[1]), store_tile<2>(products[2]), store_tile<3>(products[3]);
+  const Vec<int32_t> floors[2] = {load(b.floors), load(b.floors + width)};
+  Met<int32_t> met;
+  PDDM_UNROLL
+  for (int r = 0; r < lanes; ++r) {
+    const Vec<int32_t> floor = broadcast(a.floors[r]);
+    met.above[r] = 0;
+    PDDM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const Vec<int32_t> product = nearest_int(load(products[r / width * 2 + half] + r % width * width));
+      met.above[r] |= keep<int32_t>(met.products[r], product, floor, floors[half], half);
+    }
+  }
+  return offer(lists, a, b, met);
 }
 
 #endif

@@ -30,8 +30,9 @@ class Nearest {
     std::fill_n(floor_, padded, -kInfinity), std::fill_n(below_, padded, -kInfinity);
     std::fill_n(last_, padded, kInfinity);
     share(parallel_, lists_.panels, [&](int64_t, int64_t p) { pack(static_cast<const T*>(rows.data), p); });
-    every_two_panels(parallel_, lists_.panels, kChunkBytes / (panel_size_ * int64_t(sizeof(T))),
-                     [&](int64_t a, int64_t b) { block(a, b); });
+    every_two_panels(
+        parallel_, lists_.panels, kChunkBytes / (panel_size_ * int64_t(sizeof(T))), [] { return 0; },
+        [&](int64_t a, int64_t b) { block(a, b); });
   }
 
   // Every row's in ascending order, (n, count), −1 where there are fewer.

@@ -179,6 +179,17 @@ PDDM_INLINE void pack_strip(typename Op::Element* strip, const Matrix<typename O
   const int64_t columns = m.outputs - c < C ? m.outputs - c : C, whole = m.inputs / Op::kFold;
   if (columns < C || whole < steps) std::memset(static_cast<void*>(strip), 0, sizeof(*strip) * size_t(steps * C));
   const T* from = m.data + c * m.stride;
+#if defined(PDDM_HAS_AMX)
+  if constexpr (std::is_same_v<Op, Bf16Tiles>) {
+    for (int64_t column = 0; column < columns; ++column)
+      for (int64_t k = 0; k < m.inputs; k += Op::kSteps) {
+        const T* x = from + column * m.stride + k;
+        store(strip + k / Op::kSteps * C * kTileRows + column * kTileRows,
+              pack_bf16_pairs(load_some(x, m.inputs - k), load_some(x + kWidth<T>, m.inputs - k - kWidth<T>)));
+      }
+    return;
+  }
+#endif
   const auto pack = [&](int64_t s, int64_t column, int fold) {
     T x[Op::kFold] = {};
     for (int p = 0; p < fold; ++p) x[p] = from[column * m.stride + s * Op::kFold + p];

@@ -1,13 +1,13 @@
-// The nearest rows once more, most of the work in whole numbers: x = s q + e, where q is rounded and e is what it
-// leaves.
+// The nearest rows once more, most of the work in numbers of fewer bits: x = s q + e, where q is rounded and e is what
+// it leaves.
 //
 //   x_i · x_j = s² q_i · q_j + s q_i · e_j + e_i · x_j,  |rest| ≤ ‖e‖ (2 ‖x‖ + ‖e‖) of the largest norms
 //
-// With what nearest.h itself loses in float32 this is the margin, the same for all. A row keeps what may be among its
-// best, give or take the margin. In the end it is certain of most of these, and only of the others are the true
-// products made, in the order of operations of nearest.h: the choice is its choice. Where too many others of a row are
-// nearly as good as each other all of its products are made; where there are many such rows the whole is left to
-// nearest.h.
+// With what the products of q lose, and what nearest.h itself loses in float32, this is the margin, the same for all. A
+// row keeps what may be among its best, give or take the margin. In the end it is certain of most of these, and only of
+// the others are the true products made, in the order of operations of nearest.h: the choice is its choice. Where too
+// many others of a row are nearly as good as each other all of its products are made; where there are many such rows
+// the whole is left to nearest.h.
 #pragma once
 
 #include <atomic>
@@ -34,15 +34,16 @@ class RoundedNearest {
         rows_(static_cast<const float*>(rows.data)),
         dim_(dim),
         lanes_(rounded.lanes),
-        steps_((dim + 1) / 2),
+        elements_(rounded.elements(dim)),
         wanted_(count),
         lists_(arena_, rows.count, lanes_, classes, room_of(count)) {}
 
   // Finds, once, every row's in ascending order, (n, count), −1 where there are fewer; false where nothing was written.
   bool find(int64_t* out) {
     if (lists_.n == 0 || !round()) return false;
-    every_two_panels(parallel_, lists_.panels, kChunkBytes / (steps_ * lanes_ * int64_t(sizeof(int32_t))),
-                     [&](int64_t a, int64_t b) { block(a, b); });
+    every_two_panels(
+        parallel_, lists_.panels, kChunkBytes / (elements_ * lanes_ * int64_t(sizeof(int32_t))),
+        [&] { return Meetings(rounded_); }, [&](int64_t a, int64_t b) { block(a, b); });
     if (hopeless()) return false;
     share(parallel_, lists_.panels, [&](int64_t, int64_t p) {
       Finish finish(*this);
@@ -53,19 +54,26 @@ class RoundedNearest {
   }
 
  private:
+  struct Meetings {
+    explicit Meetings(const RoundedEngine& rounded) : rounded(rounded) { rounded.begin(); }
+    ~Meetings() { rounded.end(); }
+    Meetings(const Meetings&) = delete;
+    const RoundedEngine& rounded;
+  };
+
   static constexpr int64_t kLeastRows = 1024, kLeastDim = 32, kMostDim = 1 << 16;
   static constexpr int64_t kChunkBytes = 512 << 10;  // of the second-level cache
   static constexpr int64_t kPatience = 128;          // of so many rows one may have all of its products made
-  // The largest norm of a row of whole numbers, give or take its rounding; what no product is below; what none is
-  // above. From the lowest product to the largest is less than 2³¹, and so is a product and two margins on top: a
-  // margin is below 2²⁴ up to the largest dimension.
+  // The largest norm of a rounded row, give or take its rounding; what no product is below; what none is above. From
+  // the lowest product to the largest is less than 2³¹, and so is a product and two margins on top: a margin is below
+  // 2²⁵ up to the largest dimension.
   static constexpr int32_t kLargest = 32000, kNone = -1100000000, kNothing = std::numeric_limits<int32_t>::max();
 
   static int64_t room_of(int64_t count) { return count + std::max<int64_t>(count, 64); }
 
   bool round() {
     const int64_t padded = lists_.panels * lanes_;
-    data_ = arena_.take<int32_t>(padded * steps_);
+    data_ = arena_.take<int32_t>(padded * elements_);
     floor_ = arena_.take<int32_t>(padded);
     for (int64_t row = 0; row < padded; ++row) floor_[row] = lists_.classes[row] < 0 ? kNothing : kNone;
     auto *size = arena_.take<float>(padded), *error = arena_.take<float>(padded);
@@ -84,12 +92,14 @@ class RoundedNearest {
       const int64_t first = p * lanes_;
       float* panel = scratch + worker * engine_.stride(dim_) * lanes_;
       engine_.pack_rows(panel, rows_, lists_.n, dim_, first);
-      rounded_.round(data_ + first * steps_, panel, lists_.classes + first, scale, dim_, error + first);
+      rounded_.round(data_ + first * elements_, panel, lists_.classes + first, scale, dim_, error + first);
     });
     const double widest = std::sqrt(double(*std::max_element(error, error + padded))) * more;
     // Of what rounding leaves of both rows, and of what true products lose in float32.
     const double margin = widest * (2 * largest + widest) * more + 2 * rounding * largest * largest;
-    margin_ = int32_t(std::ceil(margin / scale / scale));
+    const double largest_rounded = largest + widest;
+    margin_ =
+        int32_t(std::ceil((margin + rounded_.error(dim_) * largest_rounded * largest_rounded) / scale / scale)) + 1;
     return true;
   }
 
@@ -109,9 +119,9 @@ class RoundedNearest {
     if (hopeless()) return;
     const auto side = [&](int64_t p) {
       const int64_t first = p * lanes_;
-      return Side<int32_t>{data_ + first * steps_, first, floor_ + first};
+      return Side<int32_t>{data_ + first * elements_, first, floor_ + first};
     };
-    lists_.cut_full(rounded_.meet(lists_, side(a), side(b), steps_), a, b, [&](int64_t row) {
+    lists_.cut_full(rounded_.meet(lists_, side(a), side(b), dim_), a, b, [&](int64_t row) {
       if (thin(row, wanted_ + wanted_ / 8) <= lists_.full - lists_.full / 4) {
         floor_[row] -= 2 * margin_;
         return;
@@ -191,10 +201,10 @@ class RoundedNearest {
   const Engine<float>& engine_;
   const Parallel& parallel_;
   const float* rows_;
-  const int64_t dim_, lanes_, steps_, wanted_;
+  const int64_t dim_, lanes_, elements_, wanted_;
   Arena arena_;
   Lists<int32_t> lists_;
-  int32_t* data_ = nullptr;  // (panel, step, lane)
+  int32_t* data_ = nullptr;  // panels, as the engine has them
   int32_t* floor_ = nullptr;
   int32_t margin_ = 0;
   std::atomic<int64_t> without_bounds_{0};

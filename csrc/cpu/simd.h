@@ -63,6 +63,10 @@ template <>
 struct BitsOf<double> {
   using type = uint64_t;
 };
+template <>
+struct BitsOf<int32_t> {
+  using type = uint32_t;
+};
 
 #if defined(__GNUC__) && !defined(PDDM_PLAIN_VECTORS)
 
@@ -253,6 +257,19 @@ PDDM_INLINE Vec<uint32_t> pack_bf16(Vec<float> even, Vec<float> odd) {
 #endif
 }
 
+// The same of neighbours, of 32 floats in turn.
+PDDM_INLINE Vec<uint32_t> pack_bf16_pairs(Vec<float> first, Vec<float> second) {
+#if defined(PDDM_EMULATE_BF16)
+  const Vec<float> both[2] = {first, second};
+  Vec<float> even, odd;
+  for (int lane = 0; lane < 16; ++lane)
+    even[lane] = both[lane / 8][lane % 8 * 2], odd[lane] = both[lane / 8][lane % 8 * 2 + 1];
+  return pack_bf16(even, odd);
+#else
+  return Vec<uint32_t>((__m512i)_mm512_cvtne2ps_pbh(__m512(second), __m512(first)));
+#endif
+}
+
 PDDM_INLINE Vec<float> dot_bf16(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
 #if defined(PDDM_EMULATE_BF16)
   const auto low = [](Vec<uint32_t> x) { return Vec<float>(x << 16); };
@@ -274,6 +291,9 @@ PDDM_INLINE Vec<int32_t> round_to_int(Vec<float> x) {
   PDDM_OPAQUE(shifted);
   return __builtin_convertvector(shifted - kNoFraction, Vec<int32_t>);
 }
+
+// The same, of two equally near one of them, of |x| < 2³¹.
+PDDM_INLINE Vec<int32_t> nearest_int(Vec<float> x) { return Vec<int32_t>(_mm512_maskz_cvtps_epi32(0xffff, __m512(x))); }
 
 PDDM_INLINE Vec<float> to_float(Vec<int32_t> x) { return __builtin_convertvector(x, Vec<float>); }
 

@@ -13,6 +13,9 @@
 #pragma once
 
 #include "simd.h"
+#if defined(PDDM_HAS_AMX)
+#include "amx.h"
+#endif
 
 namespace pddm::PDDM_ISA {
 
@@ -24,12 +27,18 @@ constexpr int kRegisters = PDDM_VECTOR_BYTES == 64 ? 32 : 16;
 constexpr int kUnit = kRegisters == 32 ? 4 : 2;  // weights are packed in strips of 3, 2 or 1 units of columns
 constexpr int kStrip = 3 * kUnit;
 
-// How operands are stored and multiplied. `kFold` steps of the mathematical product share one stored element.
+constexpr int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Nothing {};
+
+// How operands are stored and multiplied. `kFold` steps of the mathematical product share one stored element, of kSteps
+// a product has a multiple, and `Held` is what a thread must have meanwhile.
 template <class T>
 struct Plain {
   using Scalar = T;
   using Element = T;
-  static constexpr int kFold = 1;
+  using Held = Nothing;
+  static constexpr int kFold = 1, kSteps = 1;
   static PDDM_INLINE Vec<T> multiply_add(Vec<T> sum, Vec<T> a, Vec<T> b) { return sum + a * b; }
   static PDDM_INLINE Vec<T> fold(const Vec<T>* x) { return x[0]; }
 };
@@ -38,7 +47,8 @@ struct Plain {
 struct Bf16 {
   using Scalar = float;
   using Element = uint32_t;
-  static constexpr int kFold = 2;
+  using Held = Nothing;
+  static constexpr int kFold = 2, kSteps = 2;
   static PDDM_INLINE Vec<float> multiply_add(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
     return dot_bf16(sum, a, b);
   }
@@ -46,11 +56,19 @@ struct Bf16 {
 };
 #endif
 
+#if defined(PDDM_HAS_AMX)
+// The same numbers, in tiles.
+struct Bf16Tiles : Bf16 {
+  using Held = Tiles;
+  static constexpr int kSteps = 32;
+};
+#endif
+
 #if defined(PDDM_HAS_INT16)
 struct Int16 {
   using Scalar = int32_t;
   using Element = int32_t;
-  static constexpr int kFold = 2;
+  static constexpr int kFold = 2, kSteps = 2;
   static PDDM_INLINE Vec<int32_t> multiply_add(Vec<int32_t> sum, Vec<int32_t> a, Vec<int32_t> b) {
     return dot_int16(sum, a, b);
   }
@@ -77,6 +95,26 @@ struct Tile {
     for (int c = 0; c < C; ++c) acc[c][0] *= f0, acc[c][1] *= f1;
   }
 };
+
+#if defined(PDDM_HAS_AMX)
+// sums (32 outputs, 32 lanes) += strip · panel, of 32 outputs as tiles, (16 steps, half of the outputs), and a panel as
+// all others are.
+PDDM_INLINE void multiply_tiles(Vec<float> (&sums)[2 * kTileRows][2], const uint32_t* strip, const uint32_t* panel,
+                                int64_t steps) {
+  constexpr int64_t lanes = kLanes<float>, row = lanes * int64_t(sizeof(float));
+  static_assert(lanes == 2 * kTileRows);
+  Vec<float>(*const below)[2] = sums + kTileRows;
+  load_tile<0>(&sums[0][0], row), load_tile<1>(&sums[0][1], row);
+  load_tile<2>(&below[0][0], row), load_tile<3>(&below[0][1], row);
+  for (int64_t s = 0; s < steps; s += kTileRows, strip += 2 * kTileWords, panel += kTileRows * lanes) {
+    load_tile<4>(strip), load_tile<5>(strip + kTileWords);
+    load_tile<6>(panel, row), load_tile<7>(panel + kTileRows, row);
+    dot_bf16_tiles<0, 4, 6>(), dot_bf16_tiles<1, 4, 7>(), dot_bf16_tiles<2, 5, 6>(), dot_bf16_tiles<3, 5, 7>();
+  }
+  store_tile<0>(&sums[0][0], row), store_tile<1>(&sums[0][1], row);
+  store_tile<2>(&below[0][0], row), store_tile<3>(&below[0][1], row);
+}
+#endif
 
 // Strides of w: between steps, and between the C values of one step.
 struct Strides {
@@ -112,7 +150,12 @@ PDDM_INLINE void multiply(Tile<typename Op::Scalar, C>& tile, const typename Op:
 template <class Op, int C>
 PDDM_INLINE void multiply_strip(Tile<typename Op::Scalar, C>& tile, const typename Op::Element* strip,
                                 const typename Op::Element* panel, int64_t steps) {
-  multiply<Op, C>(tile, strip, {C, 1}, panel, kLanes<typename Op::Scalar>, steps);
+#if defined(PDDM_HAS_AMX)
+  if constexpr (std::is_same_v<Op, Bf16Tiles>)
+    multiply_tiles(tile.acc, strip, panel, steps);
+  else
+#endif
+    multiply<Op, C>(tile, strip, {C, 1}, panel, kLanes<typename Op::Scalar>, steps);
 }
 
 template <int C>
@@ -120,34 +163,46 @@ struct Columns {
   static constexpr int value = C;
 };
 
-constexpr int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Units of columns of packed weights, and how many make a full strip.
+template <class Op>
+constexpr int kUnitOf = kUnit;
+template <class Op>
+constexpr int kStripOf = kStrip;
+#if defined(PDDM_HAS_AMX)
+template <>
+constexpr int kUnitOf<Bf16Tiles> = 2 * kTileRows;
+template <>
+constexpr int kStripOf<Bf16Tiles> = 2 * kTileRows;
+#endif
 
-// body(Columns<C>, first column) over ⌈n / kUnit⌉ units of columns, full strips first. The strip that starts at column
-// c starts at element c · steps of its packed array.
-template <class Body>
-PDDM_INLINE void for_strips(int64_t n, const Body& body) {
-  int64_t c = 0;
-  for (; c + kStrip <= padded(n, kUnit); c += kStrip) body(Columns<kStrip>{}, c);
-  if (padded(n, kUnit) - c == 2 * kUnit) body(Columns<2 * kUnit>{}, c);
-  if (padded(n, kUnit) - c == kUnit) body(Columns<kUnit>{}, c);
+// One strip of those below by its number, for work that is shared out strip by strip.
+template <class Op>
+constexpr int64_t strip_count(int64_t n) {
+  return (padded(n, kUnitOf<Op>) + kStripOf<Op> - 1) / kStripOf<Op>;
 }
 
-// One strip of the above by its number, for work that is shared out strip by strip.
-constexpr int64_t strip_count(int64_t n) { return (padded(n, kUnit) + kStrip - 1) / kStrip; }
-
-template <class Body>
+template <class Op, class Body>
 PDDM_INLINE void for_strip(int64_t n, int64_t index, const Body& body) {
-  const int64_t c = index * kStrip, left = padded(n, kUnit) - c;
-  if (left >= kStrip) return body(Columns<kStrip>{}, c);
-  if (left == 2 * kUnit) return body(Columns<2 * kUnit>{}, c);
-  body(Columns<kUnit>{}, c);
+  constexpr int unit = kUnitOf<Op>, strip = kStripOf<Op>;
+  const int64_t c = index * strip, left = padded(n, unit) - c;
+  if (left >= strip) return body(Columns<strip>{}, c);
+  if constexpr (strip > 2 * unit)
+    if (left == 2 * unit) return body(Columns<2 * unit>{}, c);
+  if constexpr (strip > unit) body(Columns<unit>{}, c);
+}
+
+// body(Columns<C>, first column) over ⌈n / unit⌉ units of columns, full strips first. The strip that starts at column c
+// starts at element c · steps of its packed array.
+template <class Op, class Body>
+PDDM_INLINE void for_strips(int64_t n, const Body& body) {
+  for (int64_t index = 0; index < strip_count<Op>(n); ++index) for_strip<Op>(n, index, body);
 }
 
 // A whole panel of columns in strips as even as can be, so that none has too few accumulators to hide a multiply-add.
 template <class T, class Body>
 PDDM_INLINE void for_even_strips(int64_t n, const Body& body) {
   constexpr int lanes = kLanes<T>, strips = (lanes + kStrip - 1) / kStrip, even = lanes / strips, more = lanes % strips;
-  if (n < lanes) return for_strips(n, body);
+  if (n < lanes) return for_strips<Plain<T>>(n, body);
   for (int s = 0; s < more; ++s) body(Columns<even + 1>{}, s * (even + 1));
   for (int s = more; s < strips; ++s) body(Columns<even>{}, s * even + more);
 }
