@@ -2,7 +2,8 @@
 docs/performance.md; of searching photographs one in docs/photographs.md.
 
 python bench/table.py cpu build/bench-cpu.json             print them; cuda and search likewise
-python bench/table.py cpu build/bench-cpu.json --store     and keep the run in bench/results/, and write the pages
+python bench/table.py cpu build/bench-cpu.json --store     and keep the run in bench/results/ (of a processor with AMX in
+                                                           cpu-amx.json), and write the pages
 python bench/table.py --check                              fail if a page's table is not that of its stored run
 """
 
@@ -149,7 +150,7 @@ def cpu_notes(run: dict[str, Any]) -> str:
                 f"{r['floor_ms']:.1f} ms are its pairs' multiply-adds at the peak."
             )
     if not run["bfloat16"] and any("mining_ms" in r for r in run["rows"]):
-        notes += " No AVX-512-BF16 here: the two bfloat16 rows were not measured."
+        notes += " Neither AVX-512-BF16 nor AMX here: the two bfloat16 rows were not measured."
     return notes
 
 
@@ -173,13 +174,16 @@ def search_table(run: dict[str, Any]) -> str:
 
 
 _KERNELS = {README: reader_table, GOALS: goals_table}
+_GOALS = {GOALS: goals_table}
 TABLES = {
     "cpu": _KERNELS,
     "cuda": _KERNELS,
-    "candidates": {GOALS: goals_table},
-    "steps": {GOALS: goals_table},
+    "candidates": _GOALS,
+    "steps": _GOALS,
     "search": {PHOTOGRAPHS: search_table},
 }
+# Runs on a processor with AMX are kept beside those on one without.
+WITH_AMX = {f"{subject}-amx": _GOALS for subject in ("cpu", "candidates", "steps")}
 
 
 def page_with(page: Path, subject: str, run: dict[str, Any]) -> str:
@@ -189,7 +193,11 @@ def page_with(page: Path, subject: str, run: dict[str, Any]) -> str:
     _, found, after = rest.partition(end)
     if not found:
         sys.exit(f"{page.name} has no '{begin}' … '{end}'")
-    return f"{before}{begin}\n{TABLES[subject][page](run)}\n{end}{after}"
+    return f"{before}{begin}\n{tables(subject)[page](run)}\n{end}{after}"
+
+
+def tables(subject: str) -> dict[Path, Any]:
+    return (TABLES | WITH_AMX)[subject]
 
 
 def main() -> int:
@@ -200,12 +208,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare the pages' tables with the stored runs")
     arguments = parser.parse_args()
     if arguments.check:
-        stored = {subject: RESULTS / f"{subject}.json" for subject in TABLES}
+        stored = {subject: RESULTS / f"{subject}.json" for subject in TABLES | WITH_AMX}
         runs = {subject: json.loads(path.read_text("utf-8")) for subject, path in stored.items() if path.exists()}
         stale = [
             (page, subject)
             for subject, run in runs.items()
-            for page in TABLES[subject]
+            for page in tables(subject)
             if page.read_text("utf-8") != page_with(page, subject, run)
         ]
         for page, subject in stale:
@@ -216,9 +224,12 @@ def main() -> int:
     run = read_run(arguments.subject, arguments.run)
     print("\n\n".join(table(run) for table in TABLES[arguments.subject].values()))
     if arguments.store:
-        replace(RESULTS / f"{arguments.subject}.json", json.dumps(run, indent=1, ensure_ascii=False) + "\n")
-        for page in TABLES[arguments.subject]:
-            replace(page, page_with(page, arguments.subject, run))
+        subject = arguments.subject
+        if run.get("instructions") == "amx" and f"{subject}-amx" in WITH_AMX:
+            subject += "-amx"
+        replace(RESULTS / f"{subject}.json", json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+        for page in tables(subject):
+            replace(page, page_with(page, subject, run))
     return 0
 
 

@@ -53,7 +53,7 @@ def test_forward_anchor(benchmark: Any, n: int, dim: int, wanted: tuple[float, f
     )
 
 
-@pytest.mark.skipif(not _C.multiplies_bfloat16(), reason="this machine has no AVX-512-BF16")
+@pytest.mark.skipif(not _C.multiplies_bfloat16(), reason="this machine has neither AVX-512-BF16 nor AMX")
 @pytest.mark.parametrize(("n", "dim"), [(256, 512), (512, 128)], ids=["n256-d512", "n512-d128"])
 @torch.no_grad()
 def test_forward_bfloat16(benchmark: Any, n: int, dim: int) -> None:

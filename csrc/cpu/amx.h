@@ -51,6 +51,7 @@ template <int T>
 PDDM_INLINE void store_tile(void* to, int64_t stride = 64) {
   for (int r = 0; r < kTileRows; ++r) std::memcpy(static_cast<char*>(to) + r * stride, emulated_tile<T>().word[r], 64);
 }
+// In the order of the instruction: even and odd numbers apart, and the sum of both to what was there.
 template <int Acc, int A, int B>
 PDDM_INLINE void dot_bf16_tiles() {
   const auto number = [](uint32_t bits) {
@@ -60,13 +61,14 @@ PDDM_INLINE void dot_bf16_tiles() {
   };
   for (int r = 0; r < kTileRows; ++r)
     for (int c = 0; c < 16; ++c) {
-      uint32_t& word = emulated_tile<Acc>().word[r][c];
-      float sum = number(word);
+      float even = 0, odd = 0;
       for (int w = 0; w < 16; ++w) {
         const uint32_t a = emulated_tile<A>().word[r][w], b = emulated_tile<B>().word[w][c];
-        sum += number(a << 16) * number(b << 16);
-        sum += number(a & 0xffff0000u) * number(b & 0xffff0000u);
+        even += number(a << 16) * number(b << 16);
+        odd += number(a & 0xffff0000u) * number(b & 0xffff0000u);
       }
+      uint32_t& word = emulated_tile<Acc>().word[r][c];
+      const float sum = number(word) + (even + odd);
       std::memcpy(&word, &sum, sizeof sum);
     }
 }

@@ -107,6 +107,9 @@ PDDM_INLINE void multiply_tiles(Vec<float> (&sums)[2 * kTileRows][2], const uint
   load_tile<0>(&sums[0][0], row), load_tile<1>(&sums[0][1], row);
   load_tile<2>(&below[0][0], row), load_tile<3>(&below[0][1], row);
   for (int64_t s = 0; s < steps; s += kTileRows, strip += 2 * kTileWords, panel += kTileRows * lanes) {
+    // Into the first-level cache past the strip, which stays there.
+    for (int64_t r = 2 * kTileRows; r < 3 * kTileRows; ++r)
+      for (int64_t half = 0; half < lanes; half += kTileRows) __builtin_prefetch(panel + r * lanes + half, 0, 0);
     load_tile<4>(strip), load_tile<5>(strip + kTileWords);
     load_tile<6>(panel, row), load_tile<7>(panel + kTileRows, row);
     dot_bf16_tiles<0, 4, 6>(), dot_bf16_tiles<1, 4, 7>(), dot_bf16_tiles<2, 5, 6>(), dot_bf16_tiles<3, 5, 7>();
@@ -123,7 +126,11 @@ struct Strides {
 
 // Steps by which a panel's lines are asked for before they are used: it comes from the second-level cache, and the
 // hardware's own prefetcher falls behind the tile there.
+#if defined(PDDM_HAS_AMX)
+constexpr int64_t kAhead = 0;  // but not on these processors, which have all their loads' worth to do
+#else
 constexpr int64_t kAhead = 8;
+#endif
 
 // acc += Σ_s w[s] ⊗ x[s].
 template <class Op, int C>
@@ -134,8 +141,10 @@ PDDM_INLINE void multiply(Tile<typename Op::Scalar, C>& tile, const typename Op:
   Tile<T, C> t = tile;
   for (int64_t s = 0; s < steps; ++s, w += w_stride.step, x += x_step) {
     const Vec<Element> x0 = load(x), x1 = load(x + kWidth<T>);
-    PDDM_PREFETCH(x + kAhead * x_step);
-    if constexpr (kLanes<T> * sizeof(Element) > 64) PDDM_PREFETCH(x + kAhead * x_step + kWidth<T>);
+    if constexpr (kAhead > 0) {
+      PDDM_PREFETCH(x + kAhead * x_step);
+      if constexpr (kLanes<T> * sizeof(Element) > 64) PDDM_PREFETCH(x + kAhead * x_step + kWidth<T>);
+    }
     PDDM_UNROLL
     for (int c = 0; c < C; ++c) {
       const Vec<Element> b = broadcast(w[c * w_stride.column]);
