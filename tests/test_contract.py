@@ -295,6 +295,46 @@ def test_a_refused_instruction_set_leaves_the_old_one():
 
 
 @INSTRUCTION_SETS
+@pytest.mark.skipif("amx" not in CAPABILITIES, reason="without tiles")
+def test_tiles_are_asked_for_when_they_are_chosen_and_done_without_where_refused():
+    ask = """
+import ctypes
+libc = ctypes.CDLL(None)
+
+def granted():
+    features = ctypes.c_uint64()
+    assert libc.syscall(158, 0x1022, ctypes.byref(features)) == 0  # arch_prctl, ARCH_GET_XCOMP_PERM
+    return features.value >> 18 & 1
+
+from pddm_ext import _C
+assert _C.cpu_capabilities()["amx"] and not granted()
+"""
+    forced = in_a_new_process(ask + "print(_C.cpu_capability(), granted())", PDDM_CPU_CAPABILITY="avx2")
+    assert forced.stdout.split() == ["avx2", "0"], forced.stderr
+    chosen = in_a_new_process(ask + "print(_C.cpu_capability(), granted())")
+    assert chosen.stdout.split() == ["amx", "1"], chosen.stderr
+
+    # A signal stack without room for them.
+    small = """
+class Stack(ctypes.Structure):
+    _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+memory = ctypes.create_string_buffer(8192)
+assert libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 8192)), None) == 0
+print(_C.cpu_capability())
+try:
+    _C.set_cpu_capability("amx")
+except ValueError as error:
+    print(error)
+"""
+    refused = in_a_new_process(ask + small).stdout.splitlines()
+    assert refused == [
+        "avx512_bf16",
+        "PDDM_CPU_CAPABILITY is 'amx', and the kernel does not grant its tiles to this process",
+    ]
+
+
+@INSTRUCTION_SETS
 def test_the_best_instruction_set_is_the_default():
     assert next(iter(_C.cpu_capabilities())) == "portable"
     assert _C.cpu_capability() == CAPABILITIES[-1]

@@ -37,11 +37,20 @@ struct InstructionSet {
 };
 
 #if defined(PDDM_AMX)
-// The kernel grants a process its tiles only when asked to.
-bool tiles_allowed() {
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+constexpr long kTileData = 18;  // XFEATURE_XTILE_DATA
+
+bool has_tiles() {
+  constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  uint64_t features = 0;
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+         syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1);
+}
+
+// For the whole process and for good, whose threads' signal stacks must have room for tiles from then on; refused where
+// one has not.
+bool ask_for_tiles() {
+  constexpr long kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 #endif
 
@@ -67,7 +76,7 @@ const InstructionSet kSets[] = {
 #if defined(PDDM_AMX)
     PDDM_SET(amx, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                       __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && tiles_allowed()),
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_tiles()),
 #endif
 #endif
 };
@@ -176,7 +185,15 @@ void set_capability(const std::string& name) {
   for (const InstructionSet& set : kSets) {
     if (!set.supported()) continue;
     usable += std::string(usable.empty() ? "" : ", ") + set.name;
-    if (name.empty() || name == set.name) found = &set;
+    if (!name.empty() && name != set.name) continue;
+#if defined(PDDM_AMX)
+    if (set.float32 == amx::float32_engine && !ask_for_tiles()) {
+      if (name.empty()) continue;
+      throw std::invalid_argument(
+          "PDDM_CPU_CAPABILITY is 'amx', and the kernel does not grant its tiles to this process");
+    }
+#endif
+    found = &set;
   }
   if (!found)
     throw std::invalid_argument("PDDM_CPU_CAPABILITY is '" + name + "'; this build on this machine has " + usable);
@@ -201,9 +218,10 @@ void nearest(Precision precision, const Parallel& parallel, const Rows& rows, in
   const InstructionSet* set = chosen();
   if (precision == Precision::float64)
     return Nearest<double>(*set->float64(), parallel, rows, dim, classes, count).write(indices, count);
-  if (RoundedNearest::suits(rows.count, dim, count))
-    for (const RoundedEngine* rounded = set->rounded(); rounded; rounded = rounded->finer)
-      if (RoundedNearest(*rounded, *set->float32(), parallel, rows, dim, classes, count).find(indices)) return;
+  for (const RoundedEngine* rounded = set->rounded(); rounded; rounded = rounded->finer)
+    if (RoundedNearest::suits(*rounded, rows.count, dim, count) &&
+        RoundedNearest(*rounded, *set->float32(), parallel, rows, dim, classes, count).find(indices))
+      return;
   Nearest<float>(*set->float32(), parallel, rows, dim, classes, count).write(indices, count);
 }
 

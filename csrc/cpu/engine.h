@@ -181,6 +181,7 @@ class Engine {
 class RoundedEngine {
  public:
   int lanes;
+  int slack;                   // entries that a list wants beyond those that are wanted: the more, the coarser
   const RoundedEngine* finer;  // one that rounds less, and is slower; or null
 
   // Of a row of a panel.
@@ -203,7 +204,8 @@ class RoundedEngine {
                        int32_t* floor) const = 0;
 
  protected:
-  constexpr RoundedEngine(int lanes, const RoundedEngine* finer) : lanes(lanes), finer(finer) {}
+  constexpr RoundedEngine(int lanes, int slack, const RoundedEngine* finer)
+      : lanes(lanes), slack(slack), finer(finer) {}
   ~RoundedEngine() = default;
 };
 

@@ -139,7 +139,8 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
 #if defined(PDDM_HAS_INT16)
 class RoundedKernels : public cpu::RoundedEngine {
  public:
-  explicit constexpr RoundedKernels(const cpu::RoundedEngine* finer) : cpu::RoundedEngine(kLanes<int32_t>, finer) {}
+  constexpr RoundedKernels(int slack, const cpu::RoundedEngine* finer)
+      : cpu::RoundedEngine(kLanes<int32_t>, slack, finer) {}
 
   int64_t elements(int64_t dim) const override { return (dim + 1) / 2; }
   void round(int32_t* rounded, const float* panel, const int32_t* classes, float scale, int64_t dim,
@@ -159,7 +160,7 @@ class RoundedKernels : public cpu::RoundedEngine {
   }
 };
 
-constexpr RoundedKernels kWhole(nullptr);
+constexpr RoundedKernels kWhole(64, nullptr);
 #endif
 
 #if defined(PDDM_HAS_AMX)
@@ -183,7 +184,7 @@ class TileKernels final : public RoundedKernels {
   void end() const override { leave_tiles(); }
 };
 
-constexpr TileKernels kTiles(&kWhole);
+constexpr TileKernels kTiles(128, &kWhole);
 #endif
 
 constexpr Kernels<Plain<float>> kFloat32;

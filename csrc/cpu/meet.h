@@ -277,7 +277,8 @@ constexpr int64_t kTileSteps = 32;
 PDDM_INLINE void tile_panel(int32_t* tiles, const float* panel, const int32_t* classes, float scale, int64_t dim,
                             float* error) {
   constexpr int width = kWidth<float>, lanes = kLanes<float>, words = kTileSteps / 2;
-  static_assert(width == kTileRows && words == kTileRows);
+  // What a panel has after `dim` is read, and counts for nothing.
+  static_assert(width == kTileRows && words == kTileRows && kTileSteps <= lanes);
   int32_t* const right = tiles + padded(dim, kTileSteps) / kTileSteps * 2 * kTileWords;
   for (int half = 0; half < 2; ++half) {
     const Vec<int32_t> there = load(classes + half * width) >= 0;

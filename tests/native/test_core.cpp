@@ -480,6 +480,7 @@ int main(int argc, char** argv) {
   bool supported = false;
   std::map<std::string, bool> here;
   for (const cpu::Capability& capability : cpu::capabilities()) here[capability.name] = capability.supported;
+  if (here[set]) cpu::set_capability(set);  // asks for what it needs
   here["plain"] = true, here["emulated"] = here["emulated_amx"] = here["avx512"];
 #define PDDM_USE(isa)                                                                                \
   if (set == #isa && (supported = here[#isa]))                                                       \
