@@ -94,15 +94,17 @@ def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, batch: int, times: int = 1) -> None:
-    """Ctrl-C, once or more often, while this many-th batch is with the net, counted from 1."""
+def interrupt_at(
+    monkeypatch: pytest.MonkeyPatch, batch: int, times: int = 1, number: signal.Signals = signal.SIGINT
+) -> None:
+    """Ctrl-C, or another signal, once or more often, while this many-th batch is with the net, counted from 1."""
     forward, calls = Learner.forward, []
 
     def interrupted(self: Learner, *given: Tensor) -> dict[str, Tensor]:
         calls.append(1)
         if len(calls) == batch:
             for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
         return forward(self, *given)
 
     monkeypatch.setattr(Learner, "forward", interrupted)

@@ -30,6 +30,7 @@ from pddm_ext.workbench.catalogue import UNFINISHED, Catalogue
 from pddm_ext.workbench.catalogue_files import FACTS, FEATURES, INDEX, STRUCTURES
 from pddm_ext.workbench.loop import CHECKPOINT
 from pddm_ext.workbench.trained import Trained
+from processes import environment_of_a_user
 from runs import assert_refused, make_tiny, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -887,6 +888,48 @@ def test_an_interrupted_embed_leaves_the_old_catalogue(
         assert files(out) == before
     assert cli.main(command) == 0
     assert "1 new, 0 changed, 0 gone, 12 kept" in capsys.readouterr().out
+
+
+_ENDED = """
+import os, signal, sys
+from pddm_ext.workbench import catalogue, cli, embedding
+embedding.BATCH, catalogue._MINUTE, write = 4, 0.0, catalogue._write
+def writes(*arguments):
+    write(*arguments)
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+catalogue._write = writes
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other signals")
+@pytest.mark.parametrize(("by", "status"), [("SIGKILL", -9), ("SIGTERM", 130)])
+def test_an_embed_that_is_ended_goes_on_from_what_it_wrote_now_and_then(
+    runs: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    by: str,
+    status: int,
+) -> None:
+    out = tmp_path / "out"
+    command = ["embed", str(runs / "all"), str(photos), "--out", str(out), "--accelerator", "cpu", "--workers", "0"]
+    ended = subprocess.run([sys.executable, "-c", _ENDED, by, *command], env=environment_of_a_user(), check=False)
+    assert ended.returncode == status
+    assert not (out / FACTS).exists()
+    kept = len(json.loads((out / UNFINISHED / FACTS).read_text("utf-8"))["paths"])
+    assert 0 < kept < 12
+    put, whole = [], Trained.embed
+
+    def counted(self: Trained, pictures: Any) -> Any:
+        put.append(len(pictures))
+        return whole(self, pictures)
+
+    monkeypatch.setattr(Trained, "embed", counted)
+    assert cli.main(command) == 0
+    assert "12 new" in capsys.readouterr().out
+    assert sum(put) == 12 - kept + 2  # two of those kept are compared with what they are now
 
 
 @pytest.mark.skipif(not GROCERY.is_dir(), reason="the grocery photographs are not here")

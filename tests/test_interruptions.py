@@ -117,6 +117,16 @@ def test_a_folder_is_free_after_every_kind_of_end(
         pass
 
 
+def test_sigterm_leaves_the_checkpoint_of_its_step_as_ctrl_c_does(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt_at(monkeypatch, 4, number=signal.SIGTERM)
+    assert cli.main(["train", *TINY_OPTIONS, "--out", str(tmp_path)]) == 130
+    assert "stopped after 4 steps; " in (said := capsys.readouterr().err)
+    assert f"{tmp_path / CHECKPOINT} of step 4 is there" in said
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path: Path) -> None:
     """And the folder is that of the other."""
     make_archive(tmp_path / "small.zip")

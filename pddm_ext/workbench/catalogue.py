@@ -25,11 +25,12 @@ from . import checkpoint
 from .catalogue_files import Content, Floats, label
 from .data.photos import no_files
 from .data.reading import extensions
-from .embedding import embed, walk
+from .embedding import embed, now_and_then, walk
 from .trained import Picture, Trained
 
 #: What was embedded before :meth:`Catalogue.build` was stopped: a folder within the catalogue's, a catalogue itself.
 UNFINISHED = ".unfinished"
+_MINUTE = 60.0  # seconds between two times that it is written
 INDICES = ("auto", "flat", "hnsw", "ivf-pq")
 RANKINGS = ("distance", "score", "structure")
 
@@ -151,7 +152,8 @@ class Catalogue:
         Pictures are what their extensions say (:func:`.data.reading.extensions`), in folders of any depth; files and
         folders whose names start with a dot are passed over, and so are links to nowhere. Of a catalogue of the same
         folder by the same embedder only files whose size or time is another are embedded again. Until all is written
-        the old catalogue stays; what was embedded by then is kept for the next time.
+        the old catalogue stays; what was embedded by then is kept for the next time, in a process that was killed the
+        most of it.
 
         Args:
             trained: the embedder.
@@ -191,8 +193,14 @@ class Catalogue:
                 kept, embedded = {}, {}
                 anew = "the same pictures have other features now; the backbone's code or arithmetic has changed"
             rest = [path for path in found if path not in kept and path not in embedded]
+
+            def keep() -> None:
+                _write(out / UNFINISHED, trained, folder, "flat", found, embedded)
+
             try:
-                unreadable = embed(trained, folder, rest, workers, skip_unreadable, progress, embedded)
+                unreadable = embed(
+                    trained, folder, rest, workers, skip_unreadable, progress, embedded, now_and_then(keep, _MINUTE)
+                )
                 paths = [path for path in found if path in kept or path in embedded]
                 _enough(folder, len(paths), index)
                 # A picture that was there and cannot be read any more is gone, too.
@@ -214,7 +222,7 @@ class Catalogue:
             except BaseException:
                 if embedded:
                     with suppress(OSError):
-                        _write(out / UNFINISHED, trained, folder, "flat", found, embedded)
+                        keep()
                 raise
             files.remove(out / UNFINISHED)
             content, made = files.read(out)

@@ -17,7 +17,7 @@ import torch
 from .. import _C, __version__
 from .._installing import bring
 from .console import brief_warnings, lenient, own
-from .interrupts import follow
+from .interrupts import follow, terminable
 from .settings import DRAWINGS, WORKERS, Settings, difference, option, parse, read, written
 
 #: Runs of a method in a comparison: beyond, their seeds would be those of the runs that choose a learning rate.
@@ -25,8 +25,9 @@ _SEEDS = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 2 for bad input (a line on stderr says what), 130 when interrupted."""
-    with lenient(), brief_warnings():
+    """Run a command; the exit status is 0, 2 for bad input (a line on stderr says what), 130 when interrupted or
+    terminated."""
+    with lenient(), brief_warnings(), terminable():
         return _main(argv)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,22 @@ from .data.augment import View
 from .data.reading import extensions, read
 from .interrupts import uninterrupted
 from .trained import BATCH, Trained
+
+
+def now_and_then(work: Callable[[], None], seconds: float) -> Callable[[], None]:
+    """Does the work when it is called so long after the last time, and, where it takes long, twenty times as long as it
+    took."""
+    done, pause = time.monotonic(), seconds
+
+    def call() -> None:
+        nonlocal done, pause
+        begin = time.monotonic()
+        if begin - done >= pause:
+            work()
+            done = time.monotonic()
+            pause = max(seconds, 20 * (done - begin))
+
+    return call
 
 
 def walk(
@@ -82,9 +99,10 @@ def embed(
     skip_unreadable: bool,
     progress: bool | None,
     embedded: dict[str, list[Floats]],
+    keep: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Errors at unreadable pictures; ``embedded`` gets the feature of each path, and its structure where the net has a
-    head for it.
+    head for it; ``keep`` is called when there are more.
 
     Where errors are to end it nothing is embedded after the first one, and the others are looked for.
     """
@@ -108,6 +126,7 @@ def embed(
                     if not all(np.isfinite(value).all() for value in values):
                         raise ValueError(f"{folder / paths[row]}: its feature is not finite")
                     embedded[paths[row]] = values
+                keep()
             bar.update(len(chunk))
             if chunk[-1] % (BATCH * 32) >= BATCH * 31 or chunk is chunks[-1]:
                 bar.report(f"{len(unreadable)} unreadable")

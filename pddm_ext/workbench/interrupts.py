@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _LEADER = "PDDM_LEADING_PROCESS"
 
@@ -37,8 +38,23 @@ def follow() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, by which schedulers and containers end a process, is as Ctrl-C meanwhile, where nobody else hears it."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Interrupts:
-    """As long as this lasts, a first Ctrl-C waits for whoever asks for it, and a second one ends at once.
+    """As long as this lasts, a first Ctrl-C waits for whoever asks for it, and a second one ends at once. So does SIGTERM
+    within :func:`terminable`.
 
     Python hears signals in the main thread alone, and what ignores Ctrl-C goes on ignoring it: there all is left as it
     was.
@@ -49,18 +65,22 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.asked, self.twice, self._open, self._heard_here = False, False, False, False
+        self.asked, self.twice, self._open = False, False, False
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
-            self._before = signal.signal(signal.SIGINT, self._hear)
-            self._heard_here = True
+        if threading.current_thread() is threading.main_thread():
+            heard = []
+            if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
+                heard.append(signal.SIGINT)
+            if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+                heard.append(signal.SIGTERM)
+            self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._heard_here:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _hear(self, *_: object) -> None:
         self.twice, self.asked = self.asked, True
