@@ -63,7 +63,7 @@ def nearest(rows: Rows, of: Tensor | None, count: int) -> Tensor:
     of = torch.arange(len(rows.unit), device=rows.unit.device) if of is None else of
     parts = [of.new_empty(0, count)]
     for at in torch.split(of, _at_once(rows.unit)):
-        parts.append(torch.ops.pddm.largest(_dot_products(rows.unit[at], rows.unit), classes[at], classes, count))
+        parts.append(torch.ops.pddm.largest(dot_products(rows.unit[at], rows.unit), classes[at], classes, count))
     return torch.cat(parts)
 
 
@@ -88,7 +88,7 @@ def farthest(rows: Rows, count: int) -> Tensor:
             own = order[begin[c] : begin[c] + rows.sizes[c]]
             every = torch.arange(len(own), device=device)
             for part in torch.split(every, _at_once(own)):  # of all but itself
-                alike = _dot_products(rows.unit[own[part]], rows.unit[own])
+                alike = dot_products(rows.unit[own[part]], rows.unit[own])
                 far[own[part]] = own[torch.ops.pddm.largest(-alike, part, every, most)]
     return far
 
@@ -108,8 +108,9 @@ def lists(feats: Tensor, labels: Tensor, count: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _dot_products(x: Tensor, y: Tensor) -> Tensor:
-    """The same on the CPU whatever the number of threads, which a matrix product is not."""
+def dot_products(x: Tensor, y: Tensor) -> Tensor:
+    """(n, d) and (m, d) → (n, m): the same on the CPU whatever the number of threads, and of equal rows, which those of a
+    matrix product are not."""
     products: Tensor = torch.ops.pddm.dot_products(x, y) if x.is_cpu else x @ y.T
     return products
 

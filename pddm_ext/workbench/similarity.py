@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pddm_ext
+from pddm_ext.candidates import dot_products
 
 # Numbers of gathered features, and entries of a matrix of scores, in memory at once.
 _NUMBERS, _ENTRIES = 2**23, 2**24
@@ -80,11 +81,13 @@ class Similarity:
         queries, gallery = queries.to(self.device), gallery.to(self.device)
         if not self.cosine:
             return pddm_ext.topk(queries, gallery, k, self.unit)[1].cpu()
-        x, y = F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
+        # In what the scores are in, too.
+        dtype = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
+        x, y = F.normalize(queries.to(dtype), dim=1), F.normalize(gallery.to(dtype), dim=1)
         found = [torch.empty(0, k, dtype=torch.int64)]
         for lot in torch.split(torch.arange(len(x)), max(1, _ENTRIES // max(1, len(y)))):
             scores = pddm_ext.score_matrix(queries[lot], self.unit, gallery).clamp(min=self.floor)
-            scores = scores + self.cosine * (x[lot] @ y.T)
+            scores = scores + self.cosine * dot_products(x[lot], y)
             # Ascending, since a sort takes NaN for the largest value.
             found.append((-scores).sort(dim=1, stable=True).indices[:, :k].cpu())
         return torch.cat(found)
