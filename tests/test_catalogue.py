@@ -428,6 +428,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+#: As if it had been written so.
+MISFITS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no digest": lambda facts: facts.pop("digest"),
+    "no times": lambda facts: facts.pop("mtimes"),
+    "a time short": lambda facts: facts["mtimes"].pop(),
+    "times of words": lambda facts: facts.update(mtimes=["x"] * len(facts["mtimes"])),
+    "paths by number": lambda facts: facts.update(paths=list(range(len(facts["paths"])))),
+    "a list of files": lambda facts: facts.update(files=list(facts["files"])),
+    "no index": lambda facts: facts["files"].pop(INDEX),
+    "a folder that is none": lambda facts: facts.update(folder=5),
+}
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -449,6 +462,21 @@ def test_a_damaged_catalogue_is_told_in_a_line(embedder: Trained, photos: Path, 
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)) as caught:
         Catalogue.open(out, embedder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_sealed_facts_that_no_catalogue_has_are_told_and_written_anew(
+    embedder: Trained, photos: Path, tmp_path: Path, misfit: str
+) -> None:
+    out = tmp_path / "out"
+    Catalogue.build(embedder, photos, out)
+    edited(out, MISFITS[misfit])
+    (out / FACTS).write_text(json.dumps(stored.sealed(json.loads((out / FACTS).read_text("utf-8")))), "utf-8")
+    message = f"{out} is damaged, or was interrupted while being written; 'pddm-ext embed' writes it anew"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Catalogue.open(out, embedder)
+    assert Catalogue.build(embedder, photos, out).changes.anew == message
+    Catalogue.open(out, embedder)
 
 
 def test_features_with_pickles_are_refused(embedder: Trained, photos: Path, tmp_path: Path) -> None:
@@ -955,8 +983,10 @@ def test_photographs_by_a_published_backbone(tmp_path: Path) -> None:
     view = backbones.view(settings)
     learner = {f"net.{name}": value for name, value in net_of(settings, (3, 64, 64)).state_dict().items()}
     empty: dict[str, Any] = {key: kind() for key, kind in checkpoint.KEYS.items()}
-    state = {**empty, "settings": settings.__dict__, "view": described(view), "learner": learner}
-    checkpoint.save(tmp_path / CHECKPOINT, state)
+    side = {"classes": 0, "from": [], "pictures": 0, "digest": ""}
+    begun = {"data": {"train": side, "test": side}, "curves": {"step": [0], "seconds": [0.0]}}
+    state = {**empty, **begun, "losses": torch.zeros(1, 0), "settings": settings.__dict__, "view": described(view)}
+    checkpoint.save(tmp_path / CHECKPOINT, {**state, "learner": learner})
     made = Catalogue.build(pddm_ext.load(tmp_path), tmp_path / "photos", tmp_path / "out", workers=2)
     assert len(made) == 18
     found = made.search([made.folder / path for path in made.paths], k=2)

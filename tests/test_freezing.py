@@ -205,6 +205,21 @@ def test_a_damaged_file_of_features_is_written_anew(tiny: Dataset, tmp_path: Pat
     assert list(tmp_path.glob("*.npy")) == [path]
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_features_that_are_not_those_written_are_computed_anew(tiny: Dataset, tmp_path: Path, earlier: bool) -> None:
+    """Beyond the rows that are looked at, too; and those of a file without a digest, which earlier versions wrote."""
+    clean = features(tiny, tmp_path, Counted()).of(tiny.train.pictures)
+    (path,) = tmp_path.glob("*.npy")
+    content = path.read_bytes()
+    assert torch.equal(torch.from_numpy(np.load(path)), clean)
+    half = len(content) // 2
+    path.write_bytes(content[: -kept._DIGEST] if earlier else content[:half] + bytes(len(content) - half))
+    backbone = Counted()
+    assert torch.equal(features(tiny, tmp_path, backbone).of(tiny.train.pictures), clean)
+    assert backbone.pictures - 1 == 32
+    assert path.read_bytes() == content
+
+
 def test_features_that_are_not_finite_are_said(tiny: Dataset) -> None:
     class Overflows(Counted):
         def forward(self, pictures: Tensor) -> Tensor:

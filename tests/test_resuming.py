@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
+import re
 import signal
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pddm_ext import __version__
+from pddm_ext import __version__, load
 from pddm_ext.workbench import checkpoint, cli, measuring, outcome
 from pddm_ext.workbench.data import glyphs
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import CHECKPOINT, CONFIG, Run
 from pddm_ext.workbench.settings import Settings
-from runs import TINY, TINY_OPTIONS, differences, dropping, interrupt_at, scalars, trained, untimed
+from runs import TINY, TINY_OPTIONS, assert_refused, differences, dropping, interrupt_at, scalars, trained, untimed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -321,11 +323,14 @@ def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(
     ("part", "value", "message"),
     [
         *((part, value, "not a checkpoint of format") for part in checkpoint.KEYS for value in (None, [5])),
+        *((part, {"x": 5}, f"damaged; its {part} are none") for part in ("data", "baselines", "thresholds")),
         ("curves", {"step": 5}, "damaged; its steps or curves"),
         ("taken", -5, "damaged; its steps or curves"),
         ("curves", {}, "damaged; its steps or curves"),
         ("learner", {}, "its weights do not fit the net"),
-        ("settings", {"steps": "x"}, "was "),
+        ("learner", {3: torch.ones(1)}, "damaged; its weights are none"),
+        ("settings", {"steps": "x"}, "steps is 'x'"),
+        ("settings", {}, "damaged; its settings are none"),
         *((part, {}, "no state that fits this one") for part in ("generators", "optimizer")),
     ],
 )
@@ -339,6 +344,86 @@ def test_a_part_of_a_checkpoint_that_is_damaged_is_told(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no curves": (lambda state: state["curves"].clear(), "steps or curves"),
+    "curves without points": (lambda state: state.update(curves={name: [] for name in state["curves"]}), "steps or"),
+    "curves a point short": (lambda state: [curve.pop() for curve in state["curves"].values()], "steps or curves"),
+    "a curve a point short": (lambda state: state["curves"]["recall"].pop(), "steps or curves"),
+    "a curve of words": (lambda state: state["curves"].update(recall=["x", "y"]), "steps or curves"),
+    "steps that go back": (lambda state: state["curves"]["step"].reverse(), "steps or curves"),
+    "losses of other steps": (lambda state: state.update(losses=torch.zeros(1, 3)), "steps or curves"),
+    "no data": (lambda state: state["data"].clear(), "data"),
+    "data without pictures": (lambda state: state["data"]["train"].pop("pictures"), "data"),
+    "no seed": (lambda state: state["settings"].pop("seed"), "settings"),
+    "baselines of words": (lambda state: state["baselines"].update(backbone="x"), "baselines"),
+    "baselines without a figure": (lambda state: state["baselines"]["backbone"].pop("map_at_r"), "baselines"),
+    "a baseline without a value": (lambda state: state["baselines"]["untrained"]["recall"].update({"1": {}}), "base"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_is_told_by_whatever_reads_the_checkpoint(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    trained(tiny, tmp_path, steps=2)
+    state, (change, part) = checkpoint.load(tmp_path / CHECKPOINT), DAMAGES[damage]
+    change(state)
+    checkpoint.save(tmp_path / CHECKPOINT, state)
+    assert_told_by_all(tmp_path, capsys, f"damaged; its {part}")
+
+
+def assert_told_by_all(folder: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:
+    path = folder / CHECKPOINT
+    (folder / ".lock").touch()  # which a run leaves
+    for command in (["eval", str(path)], ["train", *TINY_OPTIONS, "--out", str(folder), "--resume"]):
+        assert_refused(command, folder, capsys, f"{path}: ", message)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ")) as caught:
+        load(path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("at", ["weights", "pickle", "header", "directory"])
+def test_bytes_that_have_changed_are_told(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], at: str
+) -> None:
+    """Of weights torch reads whatever there is."""
+    trained(tiny, tmp_path, steps=2)
+    path = tmp_path / CHECKPOINT
+    content = bytearray(path.read_bytes())
+    weights = checkpoint.load(path)["learner"]["net.head.weight"].numpy().tobytes()
+    place = {
+        "weights": content.index(weights) + len(weights) // 2,
+        "pickle": content.index(b"settings"),
+        "header": content.index(b"PK\3\4", 4),
+        "directory": content.index(b"PK\1\2") + 16,  # a checksum
+    }[at]
+    content[place : place + 4] = bytes(byte ^ 255 for byte in content[place : place + 4])
+    path.write_bytes(content)
+    told = "not a readable checkpoint (a damaged file: what it holds does not fit its checksums); expected the one that"
+    assert_told_by_all(tmp_path, capsys, told)
+
+
+def test_a_checkpoint_without_checksums_is_read(tiny: Dataset, tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        trained(tiny, tmp_path, steps=2)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert checkpoint.load(tmp_path / CHECKPOINT)["taken"] == 2
+
+
+def test_settings_that_an_earlier_version_did_not_know_had_their_defaults(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tiny, tmp_path, steps=2)
+    path, figures = tmp_path / CHECKPOINT, tmp_path / "figures.json"
+    state = checkpoint.load(path)
+    del state["settings"]["label_noise"], state["settings"]["unit_fallback"]
+    checkpoint.save(path, state)
+    assert cli.main(["eval", str(path), "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["settings"] == asdict(Settings(**{**TINY, "steps": 2}))
 
 
 @pytest.mark.parametrize(

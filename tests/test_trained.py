@@ -266,7 +266,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "another net": (lambda state: state["settings"].update(structure=1.0), "its weights do not fit"),
     "no weights": (lambda state: state["learner"].clear(), "no weights of a net"),
     "weights of another kind": (lambda state: state["learner"].update({"net.head.bias": [1.0]}), "no tensors by name"),
-    "weights by number": (lambda state: state["learner"].update({3: torch.ones(1)}), "no tensors by name"),
+    "weights by number": (lambda state: state["learner"].update({3: torch.ones(1)}), "its weights are none"),
     "weights that diverged": (lambda state: state["learner"]["net.head.bias"].fill_(torch.nan), "not all finite"),
     "half a unit": (lambda state: state["learner"].pop("objective.unit.s.bias"), "its weights do not fit"),
     "no view": (lambda state: state["view"].clear(), "a view of the user's own"),

@@ -138,6 +138,20 @@ def _sha(path: Path) -> str:
     return sha.hexdigest()
 
 
+def _sound(facts: Mapping[str, Any]) -> bool:
+    """Whether all facts are there, and of their kinds."""
+    texts, lists = ("digest", "folder", "index"), {"paths": str, "sizes": int, "mtimes": int}
+    files = facts["files"]
+    return (
+        all(type(facts.get(name)) is str for name in texts)
+        and all(type(facts.get(name)) is list for name in lists)
+        and all(type(value) is kind for name, kind in lists.items() for value in facts[name])
+        and len({len(facts[name]) for name in lists}) == 1
+        and type(files) is dict
+        and {FEATURES, INDEX} <= files.keys() <= {FEATURES, STRUCTURES, INDEX}
+    )
+
+
 class TornError(ValueError):
     """Files that are not of one catalogue."""
 
@@ -170,7 +184,7 @@ def read(out: Path, trained: Trained | None = None) -> tuple[Content, Any]:
             f"{path}: a catalogue of format {found!r}; pddm_ext {pddm_ext.__version__} reads {FORMAT}; "
             f"a newer one reads it, or delete the catalogue"
         )
-    if facts != sealed(facts):
+    if facts != sealed(facts) or not _sound(facts):
         raise torn
     if trained is not None and facts["digest"] != trained.digest:
         raise ValueError(f"{out} was embedded by another checkpoint; {_ANEW}")

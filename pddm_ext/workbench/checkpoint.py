@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import __version__
 from .console import own
+from .settings import parse
 
 #: A reader of FORMAT also reads every earlier one that a release has written; the first release writes 4.
 FORMAT = 4
@@ -46,6 +47,10 @@ KEYS: dict[str, type] = {
     "scheduler": dict,
     "precision": dict,
 }
+#: What is read of each side of ``data``, and of each of ``baselines``.
+_SIDE = {"classes": int, "from": list, "pictures": int, "digest": str}
+_POINT = {"value": float, "low": float, "high": float}
+_FIGURES = {"recall": dict.fromkeys("1248", _POINT), "map_at_r": _POINT, "r_precision": _POINT}
 
 
 #: What :func:`write_bytes` writes under, and nobody else.
@@ -154,6 +159,8 @@ def load(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
+        if not _whole(path):
+            raise ValueError("it does not fit its checksums")
     except Exception as error:
         # Not what torch says, which is almost anything at a damaged file, and at others how to turn safety off.
         raise ValueError(
@@ -173,7 +180,63 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: not a checkpoint of format {FORMAT}{whose}; expected the one that 'pddm-ext train' writes"
         )
+    _refuse_damaged(path, state)
     return state
+
+
+def _refuse_damaged(path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse parts that no run has written, and that would fail only where they are read."""
+    data, thresholds = state["data"], state["thresholds"]
+    for part, sound in (
+        # A run of an earlier version may lack others, which then had their defaults.
+        ("settings", "seed" in parse(state["settings"], str(path))),
+        ("data", data.keys() >= {"train", "test"} and all(_like(side, _SIDE) for side in data.values())),
+        ("steps or curves", _measured(state)),
+        ("baselines", all(_like(figures, _FIGURES) for figures in state["baselines"].values())),
+        (
+            "thresholds",
+            all(type(cuts) is dict and all(type(v) is float for v in cuts.values()) for cuts in thresholds.values()),
+        ),
+        ("weights", all(type(name) is str for name in (*state["learner"], *state["best"]))),
+    ):
+        if not sound:
+            raise ValueError(f"{path}: damaged; its {part} are none that a run has")
+
+
+def _like(value: Any, form: Any) -> bool:
+    """Whether a value is of a type, or a dict that has the members of one of types."""
+    if not isinstance(form, dict):
+        return type(value) is form
+    return type(value) is dict and all(name in value and _like(value[name], part) for name, part in form.items())
+
+
+def _measured(state: Mapping[str, Any]) -> bool:
+    """Whether curves are of one length, and losses those since their last point."""
+    curves, losses = state["curves"], state["losses"]
+    if not curves.keys() >= {"step", "seconds"} or not all(type(curve) is list for curve in curves.values()):
+        return False
+    steps = curves["step"]
+    return (
+        len(steps) > 0
+        and all(len(curve) == len(steps) for curve in curves.values())
+        and all(type(step) is int for step in steps)
+        and all(one < other for one, other in zip((-1, *steps), steps, strict=False))
+        and all(type(v) in (int, float) for name, curve in curves.items() if name != "loss" for v in curve)
+        and losses.dim() == 2
+        and losses.shape[1] == state["taken"] - steps[-1]
+    )
+
+
+def _whole(path: Path) -> bool:
+    """Whether what is in a zip archive fits its checksums, at which torch does not look; True of another file."""
+    if not zipfile.is_zipfile(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.serialization.set_crc32_options(False) has it written without any.
+            return not any(part.CRC for part in archive.infolist()) or archive.testzip() is None
+    except Exception:  # as with torch, almost anything
+        return False
 
 
 def _kind(path: Path) -> str:
@@ -188,6 +251,8 @@ def _kind(path: Path) -> str:
     if begin[:2] == b"PK":
         if not zipfile.is_zipfile(path):
             return "a damaged file: its end is missing"
+        if not _whole(path):
+            return "a damaged file: what it holds does not fit its checksums"
         with zipfile.ZipFile(path) as archive:
             pickled = any(name.endswith("/data.pkl") for name in archive.namelist())
         return "a file of torch's that holds code, or is damaged" if pickled else "a zip archive"

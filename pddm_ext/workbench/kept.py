@@ -22,6 +22,8 @@ from .model import Embedder
 
 #: So many features are computed anew where a file has them: code may have changed where weights have not.
 _PROBED = 8
+#: The length of the SHA-256 at a file's end, which numpy does not read.
+_DIGEST = hashlib.sha256().digest_size
 
 
 class Kept:
@@ -29,7 +31,7 @@ class Kept:
 
     Those of a file are of the same pictures, backbone, weights, view and precision: its name is their digest, with
     the times of photographs' files. So runs that share a folder and a backbone share them. Where pictures are seen by a
-    view of the user's own, which has no digest, they are in memory alone.
+    view of the user's own, which has no digest, they are in memory alone. A file ends with its own SHA-256.
 
     Args:
         net: whose backbone makes them, in evaluation mode, on its device.
@@ -97,13 +99,17 @@ class Kept:
                 found = self._computed(pictures, seen)
                 buffer = io.BytesIO()
                 np.save(buffer, found.numpy(), allow_pickle=False)
-                write_bytes(path, buffer.getvalue())
+                content = buffer.getvalue()
+                write_bytes(path, content + hashlib.sha256(content).digest())
         return found
 
     def _read(self, path: Path, pictures: Pictures | TestSet, seen: bool) -> Tensor | None:
         """The features in a file; None where there is none, or where it is damaged or of other code."""
         try:
-            found = torch.from_numpy(np.load(path, allow_pickle=False))
+            content = path.read_bytes()
+            if hashlib.sha256(memoryview(content)[:-_DIGEST]).digest() != content[-_DIGEST:]:
+                return None
+            found = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
         except (OSError, ValueError, EOFError):
             return None
         probe = self._computed(pictures, seen, rows=torch.arange(min(_PROBED, len(pictures))))

@@ -496,9 +496,7 @@ class Run:
             )
         if taken > settings.steps:
             raise ValueError(f"{path}: the run to resume has taken {taken} steps; --steps is {settings.steps}")
-        curves = state["curves"]
-        lengths = {len(curve) if isinstance(curve, list) else -1 for curve in curves.values()}
-        if taken < 0 or curves.keys() != self.curves.keys() or len(lengths) != 1 or -1 in lengths:
+        if state["curves"].keys() != self.curves.keys():
             raise ValueError(f"{path}: damaged; its steps or curves are none that a run has")
         if state["names"] != list(self.dataset.train.names) and settings.method in PROXIES:
             raise ValueError(

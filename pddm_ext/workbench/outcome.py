@@ -81,7 +81,7 @@ def again(
         notes = (familiar(trained.names, dataset),) if 0 < known < len(dataset.test.names) else ()
         dataset = replace(dataset, protocol=protocol, notes=(*dataset.notes, *notes))
     told = {
-        "settings": state["settings"],
+        "settings": asdict(trained.settings),  # what the run did not know had its default
         "data": _told({"train": state["data"]["train"], **measured}, dataset),
         "curves": state["curves"],
         "baselines": state["baselines"] if same else {},

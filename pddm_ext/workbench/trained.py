@@ -331,14 +331,8 @@ def load(
 def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trained:
     """What is in a checkpoint; a ValueError says what is not."""
     settings = Settings(**parse(state["settings"], "its settings"))
-    thresholds = state["thresholds"]
-    if not all(
-        isinstance(values, dict) and all(type(value) is float for value in values.values())
-        for values in thresholds.values()
-    ):
-        raise ValueError("damaged; its thresholds are none")
     weights = state["best"] or state["learner"]
-    if not all(type(name) is str and type(value) is Tensor for name, value in weights.items()):
+    if not all(type(value) is Tensor for value in weights.values()):
         raise ValueError("damaged; its weights are no tensors by name")
     of_net, of_unit = _under("net.", weights), _under("objective.unit.", weights)
     cosine, floor = torch.tensor(0.0), torch.tensor(-math.inf)
@@ -388,7 +382,7 @@ def _trained(state: Mapping[str, Any], backbone: nn.Module | str | None) -> Trai
         view,
         tuple(state["names"]),
         settings,
-        thresholds,
+        state["thresholds"],
         checkpoint.digest(of_net, facts),
         float(cosine),
         float(floor),
