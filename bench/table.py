@@ -2,8 +2,8 @@
 docs/performance.md; of searching photographs one in docs/photographs.md.
 
 python bench/table.py cpu build/bench-cpu.json             print them; cuda and search likewise
-python bench/table.py cpu build/bench-cpu.json --store     and keep the run in bench/results/ (of a processor with AMX in
-                                                           cpu-amx.json), and write the pages
+python bench/table.py cpu build/bench-cpu.json --store     and keep the run in bench/results/, of a processor with AMX
+                                                           as cpu-amx.json, and write the pages
 python bench/table.py --check                              fail if a page's table is not that of its stored run
 """
 

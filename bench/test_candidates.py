@@ -32,8 +32,8 @@ def test_over_exact(benchmark: Any, dim: int, wanted: float, rounds: int) -> Non
 
 
 def multiply_adds(given: Any, dot_products: float) -> float:
-    """Operations that mining by candidates cannot do without, in time: those of the pairs' scores at float32's rate, and
-    those of the dot products, each once, at `dot_products` times that."""
+    """Operations that mining by candidates cannot do without, in time: those of the pairs' scores at float32's rate,
+    and those of the dot products, each once, at `dot_products` times that."""
     feats = given[0]
     _C.reset_counters("cpu")
     mine_and_score(*given, mode="anchor", candidates=COUNT)

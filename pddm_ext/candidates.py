@@ -109,8 +109,8 @@ def lists(feats: Tensor, labels: Tensor, count: int) -> Tensor:
 
 
 def dot_products(x: Tensor, y: Tensor) -> Tensor:
-    """(n, d) and (m, d) → (n, m): the same on the CPU whatever the number of threads, and of equal rows, which those of a
-    matrix product are not."""
+    """(n, d) and (m, d) → (n, m): on the CPU the same whatever the number of threads, and of equal rows, which those of
+    a matrix product are not."""
     products: Tensor = torch.ops.pddm.dot_products(x, y) if x.is_cpu else x @ y.T
     return products
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import pddm_ext
 from pddm_ext.workbench import checkpoint, cli, loop, measuring, outcome
-from pddm_ext.workbench.data import glyphs
+from pddm_ext.workbench.data import glyphs, load
 from pddm_ext.workbench.data.splits import Dataset
 from pddm_ext.workbench.loop import CHECKPOINT, CONFIG
 from pddm_ext.workbench.settings import Settings
@@ -160,6 +160,29 @@ def test_eval_measures_any_folder(
     capsys.readouterr()
     assert cli.main(["eval", path, *net, "--data", "glyphs", "--root", ""]) == 2
     assert "--data is glyphs; " in capsys.readouterr().err
+
+
+def test_eval_of_other_data_leaves_out_a_split_and_a_gallery_that_these_do_not_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photo_net.py").write_text(_PHOTO_NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    root = make_folder(tmp_path / "photos", classes=4, pictures=6)
+    net, run = ["--backbone", "photo_net:net"], tmp_path / "run"
+    data = ["--data", "folder", "--root", str(root), "--split", "known", "--picture", "32", *net]
+    options = ["--steps", "2", "--method", "contrastive", "--out", str(run)]
+    assert cli.main(["train", *TINY_OPTIONS, *data, *options]) == 0
+    sides = tmp_path / "sides"
+    make_folder(sides / "test", classes=3, pictures=4)
+    command = ["eval", str(run), *net, "--root", str(sides)]
+    assert cli.main([*command, "--json", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["data"]["test"]["pictures"] == 12
+    capsys.readouterr()
+    assert cli.main([*command, "--split", "known"]) == 2  # which was asked for
+    assert "has its sides in test" in capsys.readouterr().err
+    assert load.takes("grocery", "", "known", "catalogue") == (False, True)
+    assert load.takes("in-shop", "", "half", "catalogue") == (True, False)
+    assert load.takes("folder", str(root), "known", "train") == (True, True)
 
 
 @pytest.mark.parametrize("sides", [False, True])

@@ -14,7 +14,7 @@ from pddm_ext.workbench.data.splits import Dataset, fit
 from pddm_ext.workbench.evaluation.retrieval import recall_at_k
 from pddm_ext.workbench.loop import Run
 from pddm_ext.workbench.settings import Settings
-from small_data import encoded, make_omniglot
+from small_data import encoded, make_omniglot, scatter, zipped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,6 +168,41 @@ def test_bad_omniglot_archives_are_named(tmp_path: Path, damage: str) -> None:
     assert "ALPHABET/characterNN/*.png" in message
     assert "https://github.com/brendenlake/omniglot" in message
     assert "\n" not in message
+
+
+def test_a_drawing_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(make_omniglot(tmp_path / "once.zip")) as members:
+        once = {name: members.read(name) for name in members.namelist() if name.endswith(".png")}
+    own = {name: f"images_evaluation/{name.partition('/')[2]}" for name in once}
+    path = zipped(tmp_path / "twice.zip", once | {own[name]: content for name, content in once.items()})
+    first = "Alphabet_A/character01/00_0.png"
+    folder = scatter(tmp_path / "folder", {f"images_background/{n.partition('/')[2]}": c for n, c in once.items()})
+    scatter(folder, {own[name]: content for name, content in once.items()})
+    for root in (path, folder):
+        with pytest.raises(ValueError, match=rf"^{root}: {first} is there twice, as images_.*/{first} and as images_"):
+            omniglot.load(root)
+    name, content = next(iter(once.items()))
+    with zipfile.ZipFile(tmp_path / "once.zip", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(name, content)
+    drawing = name.partition("/")[2]
+    with pytest.raises(ValueError, match=rf"/once.zip: {drawing} is there twice, as {name} and as {name}; leave one"):
+        omniglot.load(tmp_path / "once.zip")
+
+
+def test_drawings_may_lie_at_any_depth_of_a_zip_and_in_another_folder(tmp_path: Path) -> None:
+    with zipfile.ZipFile(make_omniglot(tmp_path / "once.zip")) as members:
+        once = {name.partition("/")[2]: members.read(name) for name in members.namelist() if name.endswith(".png")}
+    whole = omniglot.load(tmp_path / "once.zip").digest()
+    for above in ("", "mine/", "mine/of/old/"):
+        path = zipped(tmp_path / "moved.zip", {above + name: content for name, content in once.items()})
+        assert omniglot.load(path).digest() == whole
+    folder = scatter(tmp_path / "folder", {f"mine/{name}": content for name, content in once.items()})
+    assert omniglot.load(folder).digest() == whole
+    # Beside the known folder other drawings are nobody's.
+    scatter(tmp_path / "both", {f"images_background_small1/{name}": content for name, content in once.items()})
+    scatter(tmp_path / "both", {f"images_background/{name}": content for name, content in once.items()})
+    scatter(tmp_path / "both", {"images_evaluation/Alphabet_Z/character01/0.png": b"no picture"})
+    assert omniglot.load(tmp_path / "both").digest() == whole
 
 
 @pytest.mark.skipif(not OMNIGLOT.is_file(), reason=f"the public archive is not at {OMNIGLOT}")

@@ -322,6 +322,12 @@ def test_spread_at_its_ends() -> None:
     assert evaluate.spread(torch.eye(4)) == pytest.approx(3 / 4)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_spread_is_below_zero(seed: int) -> None:
+    point = torch.nn.functional.normalize(torch.randn(1, 7, generator=torch.Generator().manual_seed(seed)))
+    assert 0 <= evaluate.spread(point.expand(9, 7)) < 1e-6
+
+
 def test_effective_rank_in_closed_form() -> None:
     assert evaluate.effective_rank(torch.eye(8)[:1].expand(9, 8)) == pytest.approx(1)
     assert evaluate.effective_rank(torch.eye(8).repeat(3, 1)) == pytest.approx(8)

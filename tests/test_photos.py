@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import struct
@@ -20,12 +21,12 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor, nn
 
-from pddm_ext.workbench.data import augment, photos, reading
+from pddm_ext.workbench.data import augment, files, photos, reading
 from pddm_ext.workbench.data import load as by_name
 from pddm_ext.workbench.data.splits import TestSet, batches
 from pddm_ext.workbench.loop import Run
 from pddm_ext.workbench.settings import Settings
-from small_data import BLUE, GREEN, RED, Colour, colours, cub, encoded, load, make_folder, plain, scatter
+from small_data import BLUE, GREEN, RED, Colour, colours, cub, encoded, load, make_folder, plain, scatter, zipped
 
 # Folders
 
@@ -61,6 +62,11 @@ def test_what_is_no_picture_is_passed_over(tmp_path: Path) -> None:
     ("build", "error", "told"),
     [
         (lambda root: root.rmdir(), FileNotFoundError, "no such folder; expected ROOT/CLASS"),
+        (
+            lambda root: (root.rmdir(), zipped(root, {"a/1.jpg": plain(RED)})),
+            ValueError,
+            ": a file, where --data folder takes a folder: unpack an archive first; expected ROOT/CLASS",
+        ),
         (
             lambda root: None,
             ValueError,
@@ -368,6 +374,51 @@ def test_the_digest_tells_pictures_apart_without_decoding(tmp_path: Path) -> Non
     assert len(set(digests)) == 4
 
 
+def test_the_digest_is_of_the_contents(tmp_path: Path) -> None:
+    # Of one size whatever is in it: small, and of some megabytes.
+    bitmaps = {side: Image.new("RGB", (side, side), RED) for side in (40, 1000)}
+    root = scatter(make_folder(tmp_path, classes=4), {f"a/{s}.bmp": encoded(b, "BMP") for s, b in bitmaps.items()})
+    jpeg = encoded(Image.effect_noise((2000, 2000), 90).convert("RGB"), quality=95)
+    assert len(jpeg) > 2**20
+    scatter(root, {"a/large.jpg": jpeg})
+    digests = [photos.folder(root).digest(), photos.folder(root).digest()]
+    assert digests[0] == digests[1]
+    for side, bitmap in bitmaps.items():
+        before = (root / f"a/{side}.bmp").read_bytes()
+        bitmap.putpixel((side // 2, side // 2), GREEN)
+        scatter(root, {f"a/{side}.bmp": encoded(bitmap, "BMP")})
+        assert len(before) == len(encoded(bitmap, "BMP"))
+        digests.append(photos.folder(root).digest())
+    for content in (jpeg[:-2000] + bytes(2000), jpeg[:2000] + bytes(2000) + jpeg[4000:]):
+        scatter(root, {"a/large.jpg": content})
+        digests.append(photos.folder(root).digest())
+    assert len(set(digests)) == 5
+    (root / "a/large.jpg").touch()  # a copy has another time
+    assert photos.folder(root).digest() == digests[-1]
+
+
+@pytest.mark.parametrize("kind", ["BMP", "PNG"])
+def test_a_file_is_stamped_alike_in_an_archive_and_unpacked(tmp_path: Path, kind: str) -> None:
+    large = encoded(Image.effect_noise((1400, 1400), 90), kind)
+    assert len(large) > 2**20
+    members = {"one/large": large, "one/small": plain(RED), "one/empty": b""}
+    packed = files.Archive(zipped(tmp_path / "1.zip", members), "one/")
+    folder = scatter(tmp_path, members) / "one"
+    stamps = [[files.stamp(place, name) for name in ("large", "small", "empty", "no")] for place in (packed, folder)]
+    assert stamps[0] == stamps[1]
+    assert stamps[0][2:] == ["0 00000000"] * 2
+
+
+def test_of_the_half_that_does_not_matter_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = photos.folder(make_folder(tmp_path))
+    read: list[str] = []
+    stamp = files.stamp
+    monkeypatch.setattr(files, "stamp", lambda folder, name: (read.append(name), stamp(folder, name))[1])
+    measured = photos.folder(tmp_path, only="test")
+    assert measured.test.digest == whole.test.digest
+    assert {path[0] for path in read} == {*"efgh"}
+
+
 # Pictures
 
 
@@ -403,7 +454,7 @@ def shown(path: Path, content: bytes) -> Tensor:
         ("I;16", 65535, "PNG", (255, 255, 255)),
         ("I;16", 40000, "TIFF", (156, 156, 156)),
         ("I;16B", 40000, "TIFF", (156, 156, 156)),
-        ("I", 40000, "TIFF", (156, 156, 156)),
+        ("I", 40000, "PPM", (156, 156, 156)),
     ],
 )
 def test_every_mode_becomes_red_green_and_blue(
@@ -429,6 +480,31 @@ def test_the_transparent_colour_of_a_palette_is_white(tmp_path: Path, kind: str)
 def test_a_transparent_colour_without_a_palette_is_white(tmp_path: Path) -> None:
     assert (shown(tmp_path / "one", encoded(Image.new("RGB", (300, 300), RED), "PNG", transparency=RED)) == 255).all()
     assert (shown(tmp_path / "two", encoded(Image.new("L", (300, 300), 7), "PNG", transparency=7)) == 255).all()
+
+
+@pytest.mark.parametrize("value", [200, 40000])
+def test_pixels_without_a_known_range_are_refused(tmp_path: Path, value: int) -> None:
+    for mode in ("I", "F"):
+        told = rf"picture \(its pixels are of Pillow's mode {mode}, not of 8 or 16 bits a channel\)"
+        with pytest.raises(ValueError, match=told):
+            shown(tmp_path / "picture", encoded(Image.new(mode, (300, 280), value), "TIFF"))
+    with pytest.raises(ValueError, match="mode I, not of 8 or 16 bits"):
+        reading.pictured(Image.new("I", (300, 280), value), augment.PHOTOS)
+    with Image.open(io.BytesIO(encoded(Image.new("I;16", (300, 280), value), "PNG"))) as picture:
+        as_before = picture.convert("I")  # what Pillow opened it as until 11.3
+        as_before.format = "PNG"
+        assert torch.equal(reading.pictured(as_before, augment.PHOTOS), reading.pictured(picture, augment.PHOTOS))
+
+
+def test_a_transparent_colour_of_16_bits_is_white(tmp_path: Path) -> None:
+    grey = np.full((300, 300), 70, np.uint8)
+    grey[150:] = 20
+    twin = shown(tmp_path / "8", encoded(Image.fromarray(grey), "PNG", transparency=70))
+    assert (twin[:, 20] == 255).all()
+    assert (twin[:, 236] == 20).all()
+    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert torch.equal(shown(tmp_path / "16", encoded(wide, "PNG", transparency=70 * 257)), twin)
+    assert (shown(tmp_path / "near", encoded(wide, "PNG", transparency=70 * 257 + 1))[:, 20] == 70).all()
 
 
 def test_pictures_in_memory_are_prepared_as_those_in_files(tmp_path: Path) -> None:

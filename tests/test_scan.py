@@ -16,7 +16,7 @@ from PIL import Image
 
 from pddm_ext.workbench import cli, loop
 from pddm_ext.workbench.data import photos, scan
-from pddm_ext.workbench.data.splits import Dataset
+from pddm_ext.workbench.data.splits import Dataset, file_of
 from pddm_ext.workbench.settings import Settings
 from runs import TINY_OPTIONS
 from small_data import BLUE, GREEN, RED, Members, encoded, plain, scatter
@@ -181,6 +181,73 @@ def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path: Path) -> Non
     root = scatter(tmp_path, catalogue("abcd") | {f"a/{place}.png": b"no picture" for place in range(3)})
     with pytest.raises(ValueError, match=rf"^{re.escape(str(root))}: no picture of class a can be read"):
         scan.examined(photos.folder(root), skip=True, progress=False)
+
+
+def test_known_classes_are_parted_once_the_unreadable_are_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = scatter(place / "pictures", catalogue("abcd", pictures=4) | catalogue("e"))
+    bad = ("a/3.png", "b/0.png", "e/2.png")  # the last of a is all that would be searched for
+    scatter(root, dict.fromkeys(bad, b"no picture"))
+    assert cli.main(["train", *options("--out", "out", "--split", "known", "--skip-unreadable")]) == 0
+    told = capsys.readouterr()
+    assert "warning: 3 of 19 pictures cannot be read and are left out" in told.err
+    skipped, _ = scan.examined(photos.folder(root, split="known"), skip=True, progress=False)
+    assert skipped.gallery is skipped.train
+    assert skipped.notes == ("3 of 19 pictures cannot be read and are left out (--skip-unreadable)",)
+    for path in bad:
+        (root / path).unlink()
+    whole = photos.folder(root, split="known")
+    assert skipped.digest() == whole.digest()
+    assert (skipped.train.names, skipped.test.names, skipped.protocol) == (tuple("abcde"), tuple("abcd"), "known")
+    assert [file_of(skipped.test.pictures, row) for row in range(4)] == [
+        "a/2.png",
+        "b/3.png",
+        "c/3.png",
+        "d/3.png",
+    ]
+    # Neither going on nor measuring minds that they are gone.
+    assert cli.main(["train", *options("--out", "out", "--resume", "--steps", "4")]) == 0
+    assert cli.main(["eval", "out/checkpoint.pt", "--backbone", "mine:net"]) == 0
+    assert "untrained" in capsys.readouterr().out
+    assert photos.without(whole, ["no.png"]) is whole
+
+
+def test_known_classes_of_which_too_little_can_be_read_are_an_error(tmp_path: Path) -> None:
+    root = scatter(tmp_path, catalogue("abc"))
+    scatter(root, {"a/0.png": b"", "b/1.png": b""})
+    told = (
+        "number of classes with three pictures or more that can be read is 1, at least 2 are needed for --split known"
+    )
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(root))}: {told}"):
+        scan.examined(photos.folder(root, split="known"), skip=True, progress=False)
+    scatter(root, {f"a/{number}.png": b"" for number in range(3)})
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(root))}: no picture of class a can be read; a class"):
+        scan.examined(photos.folder(root, split="known"), skip=True, progress=False)
+
+
+def test_other_pictures_of_the_same_names_and_sizes_are_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def bitmaps(first: int) -> Members:
+        return {
+            f"{name}/{place}.bmp": encoded(photograph(first + 9 * ord(name) + place), "BMP")
+            for name in "abcdefgh"
+            for place in range(3)
+        }
+
+    def baselines() -> dict[str, Any]:
+        assert cli.main(["eval", "out", "--backbone", "mine:net", "--json", "again.json"]) == 0
+        found: dict[str, Any] = json.loads(Path("again.json").read_text())["baselines"]
+        return found
+
+    scatter(place / "pictures", bitmaps(0))
+    assert cli.main(["train", *options("--out", "out")]) == 0
+    assert baselines()
+    scatter(place / "pictures", bitmaps(5))
+    assert baselines() == {}
+    capsys.readouterr()
+    resumed = ["train", *options("--out", "out", "--resume", "--steps", "4")]
+    assert cli.main(resumed) == 2
+    assert "train had 12 pictures of 4 classes and has as many others now; " in (error := capsys.readouterr().err)
+    assert error.endswith("by --accept-changed-data\n")
+    assert cli.main([*resumed, "--accept-changed-data"]) == 0
 
 
 def test_what_was_passed_over_and_the_split_are_told_when_a_run_begins(

@@ -141,6 +141,12 @@ def test_sizes_other_than_published_are_said(tmp_path: Path, monkeypatch: pytest
         by_name.load(settings)
 
 
+def test_an_archive_is_no_folder_of_the_shop(tmp_path: Path) -> None:
+    (path,) = make_inshop(tmp_path, "img.zip").rglob("img.zip")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: a file, where --data in-shop takes the folder"):
+        load("in-shop", path)
+
+
 @both
 def test_nothing_there_says_where_it_comes_from(tmp_path: Path, name: str) -> None:
     for root in (tmp_path, tmp_path / "no"):

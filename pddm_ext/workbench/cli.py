@@ -427,6 +427,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from . import backbones, checkpoint, devices, outcome, trained
     from .data import scan
     from .data.augment import PHOTOS, Photographs, from_description
+    from .data.load import takes
     from .report import page
 
     path = arguments.checkpoint / "checkpoint.pt" if arguments.checkpoint.is_dir() else arguments.checkpoint
@@ -442,7 +443,14 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--data is {data}; {path} was trained on {seen}, which are accepted")
     names = ("data", "root", "split", "gallery", "skip_unreadable", "workers")
     given = {name: getattr(arguments, name) for name in names}
-    settings = Settings(**{**saved, **{name: v for name, v in given.items() if v is not None}, "download": False})
+    chosen = {**saved, **{name: v for name, v in given.items() if v is not None}, "download": False}
+    if arguments.data is not None or arguments.root is not None:
+        # What the run's own data took others may not.
+        own = (chosen.get("root", ""), chosen.get("split", Settings.split), chosen.get("gallery", Settings.gallery))
+        for name, taken in zip(("split", "gallery"), takes(data, *own), strict=True):
+            if given[name] is None and not taken:
+                chosen[name] = getattr(Settings, name)
+    settings = Settings(**chosen)
     module = backbones.named(backbone, False, view.size) if ":" in backbone else None
     shown = view if isinstance(view, Photographs) else PHOTOS
     dataset = scan.ready(settings, shown, only="test", progress=arguments.progress)

@@ -53,8 +53,8 @@ def terminable() -> Iterator[None]:
 
 
 class Interrupts:
-    """As long as this lasts, a first Ctrl-C waits for whoever asks for it, and a second one ends at once. So does SIGTERM
-    within :func:`terminable`.
+    """As long as this lasts, a first Ctrl-C waits for whoever asks for it, and a second one ends at once. SIGTERM does
+    so, too, within :func:`terminable`.
 
     Python hears signals in the main thread alone, and what ignores Ctrl-C goes on ignoring it: there all is left as it
     was.

@@ -34,6 +34,8 @@ def load(root: str | Path, view: Photographs = PHOTOS, *, only: photos.Only | No
         ValueError: a damaged archive or list.
     """
     root = Path(root)
+    if root.is_file():
+        raise ValueError(f"{root}: a file, where --data in-shop takes the folder that holds it; {EXPECTED}")
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; {EXPECTED}")
     lists = [root / place / INDEX for place in ("Eval", "Anno", ".") if (root / place / INDEX).is_file()]

@@ -11,6 +11,20 @@ from .splits import Dataset
 #: What ``--download`` fetches.
 FETCHED = ("cub200", "cars196", "sop")
 
+# The splits of data that have a choice.
+_SPLITS = {"folder": SPLITS[:-1], "grocery": ("half", "unseen")}
+_SPLITS |= dict.fromkeys((*DRAWINGS, *FETCHED), ("half", "known"))
+
+
+def takes(data: str, root: str, split: str, gallery: str) -> tuple[bool, bool]:
+    """Whether data takes a split, and a gallery."""
+    splits = _SPLITS.get(data, ("half",))
+    if data == "folder":
+        from . import photos
+
+        splits = ("half",) if photos.has_sides(root) else splits
+    return split in splits, gallery == "train" or data == "grocery"
+
 
 def load(settings: Settings, view: Photographs = PHOTOS, only: Literal["train", "test"] | None = None) -> Dataset:
     """What ``--data`` names, from ``--root`` where it has one; imports only what that one needs.
@@ -28,11 +42,9 @@ def load(settings: Settings, view: Photographs = PHOTOS, only: Literal["train", 
     data = settings.data
     if settings.download and data not in FETCHED:
         raise ValueError(f"--download fetches {', '.join(FETCHED[:-1])} and {FETCHED[-1]}; --data is {data}")
-    served = {"folder": SPLITS[:-1], "grocery": ("half", "unseen")}
-    served |= dict.fromkeys((*DRAWINGS, *FETCHED), ("half", "known"))
-    if settings.split not in served.get(data, ("half",)):
-        whose = [name for name, splits in served.items() if settings.split in splits]
-        has = f"takes {', '.join(served[data])}" if data in served else "has a split of its own"
+    if settings.split not in _SPLITS.get(data, ("half",)):
+        whose = [name for name, splits in _SPLITS.items() if settings.split in splits]
+        has = f"takes {', '.join(_SPLITS[data])}" if data in _SPLITS else "has a split of its own"
         raise ValueError(f"--split {settings.split} is for --data {', '.join(whose)}; {data} {has}")
     if settings.gallery != "train" and data != "grocery":
         raise ValueError(f"--gallery {settings.gallery} is for --data grocery; --data is {data}")

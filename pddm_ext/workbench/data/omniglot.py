@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -33,7 +33,8 @@ def load(root: str | Path) -> Dataset:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a damaged archive or picture, or too few alphabets; the message names the file.
+        ValueError: a damaged archive or picture, a drawing that is there twice, or too few alphabets; the message names
+            the file.
     """
     root = Path(root)
     if (root / f"{ARCHIVE}.zip").is_file():
@@ -67,9 +68,11 @@ def load(root: str | Path) -> Dataset:
 def _from_folder(root: Path) -> Iterator[Drawing]:
     if (root / ARCHIVE).is_dir():
         root = root / ARCHIVE
-    for path in sorted(root.glob("*/character*/*")):
-        if _is_drawing(path.name):
-            yield path.parts[-3], path.parts[-2], str(path), path.read_bytes()
+    paths = [path for above in ("*", "*/*") for path in sorted(root.glob(f"{above}/character*/*"))]
+    paths = [path for path in paths if _is_drawing(path.name)]
+    _refuse_copies(root, (path.relative_to(root).as_posix() for path in paths))
+    for path in paths:
+        yield path.parts[-3], path.parts[-2], str(path), path.read_bytes()
 
 
 def _is_drawing(name: str) -> bool:
@@ -77,13 +80,30 @@ def _is_drawing(name: str) -> bool:
     return name.endswith(".png") and not name.startswith(".")
 
 
+def _refuse_copies(root: Path, names: Iterable[str]) -> None:
+    """Raise ValueError at a drawing that is there twice: the test would find nothing but copies."""
+    found: dict[tuple[str, ...], str] = {}
+    for name in names:
+        drawing = PurePosixPath(name).parts[-3:]
+        if drawing in found:
+            raise ValueError(
+                f"{root}: {'/'.join(drawing)} is there twice, as {found[drawing]} and as {name}; leave one of them, or "
+                f"name the folder to take; {EXPECTED}"
+            )
+        found[drawing] = name
+
+
 def _from_zip(path: Path) -> Iterator[Drawing]:
     try:
         with zipfile.ZipFile(path) as archive:
+            drawings = []
             for name in sorted(archive.namelist()):
                 parts = PurePosixPath(name).parts
                 if len(parts) >= 3 and parts[-2].startswith("character") and _is_drawing(parts[-1]):
-                    yield parts[-3], parts[-2], f"{path}/{name}", archive.read(name)
+                    drawings.append((name, parts))
+            _refuse_copies(path, (name for name, _ in drawings))
+            for name, parts in drawings:
+                yield parts[-3], parts[-2], f"{path}/{name}", archive.read(name)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path}: not a readable zip archive ({error}); {EXPECTED}") from error
 

@@ -100,6 +100,7 @@ def dataset(
     view: Photographs = PHOTOS,
     only: Only | None = None,
     listed: bool = True,
+    parted: bool = False,
 ) -> Dataset:
     """Photographs in the files of a folder.
 
@@ -118,6 +119,7 @@ def dataset(
         view: how they are seen.
         only: the half that has to be whole, if the other one does not matter.
         listed: whether the paths come from a list, and their files have to be looked for.
+        parted: as in :class:`.splits.Dataset`.
 
     Raises:
         FileNotFoundError: a file is missing or empty; the message names the first and counts the others.
@@ -139,8 +141,10 @@ def dataset(
             f"{where}: {len(wanted) - len(lost):,} of {len(wanted):,} pictures found; the first that is missing or "
             f"empty is {lost[0]}; {expected}"
         )
+    # Of the half that does not matter nothing is read.
+    stamps = {path: files.stamp(folder, path) if path in wanted else str(size) for path, size in sizes.items()}
     made = {
-        side: _split(Photos(folder, _paths(classes), expected, view), classes, sizes, (words or {}).get(side, ""))
+        side: _split(Photos(folder, _paths(classes), expected, view), classes, stamps, (words or {}).get(side, ""))
         for side, classes in sides.items()
         if classes is not None
     }
@@ -160,6 +164,7 @@ def dataset(
         val=made.get("val"),
         others=made.get("others"),
         protocol=protocol,
+        parted=parted,
     )
 
 
@@ -188,20 +193,24 @@ def known(data: Dataset, where: str, expected: str) -> Dataset:
     Raises:
         ValueError: fewer than two classes of three pictures or more.
     """
-    both: list[tuple[str, list[str]]] = []
-    first = data.train.pictures
-    assert isinstance(first, Photos)
-    for split in (data.train, data.test):
-        assert isinstance(split.pictures, Photos)
-        by_class: list[list[str]] = [[] for _ in split.names]
-        for path, label in zip(split.pictures.paths, split.labels.tolist(), strict=True):
-            by_class[label].append(path)
-        both += zip(split.names, by_class, strict=True)
-    train, test = parted(both)
+    return _parted(data, [*_classes(data.train), *_classes(data.test)], where, expected)
+
+
+def _classes(split: Split) -> list[tuple[str, list[str]]]:
+    assert isinstance(split.pictures, Photos)
+    by_class: list[list[str]] = [[] for _ in split.names]
+    for path, label in zip(split.pictures.paths, split.labels.tolist(), strict=True):
+        by_class[label].append(path)
+    return list(zip(split.names, by_class, strict=True))
+
+
+def _parted(data: Dataset, classes: Classes, where: str, expected: str) -> Dataset:
+    train, test = parted(classes)
+    assert isinstance(data.train.pictures, Photos)
     assert isinstance(data.view, Photographs)
     return dataset(
         data.name,
-        first.folder,
+        data.train.pictures.folder,
         train,
         test,
         gallery=train,
@@ -211,6 +220,7 @@ def known(data: Dataset, where: str, expected: str) -> Dataset:
         expected=expected,
         view=data.view,
         listed=False,
+        parted=True,
     )
 
 
@@ -218,7 +228,7 @@ def _paths(classes: Classes) -> tuple[str, ...]:
     return tuple(path for _, members in classes for path in members)
 
 
-def _split(photos: Photos, classes: Classes, sizes: Mapping[str, int], words: str) -> Split:
+def _split(photos: Photos, classes: Classes, stamps: Mapping[str, str], words: str) -> Split:
     names = tuple(legible(name) for name, _ in classes)
     groups = [f"{names[0]} to {names[-1]}"] if names else []
     return Split(
@@ -226,15 +236,15 @@ def _split(photos: Photos, classes: Classes, sizes: Mapping[str, int], words: st
         labels=torch.repeat_interleave(torch.tensor([len(members) for _, members in classes], dtype=torch.int64)),
         names=names,
         groups=(", ".join([*groups, *filter(None, [words])]),),
-        digest=_digest(photos.paths, sizes),
+        digest=_digest(photos.paths, stamps),
     )
 
 
-def _digest(paths: Iterable[str], sizes: Mapping[str, int]) -> str:
+def _digest(paths: Iterable[str], stamps: Mapping[str, str]) -> str:
     sha = hashlib.sha256()
     for path in paths:
         # The name as the file system has it, whatever the locale that Python read it under.
-        sha.update(path.encode("utf-8", "surrogateescape") + f"\0{sizes[path]}\n".encode())
+        sha.update(path.encode("utf-8", "surrogateescape") + f"\0{stamps[path]}\n".encode())
     return sha.hexdigest()
 
 
@@ -242,9 +252,11 @@ def without(dataset: Dataset, lost: Iterable[str]) -> Dataset:
     """The data as they would be without some of the files, digest included: those of ``Photos``, by their paths.
 
     Raises:
-        ValueError: a class would have none left.
+        ValueError: a class would have none left, or too few classes enough to be parted.
     """
     gone = set(lost)
+    if dataset.parted:
+        return _parted_without(dataset, gone)
     made: dict[int, Split] = {}
     for split in (dataset.train, dataset.test, dataset.gallery, dataset.val, dataset.others):
         if split is not None and isinstance(split.pictures, Photos) and id(split) not in made:
@@ -264,17 +276,39 @@ def _kept(split: Split, photos: Photos, gone: set[str]) -> Split:
     if len(rows) == len(photos):
         return split
     before, left = (torch.bincount(labels, minlength=len(split.names)) for labels in (split.labels, split.labels[rows]))
-    empty = [split.names[c] for c in ((before > 0) & (left == 0)).nonzero().flatten().tolist()]
-    if empty:
-        raise ValueError(
-            f"{photos.folder}: no picture of class {empty[0]} can be read"
-            f"{f', nor of {len(empty) - 1} others' if len(empty) > 1 else ''}; a class without pictures is not accepted"
-        )
+    _refuse_lost([split.names[c] for c in ((before > 0) & (left == 0)).nonzero().flatten().tolist()], photos)
     paths = tuple(photos.paths[row] for row in rows.tolist())
-    sizes = {path: files.size(photos.folder, path) for path in paths}
+    stamps = {path: files.stamp(photos.folder, path) for path in paths}
     return replace(
-        split, pictures=replace(photos, paths=paths), labels=split.labels[rows], digest=_digest(paths, sizes)
+        split, pictures=replace(photos, paths=paths), labels=split.labels[rows], digest=_digest(paths, stamps)
     )
+
+
+def _parted_without(data: Dataset, gone: set[str]) -> Dataset:
+    photos, whole = data.train.pictures, dict(_classes(data.train))
+    assert isinstance(photos, Photos)
+    for name, paths in _classes(data.test):
+        whole[name] += paths
+    if gone.isdisjoint(_paths([*whole.items()])):
+        return data
+    left = [(name, [path for path in paths if path not in gone]) for name, paths in whole.items()]
+    _refuse_lost([name for name, paths in left if not paths], photos)
+    enough = sum(held_out(len(paths)) > 0 for _, paths in left)
+    if enough < 2:
+        raise ValueError(
+            f"{photos.folder}: number of classes with three pictures or more that can be read is {enough}, at least 2 "
+            f"are needed for --split known; mend their pictures, or add some"
+        )
+    return replace(_parted(data, left, str(photos.folder), photos.expected), notes=data.notes)
+
+
+def _refuse_lost(classes: Sequence[str], photos: Photos) -> None:
+    if classes:
+        others = f", nor of {len(classes) - 1} others" if len(classes) > 1 else ""
+        raise ValueError(
+            f"{photos.folder}: no picture of class {classes[0]} can be read{others}; a class without pictures is not "
+            f"accepted"
+        )
 
 
 # Folders
@@ -428,14 +462,16 @@ def folder(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: a side is missing, a class without pictures, test classes of which some are trained on and others
-            are not, fewer than two classes on a side, or a split that the folder has already.
+        ValueError: it is a file, a side is missing, a class without pictures, test classes of which some are trained on
+            and others are not, fewer than two classes on a side, or a split that the folder has already.
     """
     root = Path(root)
     expected = (
         f"expected ROOT/CLASS/PICTURE, or the same in ROOT/train and ROOT/test, or in ROOT/train, ROOT/query and "
         f"ROOT/gallery, with {', '.join(extensions())}"
     )
+    if root.is_file():
+        raise ValueError(f"{root}: a file, where --data folder takes a folder: unpack an archive first; {expected}")
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; {expected}")
     listing, sides = _Listing(root, expected), _sides_of(root)
@@ -449,6 +485,11 @@ def folder(
         made, notes = _of_classes(listing, split, seed, only), ()
     found = dataset("folder", root, **made, where=str(root), expected=expected, view=view, only=only, listed=False)
     return replace(found, notes=(*notes, *listing.notes()))
+
+
+def has_sides(root: str | Path) -> bool:
+    """Whether a folder says itself what is for training and what for the test."""
+    return Path(root).is_dir() and bool(_sides_of(Path(root)))
 
 
 def _sides_of(root: Path) -> set[str]:
@@ -487,7 +528,7 @@ def _of_classes(listing: _Listing, split: str, seed: int, only: Only | None) -> 
         words = {"train": "all that are there", "test": what}
         return {"train": train, "test": test, "protocol": "seen", "words": words}
     if split == "known":
-        return {"train": train, "test": test, "gallery": train, "protocol": "known", "words": KNOWN}
+        return {"train": train, "test": test, "gallery": train, "protocol": "known", "words": KNOWN, "parted": True}
     words = {"train": "the first half of the classes by name", "test": "the second half of the classes by name"}
     if split == "random":
         words = dict.fromkeys(words, f"half of the classes, drawn by seed {seed}")

@@ -28,6 +28,9 @@ OPTIONAL = {".avif": ("AVIF", "a Pillow that reads AVIF"), **dict.fromkeys((".he
 #: rest of the way is resampled, so that little is lost to a full decoding.
 _DRAFT = 2
 
+#: The number of TIFF's tag.
+_BITS_PER_SAMPLE = 258
+
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -96,7 +99,7 @@ def prepared(picture: Image.Image, view: View) -> Tensor:
     blue; of a drawing, dark on light, its ink. What is transparent is white; 16 bits a channel become 8.
 
     Raises:
-        ValueError: pixels without a known range, or a drawing without ink.
+        ValueError: pixels without a known range, as of 32 bits, or a drawing without ink.
     """
     opaque = _opaque(_of_8_bits(picture))
     if isinstance(view, Drawings):
@@ -112,12 +115,25 @@ def _of_8_bits(picture: Image.Image) -> Image.Image:
     if not picture.mode.startswith(("I", "F")):
         return picture
     values = np.asarray(picture)
-    if picture.mode == "F" or (values.size and not 0 <= values.min() <= values.max() <= 0xFFFF):
+    known = picture.mode != "F" and _is_of_16_bits(picture)
+    if not known or (values.size and not 0 <= values.min() <= values.max() <= 0xFFFF):
         # Of what range they are, nothing says.
         raise ValueError(f"its pixels are of Pillow's mode {picture.mode}, not of 8 or 16 bits a channel")
     scaled = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    clear = picture.info.get("transparency")
+    if clear is not None:  # the colour, of 16 bits, too
+        scaled = Image.merge("LA", (scaled, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
     scaled.info["exif"] = picture.getexif().tobytes()
     return scaled
+
+
+def _is_of_16_bits(picture: Image.Image) -> bool:
+    """Whether pixels of the modes I;16 and I are; what else has the mode I is of 32."""
+    bits = getattr(picture, "tag_v2", {}).get(_BITS_PER_SAMPLE)
+    if bits is not None:
+        return set(bits) == {16}
+    # A PNG's are, or a PPM's made so, whatever mode this Pillow has for them.
+    return picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
 
 
 def _opaque(picture: Image.Image) -> Image.Image:

@@ -193,6 +193,7 @@ class Dataset:
         protocol: what the test classes are to training: ``"unseen"`` ones, ``"known"`` ones of which other pictures
             are searched for among those trained on, or ``"seen"`` where nothing was held out.
         notes: what somebody who reads the figures should know of the data, a line each.
+        parted: whether both sides are files of the same classes, which :func:`.photos.parted` has parted.
     """
 
     name: str
@@ -206,6 +207,7 @@ class Dataset:
     among: Split | None = None
     protocol: TestClasses = "unseen"
     notes: tuple[str, ...] = ()
+    parted: bool = False
 
     def digest(self) -> str:
         """Identifies the pictures and labels of every side."""

@@ -226,7 +226,7 @@ def spread(features: Tensor) -> float:
         TypeError, ValueError, FloatingPointError: as :func:`.inputs.features` says.
     """
     features = inputs.features(features, unit=True)
-    return 1 - features.mean(0).square().sum().item()
+    return max(0.0, 1 - features.mean(0).square().sum().item())  # rounding may take it below
 
 
 def effective_rank(features: Tensor) -> float:
