@@ -181,11 +181,12 @@ class Engine {
 class RoundedEngine {
  public:
   int lanes;
-  int slack;                   // entries that a list wants beyond those that are wanted: the more, the coarser
   const RoundedEngine* finer;  // one that rounds less, and is slower; or null
 
   // Of a row of a panel.
   virtual int64_t elements(int64_t dim) const = 0;
+  // Entries that a list has room for beyond those that are wanted.
+  virtual int64_t slack(int64_t dim) const = 0;
   // Rounds x / scale of a panel x, (step, lane), to numbers q; |x / scale| ≤ 32000. Lane by lane ‖x − scale q‖²; of a
   // row of a negative class all is 0.
   virtual void round(int32_t* rounded, const float* panel, const int32_t* classes, float scale, int64_t dim,
@@ -204,8 +205,7 @@ class RoundedEngine {
                        int32_t* floor) const = 0;
 
  protected:
-  constexpr RoundedEngine(int lanes, int slack, const RoundedEngine* finer)
-      : lanes(lanes), slack(slack), finer(finer) {}
+  constexpr RoundedEngine(int lanes, const RoundedEngine* finer) : lanes(lanes), finer(finer) {}
   ~RoundedEngine() = default;
 };
 

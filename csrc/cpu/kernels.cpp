@@ -138,11 +138,14 @@ class Kernels final : public cpu::Engine<typename Op::Scalar> {
 
 #if defined(PDDM_HAS_INT16)
 class RoundedKernels : public cpu::RoundedEngine {
+ protected:
+  static constexpr int64_t kSlack = 64;
+
  public:
-  constexpr RoundedKernels(int slack, const cpu::RoundedEngine* finer)
-      : cpu::RoundedEngine(kLanes<int32_t>, slack, finer) {}
+  explicit constexpr RoundedKernels(const cpu::RoundedEngine* finer) : cpu::RoundedEngine(kLanes<int32_t>, finer) {}
 
   int64_t elements(int64_t dim) const override { return (dim + 1) / 2; }
+  int64_t slack(int64_t) const override { return kSlack; }
   void round(int32_t* rounded, const float* panel, const int32_t* classes, float scale, int64_t dim,
              float* error) const override {
     round_panel(rounded, panel, classes, scale, dim, error);
@@ -160,15 +163,22 @@ class RoundedKernels : public cpu::RoundedEngine {
   }
 };
 
-constexpr RoundedKernels kWhole(64, nullptr);
+constexpr RoundedKernels kWhole(nullptr);
 #endif
 
 #if defined(PDDM_HAS_AMX)
 class TileKernels final : public RoundedKernels {
+  static constexpr int64_t kFewColumns = 128;
+
  public:
   using RoundedKernels::RoundedKernels;
 
   int64_t elements(int64_t dim) const override { return padded(dim, kTileSteps); }
+  // Products of rows without any order differ by 1 / √dim of what the margin is a share of: the more columns, the more
+  // of them lie within it.
+  int64_t slack(int64_t dim) const override {
+    return dim <= kFewColumns ? kSlack : int64_t(kSlack * root(double(dim) / kFewColumns));
+  }
   void round(int32_t* rounded, const float* panel, const int32_t* classes, float scale, int64_t dim,
              float* error) const override {
     tile_panel(rounded, panel, classes, scale, dim, error);
@@ -184,7 +194,7 @@ class TileKernels final : public RoundedKernels {
   void end() const override { leave_tiles(); }
 };
 
-constexpr TileKernels kTiles(128, &kWhole);
+constexpr TileKernels kTiles(&kWhole);
 #endif
 
 constexpr Kernels<Plain<float>> kFloat32;

@@ -62,57 +62,46 @@ PDDM_INLINE void make_products(Met<typename Op::Scalar>& met, const Side<typenam
   });
 }
 
-// Which bits of which rows are set, one after the other; both have room for 64 more than there are.
-struct Bits {
-  uint8_t row[kMaxLanes * 64 + 64], bit[kMaxLanes * 64 + 64];
-};
-
-// Returns how many there are. A row has none, or one, or many, and which is nobody's guess: there is no branch, or one
-// where it has more than a few only.
-PDDM_INLINE int64_t list_bits(const uint64_t* rows, int count_rows, uint64_t allowed, Bits& out) {
-  int64_t count = 0;
-  for (int r = 0; r < count_rows; ++r) {
-    uint64_t left = rows[r] & allowed;
-    const int64_t end = count + __builtin_popcountll(left);
+// take(row, bit) for every bit that is set. A row has none, or one, or many, and which is nobody's guess.
+template <class Take>
+PDDM_INLINE void for_bits(const uint64_t* rows, int count, uint64_t allowed, const Take& take) {
 #if defined(__AVX512VBMI2__) && !defined(PDDM_PLAIN_VECTORS)
-    const __m512i all =
-        _mm512_set_epi64(0x3f3e3d3c3b3a3938, 0x3736353433323130, 0x2f2e2d2c2b2a2928, 0x2726252423222120,
-                         0x1f1e1d1c1b1a1918, 0x1716151413121110, 0x0f0e0d0c0b0a0908, 0x0706050403020100);
-    _mm512_storeu_si512(out.bit + count, _mm512_maskz_compress_epi8(left, all));
-    _mm512_storeu_si512(out.row + count, _mm512_set1_epi8(char(r)));
-#else
-    constexpr int kFew = 2;
-    const auto next = [&](int64_t at) {
-      out.row[at] = uint8_t(r), out.bit[at] = uint8_t(__builtin_ctzll(left | uint64_t(1) << 63));
-      left &= left - 1;
-    };
-    for (int t = 0; t < kFew; ++t) next(count + t);
-    for (int64_t t = count + kFew; t < end; ++t) next(t);
-#endif
-    count = end;
+  // All are listed without a branch, by whole vectors.
+  uint8_t row[kMaxLanes * 64 + 64], bit[kMaxLanes * 64 + 64];
+  const __m512i all = _mm512_set_epi64(0x3f3e3d3c3b3a3938, 0x3736353433323130, 0x2f2e2d2c2b2a2928, 0x2726252423222120,
+                                       0x1f1e1d1c1b1a1918, 0x1716151413121110, 0x0f0e0d0c0b0a0908, 0x0706050403020100);
+  int64_t set = 0;
+  for (int r = 0; r < count; ++r) {
+    const uint64_t bits = rows[r] & allowed;
+    _mm512_storeu_si512(bit + set, _mm512_maskz_compress_epi8(bits, all));
+    _mm512_storeu_si512(row + set, _mm512_set1_epi8(char(r)));
+    set += __builtin_popcountll(bits);
   }
-  return count;
+  for (int64_t t = 0; t < set; ++t) take(row[t], bit[t]);
+#else
+  for (int r = 0; r < count; ++r)
+    for (uint64_t left = rows[r] & allowed; left; left &= left - 1) take(r, __builtin_ctzll(left));
+#endif
 }
 
-// Whether a list takes an entry is nobody's guess either: it is written, and counts or does not.
+// Whose list, and whether it takes the entry, is nobody's guess, so there is no branch: it is written, and counts or
+// does not.
 template <class T>
 PDDM_INLINE int32_t offer(const ListsOf<T>& lists, const Side<T>& a, const Side<T>& b, const Met<T>& met) {
-  Bits bits;
-  const int64_t count = list_bits(met.above, kLanes<T>, a.first == b.first ? 0xffffffffu : ~uint64_t(0), bits);
   T *const values = lists.values, *const rows = lists.rows;
   const T* const classes = lists.classes;
   int32_t* const sizes = lists.sizes;
   const int64_t room = lists.room;
   int32_t longest = 0;
-  for (int64_t t = 0; t < count; ++t) {
-    const int r = bits.row[t], bit = bits.bit[t], c = bit & 31;
+  for_bits(met.above, kLanes<T>, a.first == b.first ? 0xffffffffu : ~uint64_t(0), [&](int r, int bit) {
+    const int c = bit & 31;
     const int64_t i = a.first + r, j = b.first + c, other = i ^ ((i ^ j) & (int64_t(bit >> 5) - 1)),
                   row = i ^ j ^ other;
     const T own = classes[row], its = classes[other];
     const int32_t size = sizes[row], more = size + ((own != its) & (own >= 0) & (its >= 0));
     values[row * room + size] = met.products[r][c], rows[row * room + size] = T(other);
     sizes[row] = more, longest = longest > more ? longest : more;
-  }
+  });
   return longest;
 }
 

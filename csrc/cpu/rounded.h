@@ -22,7 +22,7 @@ class RoundedNearest {
  public:
   // Whether it is worth while: of few rows most would be kept, and few columns are quickly multiplied as they are.
   static bool suits(const RoundedEngine& rounded, int64_t n, int64_t dim, int64_t count) {
-    return n >= kLeastRows && room_of(rounded, count) <= n / 8 && dim >= kLeastDim && dim <= kMostDim;
+    return n >= kLeastRows && room_of(rounded, dim, count) <= n / 8 && dim >= kLeastDim && dim <= kMostDim;
   }
 
   // Refers to all that it is given.
@@ -36,7 +36,7 @@ class RoundedNearest {
         lanes_(rounded.lanes),
         elements_(rounded.elements(dim)),
         wanted_(count),
-        lists_(arena_, rows.count, lanes_, classes, room_of(rounded, count)) {}
+        lists_(arena_, rows.count, lanes_, classes, room_of(rounded, dim, count)) {}
 
   // Finds, once, every row's in ascending order, (n, count), −1 where there are fewer; false where nothing was written.
   bool find(int64_t* out) {
@@ -69,8 +69,8 @@ class RoundedNearest {
   // 2²⁵ up to the largest dimension.
   static constexpr int32_t kLargest = 32000, kNone = -1100000000, kNothing = std::numeric_limits<int32_t>::max();
 
-  static int64_t room_of(const RoundedEngine& rounded, int64_t count) {
-    return count + std::max<int64_t>(count, rounded.slack);
+  static int64_t room_of(const RoundedEngine& rounded, int64_t dim, int64_t count) {
+    return count + std::max(count, rounded.slack(dim));
   }
 
   bool round() {
