@@ -128,17 +128,22 @@ def net():
 """
 
 
+def _trained_on_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *data: str) -> tuple[list[str], Path]:
+    """The option that names a backbone of the user's, and the folder of its run on a folder."""
+    (tmp_path / "photo_net.py").write_text(_PHOTO_NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    net, run = ["--backbone", "photo_net:net"], tmp_path / "run"
+    options = ["--data", "folder", *data, "--picture", "32", "--steps", "2", "--method", "contrastive"]
+    assert cli.main(["train", *TINY_OPTIONS, *net, *options, "--out", str(run)]) == 0
+    return net, run
+
+
 def test_eval_measures_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With other and fewer classes than were trained on, and with pictures that the run did not see."""
-    (tmp_path / "photo_net.py").write_text(_PHOTO_NET)
-    monkeypatch.syspath_prepend(tmp_path)
     root = make_folder(tmp_path / "photos", classes=10, pictures=3)
-    net, run = ["--backbone", "photo_net:net"], tmp_path / "run"
-    data = ["--data", "folder", "--root", str(root), "--picture", "32", *net]
-    options = ["--steps", "2", "--method", "contrastive", "--out", str(run)]
-    assert cli.main(["train", *TINY_OPTIONS, *data, *options]) == 0
+    net, run = _trained_on_photographs(tmp_path, monkeypatch, "--root", str(root))
     path = str(run)  # a run's folder is as good as its checkpoint
 
     def measured(*options: str) -> dict[str, Any]:
@@ -165,13 +170,8 @@ def test_eval_measures_any_folder(
 def test_eval_of_other_data_leaves_out_a_split_and_a_gallery_that_these_do_not_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "photo_net.py").write_text(_PHOTO_NET)
-    monkeypatch.syspath_prepend(tmp_path)
     root = make_folder(tmp_path / "photos", classes=4, pictures=6)
-    net, run = ["--backbone", "photo_net:net"], tmp_path / "run"
-    data = ["--data", "folder", "--root", str(root), "--split", "known", "--picture", "32", *net]
-    options = ["--steps", "2", "--method", "contrastive", "--out", str(run)]
-    assert cli.main(["train", *TINY_OPTIONS, *data, *options]) == 0
+    net, run = _trained_on_photographs(tmp_path, monkeypatch, "--root", str(root), "--split", "known")
     sides = tmp_path / "sides"
     make_folder(sides / "test", classes=3, pictures=4)
     command = ["eval", str(run), *net, "--root", str(sides)]
