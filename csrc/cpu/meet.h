@@ -40,28 +40,6 @@ PDDM_INLINE uint64_t keep(T* products, Vec<T> product, Vec<T> floor, Vec<T> colu
          uint64_t(lanes_above<T>(product, column_floors)) << (half * kWidth<T> + 32);
 }
 
-template <class Op>
-PDDM_INLINE void make_products(Met<typename Op::Scalar>& met, const Side<typename Op::Scalar>& a,
-                               const Side<typename Op::Scalar>& b, int64_t steps) {
-  using T = typename Op::Scalar;
-  constexpr int width = kWidth<T>, lanes = kLanes<T>;
-  for_even_strips<T>(lanes, [&](auto columns, int64_t c) {
-    constexpr int C = decltype(columns)::value;
-    Tile<T, C> tile;
-    tile.clear();
-    multiply<Op>(tile, a.panel + c, {lanes, 1}, b.panel, lanes, steps);
-    const Vec<T> floors[2] = {load(b.floors), load(b.floors + width)};
-    PDDM_UNROLL
-    for (int r = 0; r < C; ++r) {
-      const Vec<T> floor = broadcast(a.floors[c + r]);
-      met.above[c + r] = 0;
-      PDDM_UNROLL
-      for (int half = 0; half < 2; ++half)
-        met.above[c + r] |= keep<T>(met.products[c + r], tile.acc[r][half], floor, floors[half], half);
-    }
-  });
-}
-
 // take(row, bit) for every bit that is set. A row has none, or one, or many, and which is nobody's guess.
 template <class Take>
 PDDM_INLINE void for_bits(const uint64_t* rows, int count, uint64_t allowed, const Take& take) {
@@ -108,8 +86,24 @@ PDDM_INLINE int32_t offer(const ListsOf<T>& lists, const Side<T>& a, const Side<
 template <class Op>
 PDDM_INLINE int32_t meet_panels(const ListsOf<typename Op::Scalar>& lists, const Side<typename Op::Scalar>& a,
                                 const Side<typename Op::Scalar>& b, int64_t steps) {
-  Met<typename Op::Scalar> met;
-  make_products<Op>(met, a, b, steps);
+  using T = typename Op::Scalar;
+  constexpr int width = kWidth<T>, lanes = kLanes<T>;
+  Met<T> met;
+  for_even_strips<T>(lanes, [&](auto columns, int64_t c) {
+    constexpr int C = decltype(columns)::value;
+    Tile<T, C> tile;
+    tile.clear();
+    multiply<Op>(tile, a.panel + c, {lanes, 1}, b.panel, lanes, steps);
+    const Vec<T> floors[2] = {load(b.floors), load(b.floors + width)};
+    PDDM_UNROLL
+    for (int r = 0; r < C; ++r) {
+      const Vec<T> floor = broadcast(a.floors[c + r]);
+      met.above[c + r] = 0;
+      PDDM_UNROLL
+      for (int half = 0; half < 2; ++half)
+        met.above[c + r] |= keep<T>(met.products[c + r], tile.acc[r][half], floor, floors[half], half);
+    }
+  });
   return offer(lists, a, b, met);
 }
 

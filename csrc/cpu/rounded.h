@@ -7,7 +7,7 @@
 // row keeps what may be among its best, give or take the margin. In the end it is certain of most of these, and only of
 // the others are the true products made, in the order of operations of nearest.h: the choice is its choice. Where too
 // many others of a row are nearly as good as each other all of its products are made; where there are many such rows
-// the whole is left to nearest.h.
+// the whole is left to a finer engine, and to nearest.h after the last.
 #pragma once
 
 #include <atomic>
